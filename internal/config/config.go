@@ -1,0 +1,57 @@
+// Package config is what the gateway can be told: its flags, their environment variables and their defaults. Every value
+// is judged where it is decoded, so that an error names the flag, the variable it came from, the value and what is
+// allowed. It knows nothing of how the values are used, and no package that is configured imports it.
+package config
+
+import (
+	"crypto/x509"
+	"errors"
+	"net/netip"
+	"time"
+
+	"kerberos/lb"
+)
+
+// Gateway is the configuration of one gateway, as flags. Every flag --x-y is read from KERBEROS_X_Y too, then from the
+// second name in its `also` tag; an empty variable counts as not set. Default < environment < flag.
+type Gateway struct {
+	Listen        string        `default:":8080" type:"listen" placeholder:"ADDR" group:"listeners" help:"Where clients are served; port 0 takes a free one."`
+	Admin         string        `default:"127.0.0.1:9901" type:"listen-or-off" placeholder:"ADDR" group:"listeners" help:"Where /healthz, /readyz and the API are served, or off."`
+	HealthPath    string        `type:"path" placeholder:"PATH" group:"listeners" help:"A path answered on --listen by the gateway itself, for a load balancer in front: 200 while ready, else 503."`
+	LogRequests   Switch        `default:"off" group:"listeners" help:"Log a line for each request."`
+	DrainTimeout  time.Duration `default:"30s" min:"0s" group:"listeners" help:"How long requests in flight may take to end at a shutdown."`
+	ShutdownDelay time.Duration `default:"0s" min:"0s" group:"listeners" help:"How long the listeners stay open at a shutdown, with /readyz failing."`
+
+	API            API            `default:"both" group:"access" help:"Which listeners serve the API: data (--listen), admin or both."`
+	APIAllow       Allow          `placeholder:"loopback" group:"access" help:"Who may use the API while there is no --token: networks, loopback (the default), or none."`
+	Token          string         `type:"token" placeholder:"SECRET" group:"access" help:"Whoever uses the API must send it as a bearer token."`
+	AddrAllow      []netip.Prefix `placeholder:"NETWORK" group:"access" help:"Where registered addresses may point, loopback included; all others are refused."`
+	AddrDeny       []netip.Prefix `placeholder:"NETWORK" group:"access" help:"Where registered addresses may not point."`
+	TrustedProxies []netip.Prefix `placeholder:"NETWORK" group:"access" help:"Proxies in front whose X-Forwarded-* and Forwarded fields are believed."`
+
+	Strategy       lb.Strategy   `default:"round-robin" also:"BALANCER_STRATEGY" group:"traffic" help:"How requests spread: ${strategies}."`
+	Route          []Route       `placeholder:"PREFIX=SERVICE" group:"traffic" help:"Send paths under PREFIX to SERVICE; repeatable. '/*' keeps the rule without routes, that the first path segment names the service, as the last resort."`
+	RequestTimeout time.Duration `default:"30s" min:"1ms" also:"REQUEST_TIMEOUT" group:"traffic" help:"From the last byte of a request to the head of its response, all attempts together."`
+	ConnectTimeout time.Duration `default:"2s" min:"1ms" group:"traffic" help:"For one connection to one address."`
+	Retries        int           `default:"2" min:"0" also:"RETRY_MAX" group:"traffic" help:"Further attempts of a request that failed and may be sent again."`
+
+	BreakerFailures int           `default:"5" min:"1" also:"BREAKER_FAILURES" group:"traffic" help:"Failures in a row that open the breaker of an instance."`
+	BreakerOpen     time.Duration `default:"30s" min:"1ms" also:"BREAKER_OPEN" group:"traffic" help:"How long a breaker stays open before it is probed."`
+	BreakerProbes   int           `default:"3" min:"1" also:"BREAKER_PROBES" group:"traffic" help:"Probes that must all succeed to close a breaker."`
+	BreakerStatuses []int         `default:"502,503,504" type:"status" group:"traffic" help:"Statuses of a backend that count as its failure."`
+
+	UpstreamCA       *x509.CertPool `placeholder:"FILE" group:"traffic" help:"PEM file of the certificate authorities for https backends, instead of the system's."`
+	UpstreamInsecure Switch         `default:"off" group:"traffic" help:"Do not verify https backends. For trials only."`
+	Via              Switch         `default:"on" negatable:"" group:"traffic" help:"Add Via to what is passed on."`
+}
+
+// AfterApply checks what no single flag can know.
+func (g *Gateway) AfterApply() error {
+	if g.API == APIAdmin && g.Admin == Off {
+		return errors.New("--api=admin with --admin=off would leave the API nowhere: give --admin an address")
+	}
+	if g.UpstreamCA != nil && g.UpstreamInsecure {
+		return errors.New("--upstream-ca and --upstream-insecure exclude each other: drop one of them")
+	}
+	return nil
+}

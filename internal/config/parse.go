@@ -1,0 +1,132 @@
+package config
+
+import (
+	"crypto/x509"
+	"fmt"
+	"net/netip"
+	"reflect"
+	"strings"
+	"time"
+
+	"github.com/alecthomas/kong"
+
+	"kerberos/lb"
+)
+
+// Parse reads args into a grammar of commands, and what args leave out from the environment. Its errors name the flag,
+// the variable if the value came from one, and what is allowed; they never repeat a token.
+func Parse(grammar any, args []string, env func(string) (string, bool), options ...kong.Option) (*kong.Context, error) {
+	parser, err := kong.New(grammar, append([]kong.Option{
+		kong.Name("kerberos"),
+		kong.Vars{"strategies": list(lb.Strategies())},
+		kong.Resolvers(environment(env)),
+		kong.Help(help),
+		kong.ConfigureHelp(kong.HelpOptions{Compact: true, FlagsLast: true, WrapUpperBound: 120}),
+		kong.ValueFormatter(describe),
+		kong.ExplicitGroups([]kong.Group{
+			{Key: "listeners", Title: "Listening and stopping:"},
+			{Key: "access", Title: "Who may do what:"},
+			{Key: "traffic", Title: "Traffic:"},
+		}),
+		kong.KindMapper(reflect.Int, kong.MapperFunc(count)),
+		kong.TypeMapper(reflect.TypeFor[time.Duration](), kong.MapperFunc(duration)),
+		kong.TypeMapper(reflect.TypeFor[lb.Strategy](), text(lb.ParseStrategy)),
+		kong.TypeMapper(reflect.TypeFor[API](), text(parseAPI)),
+		kong.TypeMapper(reflect.TypeFor[Route](), text(parseRoute)),
+		kong.TypeMapper(reflect.TypeFor[netip.Prefix](), text(parseNetwork)),
+		kong.TypeMapper(reflect.TypeFor[*x509.CertPool](), text(readPool)),
+		kong.NamedMapper("listen", text(parseListen)),
+		kong.NamedMapper("listen-or-off", text(parseListenOrOff)),
+		kong.NamedMapper("path", text(parsePath)),
+		kong.NamedMapper("url", text(parseURL)),
+		kong.NamedMapper("token", text(parseToken)),
+		kong.NamedMapper("status", text(parseStatuses)),
+	}, options...)...)
+	if err != nil {
+		return nil, fmt.Errorf("the grammar of the command line: %w", err)
+	}
+	return parser.Parse(args)
+}
+
+// Defaults is the configuration of a gateway that is told nothing, whatever the environment says.
+func Defaults() (Gateway, error) {
+	var grammar struct {
+		Run Gateway `cmd:"" default:"withargs"`
+	}
+	_, err := Parse(&grammar, nil, func(string) (string, bool) { return "", false })
+	return grammar.Run, err
+}
+
+// Variables are the names under which a flag is looked up in the environment; the first one that is set wins.
+func Variables(flag *kong.Flag) []string {
+	if flag.Name == "help" || flag.Tag.Has("noenv") {
+		return nil
+	}
+	names := []string{"KERBEROS_" + strings.ReplaceAll(strings.ToUpper(flag.Name), "-", "_")}
+	if also := flag.Tag.Get("also"); also != "" {
+		names = append(names, also)
+	}
+	return names
+}
+
+// environment resolves the flags that the command line leaves out. A value is decoded here once for nothing but its
+// error, which can name the variable only here.
+func environment(env func(string) (string, bool)) kong.ResolverFunc {
+	return func(_ *kong.Context, _ *kong.Path, flag *kong.Flag) (any, error) {
+		for _, name := range Variables(flag) {
+			value, _ := env(name)
+			if value == "" {
+				continue
+			}
+			scan := kong.Scan().PushTyped(value, kong.FlagValueToken)
+			scratch := reflect.New(flag.Target.Type()).Elem()
+			if err := flag.Mapper.Decode(&kong.DecodeContext{Value: flag.Value, Scan: scan}, scratch); err != nil {
+				return nil, fmt.Errorf("%s: %w", name, err)
+			}
+			return value, nil
+		}
+		return nil, nil
+	}
+}
+
+// help shows the default command's flags on the first page too: `kerberos --help` is what people type.
+func help(options kong.HelpOptions, ctx *kong.Context) error {
+	if ctx.Selected() == nil && ctx.Model.DefaultCmd != nil {
+		ctx.Model.Flags = append(ctx.Model.Flags, ctx.Model.DefaultCmd.Flags...)
+	}
+	return kong.DefaultHelpPrinter(options, ctx)
+}
+
+// describe is one line of help: what a flag does, its default and its variables.
+func describe(v *kong.Value) string {
+	if v.Flag == nil {
+		return v.Help
+	}
+	var more []string
+	if v.HasDefault {
+		more = append(more, "default "+v.Default)
+	}
+	for _, name := range Variables(v.Flag) {
+		more = append(more, "$"+name)
+	}
+	if len(more) == 0 {
+		return v.Help
+	}
+	return v.Help + " (" + strings.Join(more, ", ") + ")"
+}
+
+// text makes a mapper of a function that parses one value.
+func text[T any](parse func(string) (T, error)) kong.MapperFunc {
+	return func(ctx *kong.DecodeContext, target reflect.Value) error {
+		var s string
+		if err := ctx.Scan.PopValueInto("value", &s); err != nil {
+			return err
+		}
+		v, err := parse(s)
+		if err != nil {
+			return err
+		}
+		target.Set(reflect.ValueOf(v).Convert(target.Type()))
+		return nil
+	}
+}

@@ -1,0 +1,252 @@
+package config
+
+import (
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"reflect"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/alecthomas/kong"
+
+	"kerberos/registry"
+)
+
+// Off is the --admin that opens no admin listener.
+const Off = "off"
+
+// API says which listeners serve the API.
+type API string
+
+const (
+	APIData  API = "data"
+	APIAdmin API = "admin"
+	APIBoth  API = "both"
+)
+
+func (a API) OnData() bool  { return a != APIAdmin }
+func (a API) OnAdmin() bool { return a != APIData }
+
+// Allow says who may use the API while no token is set. The zero Allow was not given and means loopback.
+type Allow struct {
+	Networks []netip.Prefix
+	None     bool // nobody
+	Set      bool // given, even if it repeats the default
+}
+
+// Decode adds one --api-allow: networks and the word loopback, separated by commas, or none.
+func (a *Allow) Decode(ctx *kong.DecodeContext) error {
+	var s string
+	if err := ctx.Scan.PopValueInto("value", &s); err != nil {
+		return err
+	}
+	for word := range strings.SplitSeq(s, ",") {
+		switch word = strings.TrimSpace(word); word {
+		case "none":
+			a.None = true
+		case "loopback":
+			a.Networks = append(a.Networks, netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128"))
+		default:
+			network, err := parseNetwork(word)
+			if err != nil {
+				return fmt.Errorf("%w, loopback or none", err)
+			}
+			a.Networks = append(a.Networks, network)
+		}
+	}
+	if a.None && len(a.Networks) > 0 {
+		return fmt.Errorf("%q: none stands alone", s)
+	}
+	a.Set = true
+	return nil
+}
+
+// Switch is a flag that is on or off.
+type Switch bool
+
+// IsBool lets the flag stand without a value.
+func (*Switch) IsBool() bool { return true }
+
+// Decode reads --x, --no-x and --x=off.
+func (s *Switch) Decode(ctx *kong.DecodeContext) error {
+	if ctx.Scan.Peek().Type != kong.FlagValueToken {
+		*s = true
+		return nil
+	}
+	switch value := fmt.Sprint(ctx.Scan.Pop().Value); strings.ToLower(value) {
+	case "on", "true", "yes", "1":
+		*s = true
+	case "off", "false", "no", "0":
+		*s = false
+	default:
+		return fmt.Errorf("%q is neither on nor off", value)
+	}
+	return nil
+}
+
+// Route sends the paths under Prefix to Service. Service is empty for the prefix "/*", which stands for the rule that the
+// first path segment names the service.
+type Route struct{ Prefix, Service string }
+
+// FirstSegment is the prefix of the route without a service.
+const FirstSegment = "/*"
+
+func parseRoute(s string) (Route, error) {
+	if s == FirstSegment {
+		return Route{Prefix: s}, nil
+	}
+	i := strings.LastIndexByte(s, '=') // a service's name has none
+	if i < 0 || !strings.HasPrefix(s, "/") {
+		return Route{}, fmt.Errorf("%q is not PREFIX=SERVICE with a PREFIX that starts with /, nor %s", s, FirstSegment)
+	}
+	route := Route{Prefix: s[:i], Service: s[i+1:]}
+	if err := registry.ValidName(route.Service); err != nil {
+		return Route{}, fmt.Errorf("%q: its service %w", s, err)
+	}
+	return route, nil
+}
+
+func parseAPI(s string) (API, error) {
+	switch a := API(s); a {
+	case APIData, APIAdmin, APIBoth:
+		return a, nil
+	}
+	return "", fmt.Errorf("%q is not one of %s, %s, %s", s, APIData, APIAdmin, APIBoth)
+}
+
+// parseNetwork reads a network or a single address. An IPv4-mapped one is what it maps, as peers are compared.
+func parseNetwork(s string) (netip.Prefix, error) {
+	s = strings.TrimSpace(s)
+	if ip, err := netip.ParseAddr(s); err == nil && ip.Zone() == "" {
+		ip = ip.Unmap()
+		return netip.PrefixFrom(ip, ip.BitLen()), nil
+	}
+	network, err := netip.ParsePrefix(s)
+	if err != nil {
+		return netip.Prefix{}, fmt.Errorf("%q is neither a network (10.0.0.0/8, fd00::/8) nor an address (10.1.2.3, ::1)", s)
+	}
+	if ip := network.Addr(); ip.Is4In6() && network.Bits() >= 96 {
+		network = netip.PrefixFrom(ip.Unmap(), network.Bits()-96)
+	}
+	return network.Masked(), nil
+}
+
+func parseListen(s string) (string, error) {
+	_, port, err := net.SplitHostPort(s)
+	if err == nil {
+		_, err = strconv.ParseUint(port, 10, 16)
+	}
+	if err != nil {
+		return "", fmt.Errorf("%q is not HOST:PORT or :PORT with a port from 0 to 65535", s)
+	}
+	return s, nil
+}
+
+func parseListenOrOff(s string) (string, error) {
+	if s == Off {
+		return s, nil
+	}
+	s, err := parseListen(s)
+	if err != nil {
+		return "", fmt.Errorf("%w, nor %s", err, Off)
+	}
+	return s, nil
+}
+
+func parsePath(s string) (string, error) {
+	if !strings.HasPrefix(s, "/") || strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' || r == '?' || r == '#' }) {
+		return "", fmt.Errorf("%q is not a path: it starts with / and is visible ASCII without ? and #", s)
+	}
+	return s, nil
+}
+
+func parseURL(s string) (string, error) {
+	u, err := url.Parse(s)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.User != nil {
+		return "", fmt.Errorf("%q is not http://HOST:PORT or https://HOST:PORT", s)
+	}
+	return u.Scheme + "://" + u.Host, nil
+}
+
+// parseToken refuses what no Authorization field can carry. Its error does not show the token.
+func parseToken(s string) (string, error) {
+	if s == "" || strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return "", errors.New("a token is visible ASCII without spaces")
+	}
+	return s, nil
+}
+
+func parseStatuses(s string) ([]int, error) {
+	var statuses []int
+	for word := range strings.SplitSeq(s, ",") {
+		status, err := strconv.Atoi(strings.TrimSpace(word))
+		if err != nil || status < 400 || status > 599 {
+			return nil, fmt.Errorf("%q is not a list of statuses from 400 to 599, separated by commas", s)
+		}
+		statuses = append(statuses, status)
+	}
+	return statuses, nil
+}
+
+func readPool(file string) (*x509.CertPool, error) {
+	pem, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err // names the file
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("%s holds no certificate in PEM form", file)
+	}
+	return pool, nil
+}
+
+// count reads a whole number that is at least what its flag's min tag says.
+func count(ctx *kong.DecodeContext, target reflect.Value) error {
+	var s string
+	if err := ctx.Scan.PopValueInto("number", &s); err != nil {
+		return err
+	}
+	least, err := strconv.Atoi(ctx.Value.Tag.Get("min"))
+	if err != nil {
+		return fmt.Errorf("its min tag: %w", err)
+	}
+	n, err := strconv.Atoi(s)
+	if err != nil || n < least {
+		return fmt.Errorf("%q is not a whole number of at least %d", s, least)
+	}
+	target.SetInt(int64(n))
+	return nil
+}
+
+// duration reads a time that is at least what its flag's min tag says.
+func duration(ctx *kong.DecodeContext, target reflect.Value) error {
+	var s string
+	if err := ctx.Scan.PopValueInto("duration", &s); err != nil {
+		return err
+	}
+	least, err := time.ParseDuration(ctx.Value.Tag.Get("min"))
+	if err != nil {
+		return fmt.Errorf("its min tag: %w", err)
+	}
+	d, err := time.ParseDuration(s)
+	if err != nil || d < least {
+		return fmt.Errorf("%q is not a time of at least %v, written like 30s, 1m30s or 250ms", s, least)
+	}
+	target.SetInt(int64(d))
+	return nil
+}
+
+// list writes alternatives for people: a, b, c.
+func list[T ~string](all []T) string {
+	words := make([]string, len(all))
+	for i, word := range all {
+		words[i] = string(word)
+	}
+	return strings.Join(words, ", ")
+}
