@@ -1,0 +1,139 @@
+// Package admin is the listener for those who operate the gateway: whether it lives, whether it is ready, and the API.
+// It does not know who may use the API: the handler it is given decides that.
+package admin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"github.com/valyala/fasthttp"
+
+	"kerberos/registry"
+)
+
+// Config is what an admin listener serves.
+type Config struct {
+	Ready func() bool             // whether /readyz says so
+	API   fasthttp.RequestHandler // /register and /services, with its own rule of access; nil: not served here
+	Log   *slog.Logger
+}
+
+// Server answers /healthz and /readyz to whoever reaches it, under any Host, and passes the API's paths on.
+type Server struct {
+	cfg  Config
+	http *fasthttp.Server
+}
+
+// New makes a server of cfg, all of which is needed but API.
+func New(cfg Config) *Server {
+	s := &Server{cfg: cfg}
+	s.http = &fasthttp.Server{
+		Handler:                      s.recovering,
+		ErrorHandler:                 registry.ErrorHandler,
+		MaxRequestBodySize:           registry.MaxBody,
+		ReadBufferSize:               16 << 10, // the longest request head
+		ReadTimeout:                  10 * time.Second,
+		WriteTimeout:                 30 * time.Second,
+		IdleTimeout:                  75 * time.Second,
+		DisablePreParseMultipartForm: true,
+		NoDefaultServerHeader:        true,
+		CloseOnShutdown:              true,
+		SecureErrorLogMessage:        true,
+		Logger:                       logger{cfg.Log},
+	}
+	return s
+}
+
+// Serve answers on ln until Shutdown; then its error is nil.
+func (s *Server) Serve(ln net.Listener) error {
+	return s.http.Serve(patient{ln})
+}
+
+// Shutdown closes the listener and idle connections and waits for requests in flight, as long as ctx lets it.
+func (s *Server) Shutdown(ctx context.Context) error {
+	return s.http.ShutdownWithContext(ctx)
+}
+
+// recovering makes a panic cost one request, not the process: fasthttp has no guard of its own.
+func (s *Server) recovering(ctx *fasthttp.RequestCtx) {
+	defer func() {
+		if r := recover(); r != nil {
+			s.cfg.Log.Error("panic in the admin listener", "panic", r, "stack", string(debug.Stack()))
+			registry.Problem(ctx, fasthttp.StatusInternalServerError, "", "this request met a defect of the gateway; its log says more")
+		}
+	}()
+	s.handle(ctx)
+}
+
+func (s *Server) handle(ctx *fasthttp.RequestCtx) {
+	switch path := path(ctx); {
+	case path == "/healthz":
+		s.answer(ctx, true)
+	case path == "/readyz":
+		s.answer(ctx, s.cfg.Ready())
+	case s.cfg.API != nil && (path == "/register" || path == "/services" || strings.HasPrefix(path, "/services/")):
+		s.cfg.API(ctx)
+	default:
+		registry.Problem(ctx, fasthttp.StatusNotFound, "", "nothing is served at this path; there are "+s.paths())
+	}
+}
+
+// answer tells ok, or not ready with 503, to GET and HEAD.
+func (s *Server) answer(ctx *fasthttp.RequestCtx, ok bool) {
+	if !ctx.IsGet() && !ctx.IsHead() {
+		ctx.Response.Header.Set(fasthttp.HeaderAllow, "GET, HEAD")
+		registry.Problem(ctx, fasthttp.StatusMethodNotAllowed, "", "this path answers GET and HEAD")
+		return
+	}
+	ctx.Response.Header.Set(fasthttp.HeaderCacheControl, "no-store")
+	if !ok {
+		ctx.SetStatusCode(fasthttp.StatusServiceUnavailable)
+		ctx.SetBodyString("not ready\n")
+		return
+	}
+	ctx.SetBodyString("ok\n")
+}
+
+func (s *Server) paths() string {
+	if s.cfg.API == nil {
+		return "/healthz and /readyz"
+	}
+	return "/healthz, /readyz, /register and /services"
+}
+
+// path is the raw path of the request, so that no decoding or clean-up makes it one that is served. Of the absolute form
+// (RFC 9112 3.2.2) it is the part after the authority.
+func path(ctx *fasthttp.RequestCtx) string {
+	target := string(ctx.Request.Header.RequestURI())
+	if _, rest, absolute := strings.Cut(target, "://"); absolute && !strings.HasPrefix(target, "/") {
+		target = rest[max(0, strings.IndexByte(rest, '/')):]
+	}
+	path, _, _ := strings.Cut(target, "?")
+	return path
+}
+
+// patient is a listener that outlasts a want of file descriptors or memory, which ends fasthttp's Serve for good.
+type patient struct{ net.Listener }
+
+func (l patient) Accept() (net.Conn, error) {
+	for pause := 5 * time.Millisecond; ; pause = min(2*pause, time.Second) {
+		conn, err := l.Listener.Accept()
+		if err == nil || errors.Is(err, net.ErrClosed) {
+			return conn, err
+		}
+		time.Sleep(pause)
+	}
+}
+
+// logger takes what fasthttp says of connections that failed: of interest only to who looks for it.
+type logger struct{ log *slog.Logger }
+
+func (l logger) Printf(format string, args ...any) {
+	l.log.Debug("admin connection", "error", fmt.Sprintf(format, args...))
+}
