@@ -1,0 +1,145 @@
+package registry
+
+import (
+	"fmt"
+	"strconv"
+	"testing"
+
+	"github.com/valyala/fasthttp"
+)
+
+func filled(b *testing.B, services, instances int) *Registry {
+	b.Helper()
+	r := New(Config{})
+	for s := range services {
+		for i := range instances {
+			register(b, r, "service-"+strconv.Itoa(s), "instance-"+strconv.Itoa(i), "http://10.0.0.1:8080", 1)
+		}
+	}
+	return r
+}
+
+func unregister(b *testing.B, r *Registry, service, id string) {
+	b.Helper()
+	if err := r.Unregister(service, id); err != nil {
+		b.Fatal(err)
+	}
+}
+
+// One instance joins a service of that size and leaves it again: the cost of two changes.
+func BenchmarkRegisterInto(b *testing.B) {
+	for _, n := range []int{1, 100, 10_000} {
+		r := filled(b, 1, n)
+		b.Run(fmt.Sprintf("instances=%d/join+leave", n), func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				register(b, r, "service-0", "instance-00", "http://10.0.0.1:8080", 1)
+				unregister(b, r, "service-0", "instance-00")
+			}
+		})
+		b.Run(fmt.Sprintf("instances=%d/update", n), func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				register(b, r, "service-0", "instance-0", "http://10.0.0.1:8080", 2)
+			}
+		})
+	}
+}
+
+// The cost of a change must not depend on how many other services there are. Each change meets another service, so that
+// none of them is in the processor's cache because of the one before.
+func BenchmarkRegisterBeside(b *testing.B) {
+	for _, n := range []int{10, 100_000} {
+		r := filled(b, n, 1)
+		old, fresh := make([]string, n), make([]string, n)
+		for i := range n {
+			old[i], fresh[i] = "service-"+strconv.Itoa(i*7919%n), "new-"+strconv.Itoa(i)
+		}
+		bench := func(name string, change func(i int)) {
+			b.Run(fmt.Sprintf("services=%d/%s", n, name), func(b *testing.B) {
+				b.ReportAllocs()
+				i := 0
+				for b.Loop() {
+					change(i)
+					if i++; i == n {
+						i = 0
+					}
+				}
+			})
+		}
+		bench("update", func(i int) { register(b, r, old[i], "instance-0", "http://10.0.0.1:8080", 2) })
+		bench("join+leave", func(i int) {
+			register(b, r, old[i], "z", "http://10.0.0.1:8080", 1)
+			unregister(b, r, old[i], "z")
+		})
+		bench("first+last of a new one", func(i int) {
+			register(b, r, fresh[i], "a", "http://10.0.0.1:8080", 1)
+			unregister(b, r, fresh[i], "a")
+		})
+		bench("last+first of an old one", func(i int) {
+			unregister(b, r, old[i], "instance-0")
+			register(b, r, old[i], "instance-0", "http://10.0.0.1:8080", 1)
+		})
+	}
+}
+
+// From nothing to 100,000 services of one instance each.
+func BenchmarkFill100000(b *testing.B) {
+	b.ReportAllocs()
+	for b.Loop() {
+		if r := filled(b, 100_000, 1); len(r.Names()) != 100_000 {
+			b.Fatal("services are missing")
+		}
+	}
+}
+
+// The one read of the registry that is made for others' changes.
+func BenchmarkSnapshot(b *testing.B) {
+	r := filled(b, 100_000, 1)
+	b.ReportAllocs()
+	for b.Loop() {
+		if r.Snapshot("service-77777") == nil {
+			b.Fatal("missing")
+		}
+	}
+}
+
+// GET /services: ten times the services must cost about ten times as much.
+func BenchmarkGetServices(b *testing.B) {
+	for _, n := range []int{100, 1_000, 10_000} {
+		h := NewHandler(filled(b, n, 3), nil)
+		b.Run(fmt.Sprintf("services=%d", n), func(b *testing.B) {
+			b.ReportAllocs()
+			var ctx fasthttp.RequestCtx
+			for b.Loop() {
+				ctx.Request.Reset()
+				ctx.Response.Reset()
+				ctx.Request.SetRequestURI("/services")
+				h(&ctx)
+			}
+			if ctx.Response.StatusCode() != fasthttp.StatusOK {
+				b.Fatal(ctx.Response.String())
+			}
+			b.ReportMetric(float64(len(ctx.Response.Body())), "B/body")
+		})
+	}
+}
+
+func BenchmarkParseAddr(b *testing.B) {
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := ParseAddr("http://backend-7.example:8080/base"); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkDecode(b *testing.B) {
+	body := []byte(`{"service":"echo","id":"inst-1","addr":"http://localhost:8081","weight":2}`)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := decodeMembers(body, "service", "id", "addr", "weight"); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
