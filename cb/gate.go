@@ -87,8 +87,8 @@ func (cfg Config) withDefaults() (Config, error) {
 }
 
 // The word of a Gate is all that a request reads of it. The low 32 bits count: failures in a row while closed, free
-// probes while half-open. Above them are 2 bits of State, and above those the generation, which every change of state
-// begins anew (30 bits, from 1 on). The era is the word without its count.
+// probes while half-open, nothing while open. Above them are 2 bits of State, and above those the generation, which every
+// change of state begins anew (30 bits, from 1 on). The era is the word without its count.
 
 func pack(generation uint64, s State, n int) uint64 {
 	return generation<<34 | uint64(s)<<32 | uint64(n)
@@ -213,8 +213,11 @@ func (g *Gate) Status() Status {
 // Allow reports whether a request may be sent, and with which Token. Closed and open it is one atomic load; half-open
 // it takes a lock, if a probe is free. It does not allocate, except for a probe.
 func (g *Gate) Allow() (Token, bool) {
-	if w := g.word.Load(); state(w) == Closed {
+	switch w := g.word.Load(); {
+	case state(w) == Closed:
 		return Token{era: era(w)}, true
+	case count(w) == 0: // open, or every probe is taken
+		return Token{}, false
 	}
 	return g.allowProbe()
 }
@@ -284,12 +287,10 @@ func (g *Gate) Close() {
 	}
 }
 
+// allowProbe is Allow where there was a free probe a moment ago; gobreaker knows whether there still is.
 func (g *Gate) allowProbe() (t Token, ok bool) {
-	if w := g.word.Load(); state(w) == Open || state(w) == HalfOpen && count(w) == 0 {
-		return t, false
-	}
 	g.locked(func() {
-		if w := g.word.Load(); state(w) == Closed { // just now
+		if w := g.word.Load(); state(w) == Closed { // in that moment
 			t, ok = Token{era: era(w)}, true
 			return
 		}
@@ -395,7 +396,7 @@ func (g *Gate) changed(_ string, gFrom, gTo gobreaker.State) {
 		g.reason = nil
 		c.reason = fmt.Errorf("%d of %[1]d probes succeeded", g.cfg.Probes)
 	}
-	g.word.Store(uint64(pack(generation(g.word.Load())+1, to, free)))
+	g.word.Store(pack(generation(g.word.Load())+1, to, free))
 	if g.onChange != nil {
 		g.changes = append(g.changes, c)
 	}

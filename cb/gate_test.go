@@ -261,6 +261,8 @@ func TestLostProbe(t *testing.T) {
 		synctest.Wait()
 		wantGate(t, g, HalfOpen, 2)
 		g.Success(probeOf(t, g)) // in time, and not for the lost one
+		probeOf(t, g)            // has its own minute
+		wantGate(t, g, HalfOpen, 0)
 		time.Sleep(time.Nanosecond)
 		synctest.Wait()
 		wantGate(t, g, Open, 0)
@@ -385,6 +387,53 @@ func TestExactCountConcurrently(t *testing.T) {
 		}
 		g.Close()
 	}
+}
+
+// What may happen between a caller's look at the word and its turn under the lock.
+func TestInterleaved(t *testing.T) {
+	t.Run("a success before the last failure", func(t *testing.T) {
+		g := newGate(t, Config{}, nil)
+		fail(t, g, 4)
+		token, _ := g.Allow()
+		w := g.word.Load()
+		g.Success(token)
+		if g.trip(w, errRefused) {
+			t.Error("opened by a run that had ended")
+		}
+		wantGate(t, g, Closed, 0)
+		fail(t, g, 4)
+		wantGate(t, g, Closed, 0)
+	})
+	t.Run("two last failures", func(t *testing.T) {
+		var told log
+		g := newGate(t, Config{}, told.add)
+		fail(t, g, 4)
+		w := g.word.Load()
+		if !g.trip(w, errRefused) || g.trip(w, errRefused) {
+			t.Error("not opened by exactly the first")
+		}
+		wantGate(t, g, Open, 0)
+		told.want(t, "closed -> open: 5 failures in a row: connection refused")
+	})
+	t.Run("closed while a probe was wanted", func(t *testing.T) {
+		g := newGate(t, Config{}, nil)
+		token, ok := g.allowProbe()
+		if !ok || token.Probe() {
+			t.Errorf("admitted %v, probe %v; want an ordinary token", ok, token.Probe())
+		}
+		g.Success(token)
+		wantGate(t, g, Closed, 0)
+		fail(t, g, 5)
+		wantGate(t, g, Open, 0)
+	})
+	t.Run("open while a probe was wanted", func(t *testing.T) {
+		g := newGate(t, Config{}, nil)
+		fail(t, g, 5)
+		if token, ok := g.allowProbe(); ok || token != (Token{}) {
+			t.Error("admitted by an open gate")
+		}
+		wantGate(t, g, Open, 0)
+	})
 }
 
 // More failures than needed, at once: it opens once, and the rest are late.
@@ -639,6 +688,9 @@ func TestClose(t *testing.T) {
 				g.Close()
 				g.Close()
 				closed = true
+				if g.timer != nil && g.timer.Stop() {
+					t.Error("the timer is still set")
+				}
 				before := g.Status()
 				wantGate(t, g, tt.state, 0)
 				if _, ok := g.Allow(); ok != (tt.state == Closed) {
