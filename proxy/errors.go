@@ -1,0 +1,109 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"syscall"
+)
+
+// A refusal is an answer of the gateway's own: its status, one line of text for people, and the error type of RFC 9209
+// for the Proxy-Status field. The text says what and why, and nothing of the inside.
+type refusal struct {
+	status int
+	kind   string // RFC 9209 section 2.3; "" where it has no word for it
+	text   string
+}
+
+func (r *refusal) Error() string { return r.text }
+
+// What clients did wrong. All but errNoRoute, errNoInstance and errExpect end the connection: where a head is not
+// clear, neither is where the next one begins.
+var (
+	errBareLF           = &refusal{400, "http_request_error", "a line of the request head does not end in CRLF"}
+	errRequestLine      = &refusal{400, "http_request_error", "the request line is not METHOD TARGET HTTP/1.1"}
+	errVersion          = &refusal{505, "http_request_error", "only HTTP/1.0 and HTTP/1.1 are spoken here"}
+	errTarget           = &refusal{400, "http_request_error", "the request target has bytes that must be percent-encoded, or is none of /path, http://host/path and *"}
+	errFieldName        = &refusal{400, "http_request_error", "a field line of the request has no valid name, or is folded"}
+	errFieldValue       = &refusal{400, "http_request_error", "a field value of the request has control bytes"}
+	errHost             = &refusal{400, "http_request_error", "the request needs one valid Host field"}
+	errContentLength    = &refusal{400, "http_request_error", "Content-Length must be one number, sent once"}
+	errTransferEncoding = &refusal{400, "http_request_error", "Transfer-Encoding must be sent once, with HTTP/1.1"}
+	errTransferCoding   = &refusal{501, "http_request_error", "the only transfer coding understood here is chunked"}
+	errBothLengths      = &refusal{400, "http_request_error", "a request has Content-Length or Transfer-Encoding, not both"}
+	errMaxForwards      = &refusal{400, "http_request_error", "Max-Forwards must be a number"}
+	errHeadTooLarge     = &refusal{431, "http_request_error", "the request head is larger than 32 KiB"}
+	errHeadTimeout      = &refusal{408, "http_request_error", "the request head did not arrive in time"}
+	errBodyTimeout      = &refusal{408, "http_request_error", "the request body stopped arriving"}
+	errChunk            = &refusal{400, "http_request_error", "the chunked request body is malformed"}
+	errMethod           = &refusal{405, "http_request_denied", "CONNECT and TRACE are not allowed here"}
+	errPath             = &refusal{400, "http_request_denied", "the path leads elsewhere once its dot segments are resolved"}
+	errExpect           = &refusal{417, "http_request_denied", "the only expectation met here is 100-continue"}
+	errUpgrade          = &refusal{501, "http_upgrade_failed", "WebSocket is not supported here"}
+	errLoop             = &refusal{508, "proxy_loop_detected", "the request came back to the gateway that sent it"}
+	errNoRoute          = &refusal{404, "destination_not_found", "no service has this path"}
+	errNoInstance       = &refusal{503, "destination_unavailable", "no instance of the service is ready"}
+	errInternal         = &refusal{500, "proxy_internal_error", "the gateway failed on this request"}
+)
+
+// What backends did wrong.
+var (
+	errRefused         = &refusal{502, "connection_refused", "the backend refused the connection"}
+	errConnectTimeout  = &refusal{504, "connection_timeout", "the backend did not accept the connection in time"}
+	errUnreachable     = &refusal{502, "destination_ip_unroutable", "the backend cannot be reached"}
+	errProhibited      = &refusal{502, "destination_ip_prohibited", "the backend's address is not allowed"}
+	errCertificate     = &refusal{502, "tls_certificate_error", "the backend's certificate is not trusted"}
+	errTLS             = &refusal{502, "tls_protocol_error", "the TLS handshake with the backend failed"}
+	errTerminated      = &refusal{502, "connection_terminated", "the backend closed the connection before it answered"}
+	errResponseTimeout = &refusal{504, "http_response_timeout", "the backend did not answer in time"}
+	errWriteTimeout    = &refusal{504, "connection_write_timeout", "the backend stopped taking the request"}
+	errMalformed       = &refusal{502, "http_protocol_error", "the backend's response is malformed"}
+	errResponseHead    = &refusal{502, "http_response_header_section_size", "the backend's response head is larger than 32 KiB"}
+	errIncomplete      = &refusal{502, "http_response_incomplete", "the backend broke off its response"}
+	errSwitch          = &refusal{502, "http_upgrade_failed", "the backend switched protocols unasked"}
+)
+
+// errBadStatus answers for a probe that got a failing status when nobody else could answer.
+var errBadStatus = &refusal{502, "http_protocol_error", "the only instance that was asked answered with a failure"}
+
+// errClientGone ends a request whose client left or broke off its body: there is nobody to answer.
+var errClientGone = errors.New("the client left")
+
+// errStale is a kept-alive connection that the backend had closed before it saw the request: nobody's fault.
+var errStale = errors.New("the backend had closed the kept-alive connection")
+
+// dialFailure finds the refusal for an error of a dial or handshake.
+func dialFailure(err error) *refusal {
+	var unknown x509.UnknownAuthorityError
+	var invalid x509.CertificateInvalidError
+	var host x509.HostnameError
+	var verify *tls.CertificateVerificationError
+	var record tls.RecordHeaderError
+	var alert tls.AlertError
+	var own *refusal
+	switch {
+	case errors.As(err, &own):
+		return own
+	case errors.As(err, &verify), errors.As(err, &unknown), errors.As(err, &invalid), errors.As(err, &host):
+		return errCertificate
+	case isTimeout(err), errors.Is(err, context.DeadlineExceeded):
+		return errConnectTimeout
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return errRefused
+	case errors.As(err, &record), errors.As(err, &alert), errors.Is(err, io.EOF):
+		return errTLS
+	}
+	return errUnreachable
+}
+
+func isTimeout(err error) bool {
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return true
+	}
+	var ne net.Error
+	return errors.As(err, &ne) && ne.Timeout()
+}

@@ -1,0 +1,131 @@
+package proxy
+
+import (
+	"bytes"
+	"net/netip"
+	"strconv"
+	"unsafe"
+
+	"kerberos/registry"
+)
+
+// trusts says whether the peer's forwarding fields are believed.
+func (p *Proxy) trusts(peer netip.Addr) bool {
+	for _, network := range p.cfg.TrustedProxies {
+		if network.Contains(peer) {
+			return true
+		}
+	}
+	return false
+}
+
+// client finds whom a trusted peer speaks for: the rightmost X-Forwarded-For entry, of all lines in order, that is not
+// itself trusted. An entry that is no address ends the walk at the last good one.
+func (p *Proxy) client(r *Request, peer netip.Addr) netip.Addr {
+	for i := len(r.xff) - 1; i >= 0; i-- {
+		f, _, err := readField(r.lines[r.xff[i].from:])
+		if err != nil {
+			return peer
+		}
+		for rest := f.value; len(rest) > 0; {
+			comma := bytes.LastIndexByte(rest, ',')
+			entry := trim(rest[comma+1:])
+			rest = rest[:max(comma, 0)]
+			addr, ok := parseNode(entry)
+			if !ok {
+				return peer
+			}
+			if peer = addr; !p.trusts(addr) {
+				return peer
+			}
+		}
+	}
+	return peer
+}
+
+// parseNode reads an address as proxies write it: with or without port.
+func parseNode(b []byte) (netip.Addr, bool) {
+	s := unsafe.String(unsafe.SliceData(b), len(b))
+	if addr, err := netip.ParseAddr(s); err == nil && addr.Zone() == "" {
+		return addr.Unmap(), true
+	}
+	if ap, err := netip.ParseAddrPort(s); err == nil && ap.Addr().Zone() == "" {
+		return ap.Addr().Unmap(), true
+	}
+	return netip.Addr{}, false
+}
+
+// constantFields are the fields that every request of a connection gets: where it came from, and our Via.
+func (p *Proxy) constantFields(dst []byte, peer netip.Addr) []byte {
+	dst = append(dst, "X-Forwarded-For: "...)
+	dst = peer.AppendTo(dst)
+	dst = append(dst, "\r\nX-Real-IP: "...)
+	dst = peer.AppendTo(dst)
+	dst = append(dst, "\r\nX-Forwarded-Proto: http\r\n"...)
+	return dst
+}
+
+// appendHead appends the head as the backend gets it: the request line with the base path of its addr, the client's field
+// lines byte for byte without those that are for this hop, and ours.
+func (c *conn) appendHead(dst []byte, r *Request, t *registry.Target) []byte {
+	dst = append(dst, r.Method...)
+	dst = append(dst, ' ')
+	dst = append(dst, t.BasePath...)
+	dst = append(dst, r.target...)
+	dst = append(dst, " HTTP/1.1\r\n"...)
+	host := r.Host
+	if !r.hasHost {
+		dst = append(dst, "Host: "...)
+		at := len(dst)
+		if len(host) > 0 {
+			dst = append(dst, host...) // of an absolute-form target
+		} else {
+			dst = append(dst, t.Authority...)
+		}
+		host = dst[at:]
+		dst = append(dst, '\r', '\n')
+	}
+	dst = appendLines(dst, r.lines, r.drops)
+	if !c.trusted {
+		dst = append(dst, c.constant...)
+	} else {
+		dst = append(dst, "X-Forwarded-For: "...)
+		for _, s := range r.xff {
+			f, _, _ := readField(r.lines[s.from:])
+			dst = append(dst, f.value...)
+			dst = append(dst, ", "...)
+		}
+		dst = c.peer.AppendTo(dst)
+		dst = append(dst, "\r\nX-Real-IP: "...)
+		dst = r.Client.AppendTo(dst)
+		dst = append(dst, '\r', '\n')
+		if !r.hasProto {
+			dst = append(dst, "X-Forwarded-Proto: http\r\n"...)
+		}
+	}
+	if !r.hasFwdHost {
+		dst = append(dst, "X-Forwarded-Host: "...)
+		dst = append(dst, host...)
+		dst = append(dst, '\r', '\n')
+	}
+	if !c.p.cfg.NoVia {
+		dst = append(dst, "Via: 1."...)
+		dst = append(dst, '0'+r.minor, ' ')
+		dst = append(dst, c.p.pseudonym...)
+		dst = append(dst, '\r', '\n')
+	}
+	switch {
+	case r.chunked:
+		dst = append(dst, "Transfer-Encoding: chunked\r\n"...)
+	case r.lengthDropped:
+		dst = append(dst, "Content-Length: "...)
+		dst = strconv.AppendInt(dst, r.length, 10)
+		dst = append(dst, '\r', '\n')
+	}
+	if r.maxForwards > 0 {
+		dst = append(dst, "Max-Forwards: "...)
+		dst = strconv.AppendInt(dst, int64(r.maxForwards-1), 10)
+		dst = append(dst, '\r', '\n')
+	}
+	return append(dst, '\r', '\n')
+}

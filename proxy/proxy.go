@@ -1,0 +1,346 @@
+// Package proxy is the way of a request: HTTP/1.1 in, HTTP/1.1 out. It joins the registry (who is there), the balancers
+// (whom to ask) and the breakers (whom not to ask). It does not know configuration files, flags or signals.
+//
+// Client connections are served by a loop of our own, one goroutine each: heads and bodies are taken from and put on the
+// wire as they are, so that fields keep their order and case, and nothing is parsed twice. Connections to instances come
+// from one fasthttp.HostClient an instance. handle, in this file, is a request from top to bottom.
+package proxy
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/valyala/fasthttp"
+
+	"kerberos/cb"
+	"kerberos/lb"
+	"kerberos/registry"
+)
+
+// probePatience is how long the probes of a half-open instance wait for requests that can do without it.
+const probePatience = time.Second
+
+// defaultService answers 503, not 404, even if nobody ever registered it.
+const defaultService = "echo"
+
+// Config is what a Proxy is made of. Fields that are left zero get the default.
+type Config struct {
+	Registry *registry.Registry // who is there; needed
+	Strategy lb.Strategy        // round-robin
+	Routes   []RoutePrefix      // none: FirstSegment
+
+	RequestTimeout  time.Duration // 30 s: from the last byte of a request sent to the response head, over all attempts
+	ConnectTimeout  time.Duration // 2 s, for each address of an instance, and again for a TLS handshake
+	UpstreamIdle    time.Duration // 4 s: how long a connection to an instance is kept without a request
+	Retries         int           // 2 further attempts; negative: none
+	Breaker         cb.Config     // 5 failures in a row, 30 s, 3 probes
+	BreakerStatuses []int         // 502, 503, 504: what counts as a failure of the instance
+
+	TrustedProxies   []netip.Prefix // none: whose forwarding fields are believed
+	UpstreamCA       *x509.CertPool // nil: the system's roots
+	UpstreamInsecure bool           // certificates of instances are not verified
+	NoVia            bool           // no Via field is added, and loops are not found by it
+
+	HealthPath string      // none: a path answered here with 200 while Ready, else 503
+	Ready      func() bool // nil: always
+
+	API     fasthttp.RequestHandler         // nil: the registration API is not served here
+	MayRead func(*fasthttp.RequestCtx) bool // who is told which services there are when a path has none; nil: nobody
+
+	LogRequests bool         // one line a request
+	Log         *slog.Logger // nil: slog.Default()
+}
+
+// withDefaults checks a Config and fills its gaps.
+func (cfg Config) withDefaults() (Config, error) {
+	if cfg.Registry == nil {
+		return cfg, errors.New("proxy: Config.Registry is nil")
+	}
+	if cfg.Strategy == "" {
+		cfg.Strategy = lb.RoundRobin
+	}
+	if _, err := lb.ParseStrategy(string(cfg.Strategy)); err != nil {
+		return cfg, fmt.Errorf("proxy: Config.Strategy: %w", err)
+	}
+	for _, d := range []struct {
+		name     string
+		value    *time.Duration
+		standard time.Duration
+	}{
+		{"RequestTimeout", &cfg.RequestTimeout, 30 * time.Second},
+		{"ConnectTimeout", &cfg.ConnectTimeout, 2 * time.Second},
+		{"UpstreamIdle", &cfg.UpstreamIdle, 4 * time.Second},
+	} {
+		if *d.value < 0 {
+			return cfg, fmt.Errorf("proxy: Config.%s is %v: it must be more than 0", d.name, *d.value)
+		}
+		if *d.value == 0 {
+			*d.value = d.standard
+		}
+	}
+	switch {
+	case cfg.Retries == 0:
+		cfg.Retries = 2
+	case cfg.Retries < 0:
+		cfg.Retries = 0
+	}
+	if cfg.BreakerStatuses == nil {
+		cfg.BreakerStatuses = []int{502, 503, 504}
+	}
+	gate, err := cb.New(cfg.Breaker, nil)
+	if err != nil {
+		return cfg, fmt.Errorf("proxy: Config.Breaker: %w", err)
+	}
+	gate.Close()
+	if cfg.Ready == nil {
+		cfg.Ready = func() bool { return true }
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.Default()
+	}
+	return cfg, nil
+}
+
+// Proxy forwards requests to the instances of a registry.
+type Proxy struct {
+	cfg       Config
+	log       *slog.Logger
+	route     RouteFunc
+	pseudonym []byte // our name in Via, unique to the process: RFC 9110 section 7.6.3
+	loopMark  string // the same, or "" if we add no Via
+	failing   [600]bool
+	services  sync.Map  // name -> *service
+	large     sync.Pool // of *[]byte, for bodies
+	date      atomic.Pointer[dateLine]
+
+	background sync.WaitGroup
+	connections
+}
+
+// New makes a Proxy for a Registry; route nil means cfg.Routes, and if there are none FirstSegment.
+// Give Update to Registry.OnChange.
+func New(cfg Config, route RouteFunc) (*Proxy, error) {
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	var id [6]byte
+	rand.Read(id[:]) // never fails
+	p := &Proxy{cfg: cfg, log: cfg.Log, route: route, pseudonym: []byte("kerberos-" + hex.EncodeToString(id[:]))}
+	if !cfg.NoVia {
+		p.loopMark = string(p.pseudonym)
+	}
+	for _, status := range cfg.BreakerStatuses {
+		if status < 100 || status > 599 {
+			return nil, fmt.Errorf("proxy: Config.BreakerStatuses has %d: a status is 100 to 599", status)
+		}
+		p.failing[status] = true
+	}
+	p.large.New = func() any {
+		b := make([]byte, maxWhole+2*firstBuffer)
+		return &b
+	}
+	p.conns = map[*conn]struct{}{}
+	p.empties = sync.NewCond(&p.mu)
+	if route == nil {
+		p.route = FirstSegment
+		table, err := newPrefixTable(cfg.Routes, registry.ValidName)
+		if err != nil {
+			return nil, err
+		}
+		if len(cfg.Routes) > 0 {
+			p.route = table.route
+		}
+		for _, name := range table.services {
+			p.addService(name, true)
+		}
+	}
+	p.addService(defaultService, true)
+	for _, name := range cfg.Registry.Names() {
+		p.Update(name)
+	}
+	return p, nil
+}
+
+// handle serves the request that c.req holds, and reports whether the connection can serve another one.
+func (c *conn) handle() (keep bool) {
+	p, r, x := c.p, &c.req, &c.x
+	x.begin(time.Now())
+	if p.cfg.LogRequests {
+		defer c.logRequest()
+	}
+	if done, keep := c.local(); done {
+		return keep
+	}
+	s, err := p.find(r)
+	if err == nil && s.view.Load().nobody() {
+		err = errNoInstance // before the body is asked for: 100-continue is not sent for nothing
+	}
+	if err != nil {
+		return c.noRoute(s, err)
+	}
+	if err := x.hold(false); err != nil {
+		return c.fail(err)
+	}
+
+	x.service = s
+	for {
+		u := x.pick()
+		if u == nil {
+			if x.err == nil {
+				x.err = errNoInstance
+			}
+			return c.fail(x.err)
+		}
+		if err := x.send(u); err == nil {
+			return x.finish()
+		} else if !x.again(err) {
+			return c.fail(x.err)
+		}
+	}
+}
+
+// find routes a request. Where the path could be read in another way, both must lead to the same service.
+func (p *Proxy) find(r *Request) (*service, *refusal) {
+	name := p.route(r)
+	s := p.service(name)
+	if r.unclear {
+		raw := r.Path
+		var ok bool
+		if r.Path, ok = canonical(make([]byte, 0, len(raw)+1), raw); !ok {
+			return nil, errPath
+		}
+		other := p.route(r)
+		r.Path = raw
+		if other != name {
+			return nil, errPath
+		}
+	}
+	if s == nil || !s.pinned && s.emptied.Load() != 0 && !s.known(time.Now()) {
+		return nil, errNoRoute
+	}
+	return s, nil
+}
+
+// statusError is a response status that counts as a failure of the instance.
+type statusError int
+
+func (e statusError) Error() string { return "status " + strconv.Itoa(int(e)) }
+
+// nobody says that no instance could be asked, not even for a probe.
+func (v *view) nobody() bool { return len(v.ready) == 0 && len(v.probing) == 0 }
+
+// pick chooses the instance to ask next and passes its breaker; nil if nobody is left. Balancers hold ready instances
+// only. A free probe of a half-open instance goes to a request that a ready one could still answer, so that no client
+// pays for it; to any request if that did not happen for a second, or if no instance is ready.
+func (x *exchange) pick() *upstream {
+	if x.asked.n == lb.MaxTried {
+		return nil
+	}
+	v := x.service.view.Load()
+	x.look(v)
+	if len(v.probing) > 0 {
+		if u := x.probe(v, false); u != nil {
+			return u
+		}
+	}
+	for x.tried.Len() < lb.MaxTried {
+		i := v.balancer.Pick(x.key, &x.tried)
+		if i < 0 {
+			break
+		}
+		x.tried.Add(i)
+		if u := x.admit(v.ready[i]); u != nil {
+			return u
+		}
+	}
+	// Breakers that opened a moment ago, before the next view, are in the way: look at all.
+	for _, u := range v.ready {
+		if !x.asked.has(u) {
+			if u := x.admit(u); u != nil {
+				return u
+			}
+		}
+	}
+	return x.probe(v, true)
+}
+
+// probe takes a free probe of a half-open instance that was not asked yet. x.spare is set if a ready instance can make
+// up for its failure.
+func (x *exchange) probe(v *view, nobodyElse bool) *upstream {
+	for _, u := range v.probing {
+		if u.gate.FreeProbes() == 0 || x.asked.has(u) {
+			continue
+		}
+		spare := !nobodyElse && len(v.ready) > 0 && x.p().cfg.Retries > 0 && x.repeatable() &&
+			(v.ipHash == nil || v.ipHash.WouldOwn(x.key, u.id))
+		if !spare && !nobodyElse && x.now.Sub(u.gate.Status().Since) < probePatience {
+			continue
+		}
+		if u := x.admit(u); u != nil {
+			x.spare = spare
+			return u
+		}
+	}
+	return nil
+}
+
+// admit passes the breaker of u; nil if that blocks.
+func (x *exchange) admit(u *upstream) *upstream {
+	token, ok := u.gate.Allow()
+	if !ok {
+		return nil
+	}
+	x.asked.add(u)
+	x.upstream, x.token, x.open, x.settled, x.spare = u, token, true, false, false
+	u.inFlight.Add(1)
+	return u
+}
+
+// again decides whether another instance is asked after a failed attempt. Nothing written: always. Otherwise if the
+// method is idempotent, the body is still here and the retry budget allows it; a probe that another instance can make up
+// for is not charged.
+func (x *exchange) again(err error) bool {
+	x.err = err
+	x.end(blame(err), err)
+	switch {
+	case blame(err) == ignored:
+		return false
+	case !x.written:
+		return true
+	case !x.repeatable() || x.timeLeft() <= 0:
+		return false
+	case x.spare:
+		return true
+	case x.retries == 0 || !x.service.budget.take(x.service, time.Now()):
+		return false
+	}
+	x.retries--
+	return true
+}
+
+// logRequest writes the line of --log-requests.
+func (c *conn) logRequest() {
+	r, x := &c.req, &c.x
+	attrs := []slog.Attr{
+		slog.String("client", r.Client.String()), slog.String("method", string(r.Method)), slog.String("target", string(r.target)),
+		slog.Int("status", x.status), slog.Int("attempts", x.attempts), slog.Duration("took", time.Since(x.now)),
+	}
+	if x.service != nil {
+		attrs = append(attrs, slog.String("service", x.service.name))
+	}
+	if x.upstream != nil {
+		attrs = append(attrs, slog.String("instance", x.upstream.id))
+	}
+	c.p.log.LogAttrs(context.Background(), slog.LevelInfo, "request", attrs...)
+}

@@ -1,0 +1,120 @@
+package proxy
+
+import "bytes"
+
+// response is the head of a backend's response.
+type response struct {
+	status int
+	line   []byte // status code and reason phrase, with the space before and the CRLF behind
+	lines  []byte // all field lines, each with its CRLF
+	minor  byte
+	framing
+	drops   []span
+	close   bool // the connection ends with this response
+	hasDate bool
+}
+
+// parse reads a whole response head, from the status line to the empty line, as strictly as we read requests. It reports
+// false for one that is malformed or could be framed in two ways.
+func (r *response) parse(b []byte) bool {
+	*r = response{drops: r.drops[:0], framing: framing{length: -1}}
+	nl := bytes.IndexByte(b, '\n')
+	if nl < 13 || b[nl-1] != '\r' || string(b[:7]) != "HTTP/1." || b[8] != ' ' {
+		return false
+	}
+	if r.minor = b[7] - '0'; r.minor > 1 {
+		return false
+	}
+	code, ok := parseLength(b[9:12])
+	if !ok || code < 100 || code > 599 || b[12] != ' ' && b[12] != '\r' || !visible(b[12:nl-1]) {
+		return false
+	}
+	r.status, r.line = int(code), b[8:nl+1]
+	r.lines = b[nl+1 : len(b)-2]
+	keepAlive, named := false, false
+	for at := 0; at < len(r.lines); {
+		f, n, err := readField(r.lines[at:])
+		if err != nil {
+			return false
+		}
+		drop := false
+		switch identify(f.name) {
+		case fieldContentLength:
+			length, ok := parseLength(f.value)
+			if !ok || r.length >= 0 || f.value[0] == '0' && len(f.value) > 1 {
+				return false
+			}
+			drop = r.status == 204 // RFC 9110 section 8.6
+			r.length = length
+		case fieldTransferEncoding:
+			if r.chunked || r.minor == 0 || !is(f.value, "chunked") {
+				return false
+			}
+			r.chunked, drop = true, true
+		case fieldConnection:
+			drop = true
+			for option := range list(f.value) {
+				switch {
+				case is(option, "close"):
+					r.close = true
+				case is(option, "keep-alive"):
+					keepAlive = true
+				default:
+					named = true
+				}
+			}
+		case fieldHopByHop, fieldUpgrade:
+			drop = true
+		case fieldDate:
+			r.hasDate = true
+		}
+		if drop {
+			r.drops = appendSpan(r.drops, at, at+n)
+		}
+		at += n
+	}
+	if r.chunked && r.length >= 0 {
+		return false
+	}
+	r.close = r.close || r.minor == 0 && !keepAlive
+	if named {
+		r.drops = dropNominated(r.lines, r.drops)
+	}
+	return true
+}
+
+// append appends the head as the client gets it, up to where our own fields go.
+func (r *response) append(dst []byte) []byte {
+	dst = append(dst, "HTTP/1.1"...)
+	if r.line[4] == '\r' { // no reason phrase, and no space before it: RFC 9112 section 4 wants the space
+		dst = append(dst, r.line[:4]...)
+		dst = append(dst, ' ', '\r', '\n')
+	} else {
+		dst = append(dst, r.line...)
+	}
+	return appendLines(dst, r.lines, r.drops)
+}
+
+// bodyless says whether a response to this method has no body whatever its fields say, RFC 9112 section 6.3.
+func (r *response) bodyless(head bool) bool {
+	return head || r.status == 204 || r.status == 304 || r.status < 200
+}
+
+// appendLines appends lines without drops.
+func appendLines(dst, lines []byte, drops []span) []byte {
+	at := 0
+	for _, d := range drops {
+		dst = append(dst, lines[at:d.from]...)
+		at = d.to
+	}
+	return append(dst, lines[at:]...)
+}
+
+// appendSpan appends a span behind the others; spans that touch become one.
+func appendSpan(spans []span, from, to int) []span {
+	if n := len(spans); n > 0 && spans[n-1].to == from {
+		spans[n-1].to = to
+		return spans
+	}
+	return append(spans, span{from, to})
+}

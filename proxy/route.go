@@ -1,0 +1,148 @@
+package proxy
+
+import (
+	"bytes"
+	"fmt"
+	"strings"
+	"unsafe"
+)
+
+// A RouteFunc names the service that a request goes to; "" answers 404. It runs for every request, at the same time on
+// many goroutines, and may keep nothing of the Request. The string may point into the request's bytes. Where the path
+// could be read in two ways it is called for both, and a request on which it disagrees with itself is refused.
+type RouteFunc func(r *Request) string
+
+// RoutePrefix sends the paths below Prefix to Service. A prefix matches whole segments ("/echo" is not "/echoes"), "/"
+// matches all, and the longest match wins. The prefix "/*" has no service: it keeps the rule that takes the first
+// segment as the service's name, for paths that no other prefix matches.
+type RoutePrefix struct{ Prefix, Service string }
+
+// firstSegmentRule is the prefix that stands for FirstSegment in a table.
+const firstSegmentRule = "/*"
+
+// FirstSegment is the rule of a gateway that nobody configured: /users/1 goes to the service "users".
+func FirstSegment(r *Request) string {
+	if len(r.Path) < 2 || r.Path[0] != '/' {
+		return ""
+	}
+	segment := r.Path[1:]
+	if end := bytes.IndexByte(segment, '/'); end >= 0 {
+		segment = segment[:end]
+	}
+	return unsafe.String(unsafe.SliceData(segment), len(segment))
+}
+
+// prefixTable is an immutable table of prefixes. A match probes one map for each segment of the path, the longest first.
+type prefixTable struct {
+	services     map[string]string // prefix without its last "/" -> service
+	firstSegment bool
+}
+
+func newPrefixTable(routes []RoutePrefix, validName func(string) error) (*prefixTable, error) {
+	t := &prefixTable{services: make(map[string]string, len(routes))}
+	for _, r := range routes {
+		if r.Prefix == firstSegmentRule && r.Service == "" {
+			t.firstSegment = true
+			continue
+		}
+		if !strings.HasPrefix(r.Prefix, "/") || strings.ContainsAny(r.Prefix, "?#*% \\") {
+			return nil, fmt.Errorf("route %s=%s: a prefix is a path such as /api, or /* alone", r.Prefix, r.Service)
+		}
+		if err := validName(r.Service); err != nil {
+			return nil, fmt.Errorf("route %s=%s: %w", r.Prefix, r.Service, err)
+		}
+		prefix := strings.TrimSuffix(r.Prefix, "/")
+		if other, ok := t.services[prefix]; ok {
+			return nil, fmt.Errorf("route %s=%s: the prefix leads to %s already", r.Prefix, r.Service, other)
+		}
+		t.services[prefix] = r.Service
+	}
+	return t, nil
+}
+
+// route is a RouteFunc.
+func (t *prefixTable) route(r *Request) string {
+	for end := len(r.Path); end >= 0; end = bytes.LastIndexByte(r.Path[:end], '/') {
+		if service, ok := t.services[string(r.Path[:end])]; ok {
+			return service
+		}
+	}
+	if t.firstSegment {
+		return FirstSegment(r)
+	}
+	return ""
+}
+
+// canonical returns the path as a backend may read it: dots, slashes, backslashes and unreserved letters decoded, "\"
+// taken for "/", parameters (";...") cut from each segment, dot segments resolved (RFC 3986 section 5.2.4). ok is false
+// if the path climbs above "/". It appends to dst.
+func canonical(dst, path []byte) (out []byte, ok bool) {
+	segment := len(dst) // where the current segment begins, its "/" included
+	first := segment
+	params := false
+	flush := func() bool {
+		switch string(dst[segment:]) {
+		case "/.":
+			dst = dst[:segment]
+		case "/..":
+			if segment == first {
+				return false
+			}
+			dst = dst[:max(first, first+bytes.LastIndexByte(dst[first:segment], '/'))]
+		}
+		return true
+	}
+	for i := 0; i < len(path); i++ {
+		c := path[i]
+		if c == '%' && i+2 < len(path) {
+			if d, isHex := unhex(path[i+1], path[i+2]); isHex && (d == '.' || d == '/' || d == '\\' || unreserved(d)) {
+				c = d
+				i += 2
+			}
+		}
+		switch c {
+		case '\\', '/':
+			if len(dst) > first && !flush() {
+				return dst, false
+			}
+			segment, params = len(dst), false
+			dst = append(dst, '/')
+		case ';':
+			params = true
+		default:
+			if !params {
+				dst = append(dst, c)
+			}
+		}
+	}
+	last := dst[min(segment, len(dst)):]
+	dots := string(last) == "/." || string(last) == "/.."
+	if !flush() {
+		return dst, false
+	}
+	if dots || len(dst) == first {
+		dst = append(dst, '/')
+	}
+	return dst, true
+}
+
+func unhex(hi, lo byte) (byte, bool) {
+	h, okH := hexDigit(hi)
+	l, okL := hexDigit(lo)
+	return h<<4 | l, okH && okL
+}
+
+func hexDigit(c byte) (byte, bool) {
+	switch {
+	case c >= '0' && c <= '9':
+		return c - '0', true
+	case c|0x20 >= 'a' && c|0x20 <= 'f':
+		return c | 0x20 - 'a' + 10, true
+	}
+	return 0, false
+}
+
+// unreserved: RFC 3986 section 2.3.
+func unreserved(c byte) bool {
+	return c|0x20 >= 'a' && c|0x20 <= 'z' || c >= '0' && c <= '9' || c == '-' || c == '.' || c == '_' || c == '~'
+}

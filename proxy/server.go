@@ -1,0 +1,362 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// What a client may take its time for.
+const (
+	firstByteTimeout = 30 * time.Second // a new connection that sends nothing is closed without a word
+	headTimeout      = 10 * time.Second // from the first byte of a head to its end
+	idleTimeout      = 75 * time.Second // a kept-alive connection between requests
+	bodyTimeout      = 30 * time.Second // between two reads of a request body
+	writeTimeout     = 60 * time.Second // a client that takes no byte of the response
+	lingerTimeout    = time.Second      // what is left of a refused upload is read and dropped this long,
+	lingerBytes      = 1 << 20          // and this far, so that the answer is not lost in a reset
+)
+
+// firstBuffer is the size of a connection's buffers as long as nothing larger comes.
+const firstBuffer = 4 << 10
+
+// state of a client connection.
+const (
+	stateIdle   = iota // waits for a request
+	stateActive        // serves one
+	stateClosed
+)
+
+// conn is one client connection: it serves one request after the other in a goroutine of its own.
+type conn struct {
+	p        *Proxy
+	nc       net.Conn
+	raw      syscall.RawConn // nil: cannot be looked at
+	peek     func(fd uintptr)
+	peeked   int
+	peer     netip.Addr
+	trusted  bool
+	constant []byte // see constantFields
+	state    atomic.Int32
+
+	in    buffer
+	head  []byte // of the request, as it came
+	out   []byte // what goes to the client next
+	read  alarm
+	write alarm
+	req   Request
+	x     exchange
+}
+
+// Serve accepts connections until Shutdown, which makes it return nil. Running out of file descriptors pauses it.
+func (p *Proxy) Serve(ln net.Listener) error {
+	p.mu.Lock()
+	if p.closing.Load() {
+		p.mu.Unlock()
+		ln.Close()
+		return nil
+	}
+	p.listeners = append(p.listeners, ln)
+	p.mu.Unlock()
+	const shortest, longest = 5 * time.Millisecond, time.Second
+	for pause := shortest; ; {
+		nc, err := ln.Accept()
+		if err == nil {
+			pause = shortest
+			p.accepted(nc)
+			continue
+		}
+		if p.closing.Load() {
+			return nil
+		}
+		if !temporary(err) {
+			return fmt.Errorf("accept on %s: %w", ln.Addr(), err)
+		}
+		if pause == shortest {
+			p.log.Warn("accepting pauses", slog.String("listener", ln.Addr().String()), slog.String("reason", err.Error()))
+		}
+		time.Sleep(pause)
+		pause = min(2*pause, longest)
+	}
+}
+
+// temporary errors of accept pass: no descriptor or memory is free, or the client left before it was accepted.
+func temporary(err error) bool {
+	for _, passing := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED, syscall.EINTR} {
+		if errors.Is(err, passing) {
+			return true
+		}
+	}
+	return false
+}
+
+// accepted starts a connection.
+func (p *Proxy) accepted(nc net.Conn) {
+	c := &conn{p: p, nc: nc}
+	if addr, ok := nc.RemoteAddr().(*net.TCPAddr); ok {
+		c.peer = addr.AddrPort().Addr().Unmap().WithZone("")
+	}
+	c.trusted = p.trusts(c.peer)
+	c.constant = p.constantFields(nil, c.peer)
+	if sc, ok := nc.(syscall.Conn); ok {
+		c.raw, _ = sc.SyscallConn()
+		c.peek = func(fd uintptr) { c.peeked = peekSocket(fd) }
+	}
+	c.x.c = c
+	p.mu.Lock()
+	if p.closing.Load() {
+		p.mu.Unlock()
+		nc.Close()
+		return
+	}
+	p.conns[c] = struct{}{}
+	p.mu.Unlock()
+	go c.serve()
+}
+
+// serve runs the requests of a connection until one side closes it. A panic costs the request, not the process.
+func (c *conn) serve() {
+	defer func() {
+		if failure := recover(); failure != nil {
+			c.p.log.Error("panic in a request", slog.Any("panic", failure), slog.String("stack", string(debug.Stack())))
+			c.x.abandon()
+			if !c.x.started {
+				c.out = c.out[:0]
+				c.refuse(errInternal, true)
+			}
+		}
+		c.state.Store(stateClosed)
+		c.nc.Close()
+		c.p.mu.Lock()
+		delete(c.p.conns, c)
+		if len(c.p.conns) == 0 {
+			c.p.empties.Broadcast()
+		}
+		c.p.mu.Unlock()
+	}()
+	c.in.b = make([]byte, firstBuffer)
+	c.out = make([]byte, 0, firstBuffer)
+	for first := true; ; first = false {
+		head, err := c.readHead(first)
+		c.head = head
+		if head == nil {
+			if err != nil {
+				c.refuse(err, true)
+				c.linger()
+			}
+			return
+		}
+		if err = c.req.parse(head, c.p.loopMark, c.trusted); err != nil {
+			c.refuse(err, true)
+			c.linger()
+			return
+		}
+		if keep := c.handle(); !keep || c.p.closing.Load() {
+			if c.x.unread {
+				c.linger()
+			}
+			return
+		}
+		if !c.state.CompareAndSwap(stateActive, stateIdle) {
+			return
+		}
+		c.in.next()
+	}
+}
+
+// next forgets the request that was served; what came in behind it moves to the front.
+func (b *buffer) next() {
+	b.base = 0
+	if len(b.b) > 4*firstBuffer {
+		b.shrink()
+		return
+	}
+	if b.r == b.w {
+		b.r, b.w = 0, 0
+	}
+}
+
+// shrink goes back to a small buffer after a large head or body, if nothing that is still needed is in it.
+func (b *buffer) shrink() {
+	rest := b.waiting()
+	next := make([]byte, max(firstBuffer, len(rest)))
+	b.r, b.w = 0, copy(next, rest)
+	b.b = next
+}
+
+// readHead waits for a request head and returns it whole; it stays in the buffer until the request is done. nil without
+// an error: the connection is over.
+func (c *conn) readHead(first bool) ([]byte, *refusal) {
+	b := &c.in
+	scanned := 0
+	var deadline time.Time
+	for {
+		for b.w-b.r >= 2 && b.b[b.r] == '\r' && b.b[b.r+1] == '\n' && scanned == 0 {
+			b.r += 2 // RFC 9112 section 2.2: empty lines before a request are skipped
+		}
+		w := b.waiting()
+		if len(w) > 0 && !c.activate() {
+			return nil, nil
+		}
+		if end := bytes.Index(w[scanned:], headEnd); end >= 0 {
+			end += scanned + len(headEnd)
+			if end > maxHead {
+				return nil, errHeadTooLarge
+			}
+			b.r += end
+			b.base = b.r
+			return w[:end], nil
+		}
+		if bareLF(w) {
+			return nil, errBareLF
+		}
+		scanned = max(0, len(w)-len(headEnd)+1)
+		room := b.space(maxHead)
+		if room == nil {
+			return nil, errHeadTooLarge
+		}
+		var err error
+		switch now := time.Now(); {
+		case len(w) > 0 && deadline.IsZero():
+			deadline = now.Add(headTimeout)
+			c.read.disarm()
+			err = c.nc.SetReadDeadline(deadline)
+		case len(w) > 0:
+		case first:
+			err = c.read.arm(c.nc.SetReadDeadline, now, firstByteTimeout)
+		default:
+			err = c.read.arm(c.nc.SetReadDeadline, now, idleTimeout)
+		}
+		if err != nil {
+			return nil, nil
+		}
+		n, err := c.nc.Read(room)
+		b.w += n
+		if n > 0 {
+			continue
+		}
+		if err != nil {
+			if len(w) > 0 && isTimeout(err) {
+				return nil, errHeadTimeout
+			}
+			return nil, nil
+		}
+	}
+}
+
+var headEnd = []byte("\r\n\r\n")
+
+// bareLF reports whether a head that is not complete can never be: one of its lines ends without CR.
+func bareLF(b []byte) bool {
+	for {
+		nl := bytes.IndexByte(b, '\n')
+		if nl < 0 {
+			return false
+		}
+		if nl == 0 || b[nl-1] != '\r' {
+			return true
+		}
+		b = b[nl+1:]
+	}
+}
+
+// activate says that a request has begun. It is false if Shutdown was faster.
+func (c *conn) activate() bool {
+	return c.state.Load() == stateActive || c.state.CompareAndSwap(stateIdle, stateActive)
+}
+
+// flush sends what is in out.
+func (c *conn) flush() error {
+	if len(c.out) == 0 {
+		return nil
+	}
+	err := c.write.arm(c.nc.SetWriteDeadline, time.Now(), writeTimeout)
+	if err == nil {
+		_, err = c.nc.Write(c.out)
+	}
+	c.out = c.out[:0]
+	return err
+}
+
+// gone reports whether the client has closed its side while we work for it. Bytes that wait mean it is there.
+func (c *conn) gone() bool {
+	return c.raw != nil && (c.raw.Control(c.peek) != nil || c.peeked == 0)
+}
+
+// linger reads what a client still sends after an answer that came early, and drops it: closing at once would reset the
+// connection, and the answer could be lost on its way.
+func (c *conn) linger() {
+	if half, ok := c.nc.(interface{ CloseWrite() error }); ok && half.CloseWrite() == nil &&
+		c.nc.SetReadDeadline(time.Now().Add(lingerTimeout)) == nil {
+		_, _ = io.CopyN(io.Discard, c.nc, lingerBytes) // whatever ends it, the connection is closed next
+	}
+}
+
+// Shutdown closes the listeners and the idle connections, waits for the requests in flight and, when ctx ends, closes
+// what is left. It returns how many requests were cut.
+func (p *Proxy) Shutdown(ctx context.Context) (cut int) {
+	p.closing.Store(true)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, ln := range p.listeners {
+		ln.Close()
+	}
+	for c := range p.conns {
+		if c.state.CompareAndSwap(stateIdle, stateClosed) {
+			c.nc.Close()
+		}
+	}
+	stop := context.AfterFunc(ctx, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for c := range p.conns {
+			if c.state.Load() == stateActive {
+				cut++
+			}
+			c.nc.Close() // the request finds out when it looks after its client, within 2 s
+		}
+	})
+	defer stop()
+	for len(p.conns) > 0 {
+		p.empties.Wait()
+	}
+	return cut
+}
+
+// Close stops what runs beside the requests: timers, resolvers, idle connections to instances. Call it after Shutdown,
+// with no more changes of the registry to come.
+func (p *Proxy) Close() {
+	p.services.Range(func(_, s any) bool {
+		s.(*service).close()
+		return true
+	})
+	p.background.Wait()
+}
+
+func (s *service) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, u := range s.view.Load().all {
+		u.close()
+	}
+}
+
+// connections is the set of open client connections.
+type connections struct {
+	mu        sync.Mutex // guards what follows
+	listeners []net.Listener
+	conns     map[*conn]struct{}
+	empties   *sync.Cond // no connection is left
+	empty     []departure
+	closing   atomic.Bool
+}

@@ -1,0 +1,391 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"log/slog"
+	"math"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/valyala/fasthttp"
+
+	"kerberos/cb"
+	"kerberos/registry"
+)
+
+const (
+	resolveEvery   = 10 * time.Second // how often a name is looked up again
+	resolveTimeout = 5 * time.Second
+)
+
+// upstream is one instance as it is used: connection pool, breaker and counters. Its identity is service, id and addr:
+// it outlives snapshots and registrations that repeat them, and is closed when the instance leaves.
+type upstream struct {
+	service *service
+	id      string
+	target  registry.Target
+	gate    *cb.Gate
+	pool    pool
+	tls     *tls.Config // nil: http
+	dialer  net.Dialer
+
+	addresses atomic.Pointer[addresses]
+	lastError atomic.Pointer[string]
+	closed    atomic.Bool
+	instance  atomic.Pointer[registry.Instance] // the latest registration
+	resolver  struct {
+		mu    sync.Mutex
+		timer *time.Timer // nil for a literal address, or once closed
+		ctx   context.Context
+		stop  context.CancelFunc
+	}
+
+	_        [128]byte // what requests write stands apart from what they read
+	inFlight atomic.Int64
+	outcomes [3]atomic.Uint64 // by outcome
+	_        [128]byte
+}
+
+// outcome is what an attempt says of an instance.
+type outcome uint8
+
+const (
+	success outcome = iota
+	failure
+	ignored // nothing: the client's fault or ours
+)
+
+// addresses is where an upstream may be dialled now. It never changes.
+type addresses struct {
+	list []netip.AddrPort // the last good one first
+	err  error            // why list is empty
+}
+
+// pool is the part of fasthttp.HostClient that we use; lease stands for its unexported connection type.
+type pool interface {
+	acquire() (lease, error)
+	release(lease)
+	discard(lease)
+	closeIdle()
+}
+
+type lease interface {
+	Conn() net.Conn
+	LastUseTime() time.Time
+}
+
+// hostPool adapts a HostClient; C is its connection type, which has no name outside fasthttp.
+type hostPool[C lease] struct {
+	take       func(time.Duration, bool) (C, error)
+	give, drop func(C)
+	idle       func()
+}
+
+func newPool[C lease](take func(time.Duration, bool) (C, error), give, drop func(C), idle func()) pool {
+	return &hostPool[C]{take, give, drop, idle}
+}
+
+func (p *hostPool[C]) acquire() (lease, error) { return p.take(0, false) }
+func (p *hostPool[C]) release(l lease)         { p.give(l.(C)) }
+func (p *hostPool[C]) discard(l lease)         { p.drop(l.(C)) }
+func (p *hostPool[C]) closeIdle()              { p.idle() }
+
+// newUpstream starts an instance: nothing is dialled, but a name begins to be resolved.
+func (s *service) newUpstream(in *registry.Instance) *upstream {
+	cfg := s.proxy.cfg
+	u := &upstream{
+		service: s,
+		id:      in.ID,
+		target:  in.Target(),
+		dialer:  net.Dialer{Timeout: cfg.ConnectTimeout, KeepAlive: 15 * time.Second},
+	}
+	u.instance.Store(in)
+	gate, err := cb.New(cfg.Breaker, u.breakerChanged)
+	if err != nil {
+		panic(err) // New has built one of the same configuration
+	}
+	u.gate = gate
+	if u.target.Scheme == "https" {
+		u.tls = &tls.Config{
+			ServerName: u.target.Host, RootCAs: cfg.UpstreamCA, InsecureSkipVerify: cfg.UpstreamInsecure,
+			MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, ClientSessionCache: tls.NewLRUClientSessionCache(8),
+		}
+	}
+	hc := &fasthttp.HostClient{
+		Addr:                in.Addr,
+		Dial:                u.dial,
+		MaxConns:            math.MaxInt32,
+		MaxIdleConnDuration: cfg.UpstreamIdle,
+		ConnPoolStrategy:    fasthttp.LIFO, // the others grow idle and are closed
+	}
+	u.pool = newPool(hc.AcquireConn, hc.ReleaseConn, hc.CloseConn, hc.CloseIdleConnections)
+	switch {
+	case u.target.IP.IsValid():
+		u.setAddresses([]netip.AddrPort{netip.AddrPortFrom(u.target.IP, u.target.Port)})
+	case isLocalhost(u.target.Host): // RFC 6761 section 6.3: known without a look-up
+		u.setAddresses([]netip.AddrPort{
+			netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), u.target.Port),
+			netip.AddrPortFrom(netip.IPv6Loopback(), u.target.Port),
+		})
+	default:
+		u.addresses.Store(&addresses{err: errors.New("unresolved")})
+		u.resolver.ctx, u.resolver.stop = context.WithCancel(context.Background())
+		u.resolver.mu.Lock()
+		u.resolver.timer = time.AfterFunc(0, u.resolve)
+		u.resolver.mu.Unlock()
+	}
+	return u
+}
+
+// check says whether the instance may point to an address.
+func (u *upstream) check(ap netip.AddrPort) error {
+	return u.service.proxy.cfg.Registry.CheckAddr(u.instance.Load(), ap)
+}
+
+func isLocalhost(name string) bool {
+	name = strings.ToLower(strings.TrimSuffix(name, "."))
+	return name == "localhost" || strings.HasSuffix(name, ".localhost")
+}
+
+// resolve looks the name up, and again later. A failed look-up keeps the last addresses.
+func (u *upstream) resolve() {
+	ctx, cancel := context.WithTimeout(u.resolver.ctx, resolveTimeout)
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", u.target.Host)
+	cancel()
+	if err == nil {
+		list := make([]netip.AddrPort, len(ips))
+		for i, ip := range ips {
+			list[i] = netip.AddrPortFrom(ip.Unmap(), u.target.Port)
+		}
+		u.setAddresses(list)
+	} else if before := u.addresses.Load(); len(before.list) == 0 {
+		u.addresses.Store(&addresses{err: errors.New("unresolved: the name has no address")})
+		u.fail("resolve: " + err.Error())
+		u.service.touch()
+	}
+	u.resolver.mu.Lock()
+	defer u.resolver.mu.Unlock()
+	if u.resolver.timer != nil {
+		u.resolver.timer.Reset(resolveEvery)
+	}
+}
+
+// setAddresses takes over the addresses that are allowed. Those known before keep their order, so that the last good
+// one stays first.
+func (u *upstream) setAddresses(found []netip.AddrPort) {
+	next := &addresses{}
+	known := map[netip.AddrPort]bool{}
+	for _, ap := range found {
+		if err := u.check(ap); err != nil {
+			next.err = err
+			continue
+		}
+		known[ap] = true
+	}
+	before := u.addresses.Load()
+	if before != nil {
+		for _, ap := range before.list {
+			if known[ap] {
+				next.list = append(next.list, ap)
+				delete(known, ap)
+			}
+		}
+	}
+	for _, ap := range found {
+		if known[ap] {
+			next.list = append(next.list, ap)
+			delete(known, ap)
+		}
+	}
+	u.addresses.Store(next)
+	if before != nil && (len(before.list) == 0) != (len(next.list) == 0) {
+		u.service.touch()
+	}
+}
+
+// dial connects to the first address that answers; it is the Dial of the pool. Each address has the connect timeout of
+// its own. All refused is one failure.
+func (u *upstream) dial(string) (net.Conn, error) {
+	now := u.addresses.Load()
+	err := now.err
+	for i, ap := range now.list {
+		if err = u.check(ap); err != nil {
+			err = errProhibited
+			continue
+		}
+		var conn net.Conn
+		if conn, err = u.dialer.Dial("tcp", ap.String()); err != nil {
+			continue
+		}
+		if i > 0 {
+			u.preferAddress(now, i)
+		}
+		tcp := conn.(*net.TCPConn)
+		if u.tls == nil {
+			return newBackendConn(conn, tcp)
+		}
+		secure := tls.Client(conn, u.tls)
+		ctx, cancel := context.WithTimeout(context.Background(), u.dialer.Timeout)
+		err = secure.HandshakeContext(ctx)
+		cancel()
+		if err == nil {
+			return newBackendConn(secure, tcp)
+		}
+		conn.Close()
+	}
+	if err == nil {
+		err = errUnreachable
+	}
+	return nil, err
+}
+
+// preferAddress puts the i-th address first; a change that came in between wins.
+func (u *upstream) preferAddress(seen *addresses, i int) {
+	next := &addresses{list: make([]netip.AddrPort, 0, len(seen.list))}
+	next.list = append(next.list, seen.list[i])
+	next.list = append(next.list, seen.list[:i]...)
+	next.list = append(next.list, seen.list[i+1:]...)
+	u.addresses.CompareAndSwap(seen, next)
+}
+
+// acquire takes a connection from the pool, or a new one: only a new one if fresh is set. One that the backend has closed
+// meanwhile, or that has bytes nobody asked for (they would be taken for the answer to the next request), is not used.
+func (u *upstream) acquire(fresh bool) (l lease, conn *backendConn, reused bool, err error) {
+	for {
+		l, err = u.pool.acquire()
+		if err != nil {
+			return nil, nil, false, err
+		}
+		conn = l.Conn().(*backendConn)
+		if reused = !l.LastUseTime().IsZero(); !reused {
+			return l, conn, false, nil
+		}
+		if !fresh && conn.quiet() {
+			return l, conn, true, nil
+		}
+		u.pool.discard(l)
+	}
+}
+
+// release gives a connection back, or closes it if it cannot serve another request or the instance has left.
+func (u *upstream) release(l lease, reusable bool) {
+	if !reusable || u.closed.Load() {
+		u.pool.discard(l)
+		return
+	}
+	u.pool.release(l)
+	if u.closed.Load() {
+		u.pool.closeIdle()
+	}
+}
+
+// ready says whether requests may go to the instance, and if not, why.
+func (u *upstream) ready() (bool, string) {
+	if now := u.addresses.Load(); len(now.list) == 0 {
+		return false, now.err.Error()
+	}
+	if state := u.gate.State(); state != cb.Closed {
+		return false, "breaker " + state.String()
+	}
+	return true, ""
+}
+
+func (u *upstream) fail(reason string) { u.lastError.Store(&reason) }
+
+// breakerChanged is told every change of the breaker's state.
+func (u *upstream) breakerChanged(from, to cb.State, reason error) {
+	if u.closed.Load() {
+		return
+	}
+	why := "open time is up"
+	switch {
+	case reason != nil:
+		why = reason.Error()
+	case to == cb.Closed:
+		why = "probes succeeded"
+	}
+	u.service.proxy.log.LogAttrs(context.Background(), slog.LevelWarn, "breaker "+to.String(), slog.String("service", u.service.name),
+		slog.String("instance", u.id), slog.String("from", from.String()), slog.String("reason", why))
+	u.service.touch()
+}
+
+// close ends the upstream: idle connections are closed at once, those in use when their request ends.
+func (u *upstream) close() {
+	u.closed.Store(true)
+	u.gate.Close()
+	u.resolver.mu.Lock()
+	if timer := u.resolver.timer; timer != nil {
+		u.resolver.timer = nil
+		timer.Stop()
+		u.resolver.stop()
+	}
+	u.resolver.mu.Unlock()
+	u.pool.closeIdle()
+}
+
+// backendConn is a connection to an instance.
+type backendConn struct {
+	net.Conn
+	tcp    *net.TCPConn
+	raw    syscall.RawConn
+	read   alarm
+	write  alarm
+	peek   func(fd uintptr)
+	peeked int // what the last peek found: bytes waiting, 0 at the end of the stream, -1 if there is nothing to read
+}
+
+func newBackendConn(conn net.Conn, tcp *net.TCPConn) (net.Conn, error) {
+	raw, err := tcp.SyscallConn()
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	c := &backendConn{Conn: conn, tcp: tcp, raw: raw}
+	c.peek = func(fd uintptr) { c.peeked = peekSocket(fd) }
+	return c, nil
+}
+
+// quiet reports whether the connection is open and nothing has come in on it.
+func (c *backendConn) quiet() bool {
+	if c.raw.Control(c.peek) != nil || c.peeked == 0 {
+		return false
+	}
+	if c.peeked < 0 {
+		return true
+	}
+	if _, secure := c.Conn.(*tls.Conn); !secure {
+		return false
+	}
+	// TLS 1.3 sends session tickets at any time: only application data is unasked for. A read that times out leaves the
+	// state of TLS whole.
+	c.read.disarm()
+	if c.SetReadDeadline(time.Now().Add(time.Millisecond)) != nil {
+		return false
+	}
+	n, err := c.Read(make([]byte, 1))
+	return n == 0 && isTimeout(err)
+}
+
+// alarm is one deadline of a connection. Arming a timer costs more than the rest of the bookkeeping of a request, so a
+// deadline that is late by less than its slack (a quarter, at most a second) is left alone.
+type alarm struct{ at time.Time }
+
+// arm sets the deadline at now + d, or up to d's slack later.
+func (a *alarm) arm(set func(time.Time) error, now time.Time, d time.Duration) error {
+	soonest := now.Add(d)
+	slack := min(d/4, time.Second)
+	if left := a.at.Sub(soonest); left >= 0 && left <= slack {
+		return nil
+	}
+	a.at = soonest.Add(slack)
+	return set(a.at)
+}
+
+func (a *alarm) disarm() { a.at = time.Time{} }
