@@ -1,0 +1,292 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// asCommand is set for a process that is the command, not its test. The command starts itself as origin and load, and a
+// stand-in for the gateway is started as the gateway would be: these are told by their arguments.
+const asCommand = "KERBEROS_BENCH_AS_COMMAND"
+
+func TestMain(m *testing.M) {
+	switch {
+	case os.Getenv(asCommand) != "", len(os.Args) > 1 && (os.Args[1] == "origin" || os.Args[1] == "load"):
+		main()
+	case len(os.Args) > 1 && os.Args[1] == "version":
+		fmt.Println("stand-in 1.0")
+	case slices.Equal(os.Args[1:], []string{"--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"}):
+		standIn()
+	default:
+		os.Exit(m.Run())
+	}
+}
+
+// standIn is a gateway as far as the bench sees one: its log lines, its API, its forwarding.
+func standIn() {
+	if os.Getenv("GOMAXPROCS") != "1" || os.Getenv("BALANCER_STRATEGY") != "" {
+		fmt.Println("started with the wrong settings:", os.Environ())
+		os.Exit(1)
+	}
+	listen := func(name string) net.Listener {
+		ln, err := net.Listen("tcp4", "127.0.0.1:0")
+		if err != nil {
+			panic(err)
+		}
+		fmt.Printf(`{"time":"2026-11-23T17:00:00Z","level":"INFO","msg":"listening","listener":%q,"addr":%q}`+"\n", name, ln.Addr())
+		return ln
+	}
+	fmt.Println(`{"msg":"starting"}`)
+	admin, data := listen("admin"), listen("data")
+	var mu sync.Mutex
+	origin := ""
+	go http.Serve(admin, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var in struct{ Service, ID, Addr string }
+		err := json.NewDecoder(r.Body).Decode(&in)
+		if err != nil || r.Method != "POST" || r.URL.Path != "/register" || in.Service != "bench" || in.ID == "" || r.Header.Get("Content-Type") != "application/json" {
+			w.WriteHeader(http.StatusBadRequest)
+			return
+		}
+		mu.Lock()
+		origin = in.Addr
+		mu.Unlock()
+		w.WriteHeader(http.StatusNoContent)
+	}))
+	proxy := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+		mu.Lock()
+		u, _ := url.Parse(origin)
+		mu.Unlock()
+		r.SetURL(u)
+		r.Out.Host = r.In.Host
+		r.SetXForwarded()
+	}}
+	http.Serve(data, proxy)
+}
+
+// command is this command as a process of its own, with its temporary files in dir. Its settings for the gateway are
+// there to be kept from it.
+func command(t *testing.T, dir string, args ...string) *exec.Cmd {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(self, args...)
+	cmd.Env = append(os.Environ(), asCommand+"=1", "TMPDIR="+dir, "BALANCER_STRATEGY=random")
+	return cmd
+}
+
+func isEmpty(t *testing.T, dir string) {
+	t.Helper()
+	left, err := filepath.Glob(dir + "/*")
+	if err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v %v", left, err)
+	}
+}
+
+// The whole table, with every gateway and every tool that is installed.
+func TestRun(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tool := range []struct{ name, duration string }{{"builtin", "200ms"}, {"hey", "200ms"}, {"wrk", "1s"}} {
+		t.Run(tool.name, func(t *testing.T) {
+			t.Parallel()
+			if _, err := findTool(tool.name); errors.Is(err, errNotInstalled) {
+				t.Skip(err)
+			}
+			dir := t.TempDir()
+			file := filepath.Join(t.TempDir(), "result.json")
+			cmd := command(t, dir, "--kerberos", self, "--tool", tool.name, "--duration", tool.duration, "--warmup", "0s",
+				"--rounds", "1", "--connections", "8", "--json", file)
+			out, err := cmd.CombinedOutput()
+			if err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			var res result
+			b, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := json.Unmarshal(b, &res); err != nil {
+				t.Fatal(err)
+			}
+			if len(res.Tables) != 1 || len(res.Tables[0].Rows)+len(res.Missing) != 3 {
+				t.Fatalf("not three gateways in one table:\n%s", b)
+			}
+			for _, r := range res.Tables[0].Rows {
+				if m := r.Median; m.Requests < 1 || m.RequestsPerSecond <= 0 || (m.P50 <= 0 || m.P99 < m.P50) && tool.name != "hey" { // which tells none of a few requests
+					t.Errorf("%s: no figures: %+v", r.Gateway, m)
+				}
+				if pickCPUs().gateway != noCPU && (r.Median.CPU <= 0 || r.Median.PeakKiB < 1000 || r.Median.Busy <= 0) {
+					t.Errorf("%s: no CPU or memory: %+v", r.Gateway, r.Median)
+				}
+				if m := r.Median; m.Requests > 200 && m.OriginConns > m.Requests/2 {
+					t.Errorf("%s: its connections to the origin are not kept: %+v", r.Gateway, r.Median)
+				}
+				if !strings.Contains(string(out), r.Gateway+" "+r.Version) {
+					t.Errorf("%s %s is not in the table:\n%s", r.Gateway, r.Version, out)
+				}
+			}
+			isEmpty(t, dir)
+		})
+	}
+}
+
+func TestRunFails(t *testing.T) {
+	false_, err := exec.LookPath("false")
+	if err != nil {
+		t.Skip(err)
+	}
+	for _, test := range []struct {
+		name string
+		args []string
+		code int
+		want string
+	}{
+		{"a gateway that does not start", []string{"--gateways", "kerberos", "--kerberos", false_}, 1, "kerberos: false ended"},
+		{"no rounds", []string{"--rounds", "0"}, 2, "--rounds 0: at least 1"},
+		{"an unknown gateway", []string{"--gateways", "apache"}, 2, "kerberos"},
+		{"no such binary", []string{"--kerberos", "/nonexistent"}, 2, "nonexistent"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			out, err := command(t, dir, test.args...).CombinedOutput()
+			var exit *exec.ExitError
+			if !errors.As(err, &exit) || exit.ExitCode() != test.code || !strings.Contains(string(out), test.want) {
+				t.Errorf("%v, want exit code %d and %q:\n%s", err, test.code, test.want, out)
+			}
+			isEmpty(t, dir)
+		})
+	}
+}
+
+func TestVersionOf(t *testing.T) {
+	for _, test := range []struct{ says, want string }{
+		{"nginx version: nginx/1.22.1", "1.22.1"},
+		{"HAProxy version 2.6.12-1+deb12u4 2026/10/17 - https://haproxy.org/\nStatus: long-term", "2.6.12-1+deb12u4"},
+		{"kerberos 1.0 go1.26.8", "1.0"},
+		{"", "unknown"},
+	} {
+		if got := versionOf(t.Context(), "echo", test.says); got != test.want {
+			t.Errorf("%q: %q, want %q", test.says, got, test.want)
+		}
+	}
+}
+
+func TestCheckForwarding(t *testing.T) {
+	complete := map[string]string{"X-Forwarded-For": "127.0.0.1", "X-Forwarded-Proto": "http", "X-Forwarded-Host": "client-asked-for.example"}
+	for _, test := range []struct {
+		name, without, want string
+		size                int
+	}{
+		{"complete", "", "", 12},
+		{"no proto", "X-Forwarded-Proto", "x-forwarded-proto", 12},
+		{"no host", "X-Forwarded-Host", "x-forwarded-host", 12},
+		{"no client", "X-Forwarded-For", "x-forwarded-for", 12},
+		{"wrong size", "", "a body of 12 bytes, not 13", 13},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			origin := newOrigin(t, 12)
+			ln, err := net.Listen("tcp4", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			proxy := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+				r.SetURL(&url.URL{Scheme: "http", Host: origin.addr})
+				r.Out.Host = r.In.Host
+				for name, value := range complete {
+					if name != test.without {
+						r.Out.Header.Set(name, value)
+					}
+				}
+			}}
+			srv := &http.Server{Handler: proxy}
+			go srv.Serve(ln)
+			defer srv.Close()
+			err = checkForwarding(t.Context(), ln.Addr().String(), test.size)
+			if test.want == "" && err != nil || test.want != "" && (err == nil || !strings.Contains(err.Error(), test.want)) {
+				t.Errorf("%v, want %q", err, test.want)
+			}
+		})
+	}
+}
+
+func TestMedian(t *testing.T) {
+	for _, test := range []struct {
+		values []float64
+		want   float64
+	}{
+		{[]float64{7}, 7},
+		{[]float64{9, 1}, 5},
+		{[]float64{100, 1, 3}, 3},
+		{[]float64{4, 100, 1, 2}, 3},
+	} {
+		given := slices.Clone(test.values)
+		if got := median(test.values); got != test.want || !slices.Equal(given, test.values) {
+			t.Errorf("%v: %v, want %v; left as %v", given, got, test.want, test.values)
+		}
+	}
+}
+
+func TestTable(t *testing.T) {
+	second := func(n int, cpu time.Duration) sample {
+		return newSample(outcome{Requests: n, Elapsed: time.Second, P50: time.Millisecond, P99: 2 * time.Millisecond},
+			usage{Total: cpu, User: 100 * time.Millisecond, System: 300 * time.Millisecond, PeakKiB: 2048}, 0)
+	}
+	a := &row{Gateway: "a", Version: "1", Rounds: []sample{second(10_000, 90*time.Millisecond), second(10_000, 300*time.Millisecond), second(10_000, 110*time.Millisecond)}}
+	b := &row{Gateway: "b", Version: "2", Rounds: []sample{second(10_000, 220*time.Millisecond), second(10_000, 220*time.Millisecond), second(10_000, 220*time.Millisecond)}}
+	tab := &table{Load: load{Name: "GET 12 B", Connections: 64}, Rows: []*row{a, b}}
+	tab.summarize()
+	if a.Median.CPU != 11 || a.Median.User != 2.75 || a.Median.System != 8.25 || a.Ratios["b"] != 0.5 || b.Ratios["a"] != 2 || !tab.valid() {
+		t.Errorf("medians: %+v, %+v", a, b)
+	}
+	var out bytes.Buffer
+	tab.print(&out)
+	for _, want := range []string{"a 1   11.00  2.75    8.25", "10000    1000    2000", "2.0        0.50", "2.00", "GET 12 B, 64 connections"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %q in\n%s", want, out.String())
+		}
+	}
+	b.Rounds[1].BadStatus, b.Rounds[2].Errors, a.Rounds[0].OriginConns = 3, 4, 9_000
+	tab.summarize()
+	out.Reset()
+	tab.print(&out)
+	if tab.valid() || !strings.Contains(out.String(), "INVALID: b: 3 of 30000 answers not 2xx, 4 requests failed") ||
+		!strings.Contains(out.String(), "NOTE: a does not keep its connections: 9000 new ones") {
+		t.Errorf("no word about what went wrong:\n%s", out.String())
+	}
+}
+
+func TestLineLog(t *testing.T) {
+	var lines []string
+	l := lineLog{onLine: func(s string) { lines = append(lines, s) }}
+	for _, piece := range []string{"one\ntw", "o\n\nthr", "ee"} {
+		io.WriteString(&l, piece)
+	}
+	if want := []string{"one", "two", ""}; !slices.Equal(lines, want) || l.String() != "one\ntwo\n\nthree" {
+		t.Errorf("%q %q, want %q", lines, l.String(), want)
+	}
+	io.WriteString(&l, strings.Repeat("x", 2*maxTail)+"\nlast\n")
+	if s := l.String(); len(s) > maxTail || !strings.HasSuffix(s, "x\nlast") {
+		t.Errorf("%d bytes kept, of them %q", len(s), s[len(s)-10:])
+	}
+}

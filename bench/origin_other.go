@@ -1,0 +1,42 @@
+//go:build !linux
+
+package main
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"strconv"
+	"sync/atomic"
+)
+
+// serveOrigin answers every request with a body of that size. It returns only with an error.
+func serveOrigin(size int, ready func(addr string)) error {
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	ready(ln.Addr().String())
+	body := bytes.Repeat([]byte("x"), size)
+	var accepted atomic.Int64
+	srv := http.Server{
+		ConnState: func(_ net.Conn, s http.ConnState) {
+			if s == http.StateNew {
+				accepted.Add(1)
+			}
+		},
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(io.Discard, r.Body)
+			answer := body
+			if "?"+r.URL.RawQuery == mirrorQuery {
+				answer, _ = httputil.DumpRequest(r, false)
+				w.Header().Set(acceptedHeader, strconv.FormatInt(accepted.Load(), 10))
+			}
+			w.Header().Set("Content-Type", "text/plain")
+			w.Write(answer)
+		}),
+	}
+	return srv.Serve(ln)
+}
