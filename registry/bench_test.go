@@ -46,40 +46,46 @@ func BenchmarkRegisterInto(b *testing.B) {
 	}
 }
 
-// The cost of a change must not depend on how many other services there are. Each change meets another service, so that
-// none of them is in the processor's cache because of the one before.
+// The cost of a change must not depend on how many other services there are. "same" changes one service again and again;
+// "another" a different one each time, so that none is in the processor's cache because of the change before.
 func BenchmarkRegisterBeside(b *testing.B) {
 	for _, n := range []int{10, 100_000} {
 		r := filled(b, n, 1)
-		old, fresh := make([]string, n), make([]string, n)
-		for i := range n {
-			old[i], fresh[i] = "service-"+strconv.Itoa(i*7919%n), "new-"+strconv.Itoa(i)
-		}
-		bench := func(name string, change func(i int)) {
-			b.Run(fmt.Sprintf("services=%d/%s", n, name), func(b *testing.B) {
-				b.ReportAllocs()
-				i := 0
-				for b.Loop() {
-					change(i)
-					if i++; i == n {
-						i = 0
-					}
+		for _, spread := range []string{"same", "another"} {
+			old, fresh := make([]string, n), make([]string, n)
+			for i := range n {
+				at := i * 7919 % n
+				if spread == "same" {
+					at = 5
 				}
+				old[i], fresh[i] = "service-"+strconv.Itoa(at), "new-"+strconv.Itoa(at)
+			}
+			bench := func(name string, change func(i int)) {
+				b.Run(fmt.Sprintf("%s/%s/services=%d", spread, name, n), func(b *testing.B) {
+					b.ReportAllocs()
+					i := 0
+					for b.Loop() {
+						change(i)
+						if i++; i == n {
+							i = 0
+						}
+					}
+				})
+			}
+			bench("update", func(i int) { register(b, r, old[i], "instance-0", "http://10.0.0.1:8080", 2) })
+			bench("join+leave", func(i int) {
+				register(b, r, old[i], "z", "http://10.0.0.1:8080", 1)
+				unregister(b, r, old[i], "z")
+			})
+			bench("first+last", func(i int) { // of a new service
+				register(b, r, fresh[i], "a", "http://10.0.0.1:8080", 1)
+				unregister(b, r, fresh[i], "a")
+			})
+			bench("last+first", func(i int) { // of an old one
+				unregister(b, r, old[i], "instance-0")
+				register(b, r, old[i], "instance-0", "http://10.0.0.1:8080", 1)
 			})
 		}
-		bench("update", func(i int) { register(b, r, old[i], "instance-0", "http://10.0.0.1:8080", 2) })
-		bench("join+leave", func(i int) {
-			register(b, r, old[i], "z", "http://10.0.0.1:8080", 1)
-			unregister(b, r, old[i], "z")
-		})
-		bench("first+last of a new one", func(i int) {
-			register(b, r, fresh[i], "a", "http://10.0.0.1:8080", 1)
-			unregister(b, r, fresh[i], "a")
-		})
-		bench("last+first of an old one", func(i int) {
-			unregister(b, r, old[i], "instance-0")
-			register(b, r, old[i], "instance-0", "http://10.0.0.1:8080", 1)
-		})
 	}
 }
 

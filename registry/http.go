@@ -356,8 +356,6 @@ func ErrorHandler(ctx *fasthttp.RequestCtx, err error) {
 		Problem(ctx, fasthttp.StatusRequestHeaderFieldsTooLarge, "", "the request line and the header fields are too long")
 	case errors.As(err, &network) && network.Timeout():
 		Problem(ctx, fasthttp.StatusRequestTimeout, "", "the request did not arrive in time")
-	case errors.Is(err, fasthttp.ErrUnsupportedTransferEncoding):
-		Problem(ctx, fasthttp.StatusNotImplemented, "", "the only transfer coding understood is chunked")
 	default:
 		Problem(ctx, fasthttp.StatusBadRequest, "", "the request is not well-formed HTTP/1.1")
 	}
