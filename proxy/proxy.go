@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"strconv"
 	"sync"
@@ -123,8 +124,14 @@ type Proxy struct {
 	large     sync.Pool // of *[]byte, for bodies
 	date      atomic.Pointer[dateLine]
 
-	background sync.WaitGroup
-	connections
+	mu         sync.Mutex // guards what follows
+	listeners  []net.Listener
+	conns      map[*conn]struct{} // open client connections
+	empties    *sync.Cond         // conns has become empty
+	empty      []departure        // services without instances, the oldest first
+	stopped    bool               // Close has begun
+	closing    atomic.Bool        // Shutdown has begun
+	background sync.WaitGroup     // what Close waits for
 }
 
 // New makes a Proxy for a Registry; route nil means cfg.Routes, and if there are none FirstSegment.

@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/netip"
 	"runtime/debug"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -167,8 +166,8 @@ func (c *conn) serve() {
 			}
 			return
 		}
-		if !c.state.CompareAndSwap(stateActive, stateIdle) {
-			return
+		if !c.state.CompareAndSwap(stateActive, stateIdle) || c.p.closing.Load() {
+			return // closing again: Shutdown may have passed by while the state was active
 		}
 		c.in.next()
 	}
@@ -336,11 +335,23 @@ func (p *Proxy) Shutdown(ctx context.Context) (cut int) {
 // Close stops what runs beside the requests: timers, resolvers, idle connections to instances. Call it after Shutdown,
 // with no more changes of the registry to come.
 func (p *Proxy) Close() {
+	p.mu.Lock()
+	p.stopped = true
+	p.mu.Unlock()
 	p.services.Range(func(_, s any) bool {
 		s.(*service).close()
 		return true
 	})
 	p.background.Wait()
+}
+
+// spawn runs f in a goroutine that Close waits for, unless Close has begun.
+func (p *Proxy) spawn(f func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.stopped {
+		p.background.Go(f)
+	}
 }
 
 func (s *service) close() {
@@ -349,14 +360,4 @@ func (s *service) close() {
 	for _, u := range s.view.Load().all {
 		u.close()
 	}
-}
-
-// connections is the set of open client connections.
-type connections struct {
-	mu        sync.Mutex // guards what follows
-	listeners []net.Listener
-	conns     map[*conn]struct{}
-	empties   *sync.Cond // no connection is left
-	empty     []departure
-	closing   atomic.Bool
 }

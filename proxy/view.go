@@ -56,7 +56,7 @@ type view struct {
 func (s *service) touch() {
 	s.changes.Add(1)
 	if s.touched.CompareAndSwap(false, true) {
-		s.proxy.background.Go(func() {
+		s.proxy.spawn(func() {
 			s.touched.Store(false)
 			s.refresh()
 		})
@@ -242,7 +242,7 @@ func (p *Proxy) departed(s *service) {
 	p.mu.Unlock()
 	for _, d := range due {
 		if d.service != s {
-			p.background.Go(func() { p.forget(d.service) })
+			p.spawn(func() { p.forget(d.service) })
 		}
 	}
 }
