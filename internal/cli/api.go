@@ -1,0 +1,236 @@
+package cli
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+// API is where the gateway's API is and how to be let in.
+type API struct {
+	Gateway string `default:"http://127.0.0.1:9901" type:"url" placeholder:"URL" help:"Where the API is served."`
+	Token   string `type:"token" placeholder:"SECRET" help:"The gateway's --token, where it has one."`
+}
+
+// problem is a refusal of the API (RFC 9457). It names the field that is wrong, if one is.
+type problem struct {
+	Status int
+	Title  string
+	Detail string
+	Field  string
+}
+
+func (p *problem) Error() string {
+	text := p.Detail
+	if text == "" {
+		text = p.Title
+	}
+	if p.Field != "" && !strings.HasPrefix(text, p.Field) {
+		text = p.Field + ": " + text
+	}
+	return fmt.Sprintf("%s (%d)", text, p.Status)
+}
+
+// errNotTheAPI is an answer that no gateway gives: something else listens there.
+var errNotTheAPI = errors.New("this is no answer of the API")
+
+// maxAnswer bounds what is read of an answer: about 100,000 instances.
+const maxAnswer = 64 << 20
+
+// call sends body as JSON unless it is nil, and returns the body of the answer. A refusal is a *problem.
+func (a *API) call(ctx context.Context, method, path string, body any) ([]byte, error) {
+	var reader io.Reader
+	if body != nil {
+		data, err := json.Marshal(body)
+		if err != nil {
+			return nil, err
+		}
+		reader = bytes.NewReader(data)
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, method, a.Gateway+path, reader)
+	if err != nil {
+		return nil, err
+	}
+	if body != nil {
+		request.Header.Set("Content-Type", "application/json")
+	}
+	if a.Token != "" {
+		request.Header.Set("Authorization", "Bearer "+a.Token)
+	}
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return nil, err // names method and URL
+	}
+	defer response.Body.Close()
+	answer, err := io.ReadAll(io.LimitReader(response.Body, maxAnswer))
+	if err != nil {
+		return nil, fmt.Errorf("%s %s%s: %w", method, a.Gateway, path, err)
+	}
+	if response.StatusCode/100 == 2 {
+		return answer, nil
+	}
+	refusal := &problem{Status: response.StatusCode}
+	if response.Header.Get("Content-Type") != "application/problem+json" || json.Unmarshal(answer, refusal) != nil {
+		return nil, fmt.Errorf("%s %s%s: %s: %w", method, a.Gateway, path, response.Status, errNotTheAPI)
+	}
+	return nil, refusal
+}
+
+// Register adds an instance to a service, or changes it.
+type Register struct {
+	API
+	Service string `arg:"" help:"The service's name."`
+	ID      string `arg:"" name:"id" help:"The instance's id, unique in its service."`
+	Addr    string `arg:"" help:"Where it listens: http://HOST:PORT or https://HOST:PORT, with a base path if it has one."`
+	Weight  int    `default:"0" min:"0" noenv:"" help:"Its share under the weighted strategies."`
+}
+
+// registration is the body of /register.
+type registration struct {
+	Service string `json:"service"`
+	ID      string `json:"id"`
+	Addr    string `json:"addr,omitempty"`
+	Weight  int    `json:"weight,omitempty"`
+}
+
+// Run registers the instance.
+func (c *Register) Run(p *Process) error {
+	if _, err := c.call(p.Context, http.MethodPost, "/register", registration{c.Service, c.ID, c.Addr, c.Weight}); err != nil {
+		return err
+	}
+	_, err := fmt.Fprintf(p.Out, "registered %s/%s at %s\n", c.Service, c.ID, c.Addr)
+	return err
+}
+
+// Unregister takes an instance out of a service.
+type Unregister struct {
+	API
+	Service string `arg:"" help:"The service's name."`
+	ID      string `arg:"" name:"id" help:"The instance's id."`
+}
+
+// Run unregisters the instance. One that is gone already is as it should be.
+func (c *Unregister) Run(p *Process) error {
+	_, err := c.call(p.Context, http.MethodDelete, "/register", registration{Service: c.Service, ID: c.ID})
+	if gone(err) {
+		_, err = fmt.Fprintf(p.Out, "%s/%s was not registered\n", c.Service, c.ID)
+		return err
+	}
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(p.Out, "unregistered %s/%s\n", c.Service, c.ID)
+	return err
+}
+
+// gone tells whether the API knows no such instance. A 404 that names neither service nor id is about the path.
+func gone(err error) bool {
+	var refusal *problem
+	return errors.As(err, &refusal) && refusal.Status == http.StatusNotFound && refusal.Field != ""
+}
+
+// Services lists who is registered and how they do.
+type Services struct {
+	API
+	Service string `arg:"" optional:"" help:"Only this one."`
+	JSON    bool   `name:"json" noenv:"" help:"Print what the API answers, as it is."`
+}
+
+// service and instance are what the table shows of GET /services.
+type service struct {
+	Name, Strategy, Why string
+	InForce             string `json:"in_force"`
+	Instances           []instance
+}
+
+type instance struct {
+	ID, Addr, Reason string
+	Weight           int
+	Ready            bool
+	Breaker          struct {
+		State string
+		Until *time.Time
+	}
+	InFlight  int64  `json:"in_flight"`
+	LastError string `json:"last_error"`
+	Success   uint64
+	Failure   uint64
+}
+
+// Run prints a line for each instance.
+func (c *Services) Run(p *Process) error {
+	path := "/services"
+	if c.Service != "" {
+		path += "/" + url.PathEscape(c.Service)
+	}
+	answer, err := c.call(p.Context, http.MethodGet, path, nil)
+	if err != nil {
+		return err
+	}
+	if c.JSON {
+		_, err := fmt.Fprintf(p.Out, "%s\n", bytes.TrimSpace(answer))
+		return err
+	}
+	services, err := decode(answer, c.Service != "")
+	if err != nil {
+		return err
+	}
+	if len(services) == 0 {
+		_, err := fmt.Fprintln(p.Out, "no service has an instance")
+		return err
+	}
+	return table(p.Out, services)
+}
+
+// decode reads the answer for one service or for all.
+func decode(answer []byte, one bool) ([]service, error) {
+	var all struct{ Services []service }
+	var err error
+	if one {
+		all.Services = make([]service, 1)
+		err = json.Unmarshal(answer, &all.Services[0])
+	} else {
+		err = json.Unmarshal(answer, &all)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errNotTheAPI, err)
+	}
+	return all.Services, nil
+}
+
+func table(out io.Writer, services []service) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "SERVICE\tSTRATEGY\tINSTANCE\tADDR\tWEIGHT\tREADY\tBREAKER\tIN FLIGHT\tSUCCESS\tFAILURE\tNOTE")
+	for _, s := range services {
+		for _, in := range s.Instances {
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\t%s\t%d\t%d\t%d\t%s\n", s.Name, s.InForce, in.ID, in.Addr, in.Weight,
+				map[bool]string{true: "yes", false: "no"}[in.Ready], in.Breaker.State, in.InFlight, in.Success, in.Failure, note(s, in))
+		}
+	}
+	return w.Flush()
+}
+
+// note is why an instance or its service's strategy is not as one would expect, or nothing.
+func note(s service, in instance) string {
+	var notes []string
+	if in.Reason != "" {
+		notes = append(notes, in.Reason)
+	}
+	if in.LastError != "" {
+		notes = append(notes, "last error: "+in.LastError)
+	}
+	if s.Why != "" {
+		notes = append(notes, "not "+s.Strategy+": "+s.Why)
+	}
+	return strings.Join(notes, "; ")
+}
