@@ -1,0 +1,275 @@
+// Command kerberos is an HTTP gateway that owns its service registry. This file joins the packages and obeys flags and
+// signals; it decides nothing.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/signal"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/alecthomas/kong"
+	"github.com/valyala/fasthttp"
+	"golang.org/x/term"
+
+	"kerberos/cb"
+	"kerberos/internal/access"
+	"kerberos/internal/admin"
+	"kerberos/internal/cli"
+	"kerberos/internal/config"
+	"kerberos/proxy"
+	"kerberos/registry"
+)
+
+func main() { os.Exit(run(os.Args[1:])) }
+
+// Exit codes beside 0.
+const (
+	exitFailed      = 1
+	exitUsage       = 2
+	exitInterrupted = 130 // a second signal
+)
+
+// run returns the exit code.
+func run(args []string) int {
+	var commands struct {
+		Run        gatewayCommand `cmd:"" default:"withargs" help:"Run the gateway (what happens without a command)."`
+		Demo       cli.Demo       `cmd:"" help:"Show it at work: a gateway, three backends, one of which stops and comes back."`
+		Backend    cli.Backend    `cmd:"" help:"Run a small backend that answers every path with what it saw."`
+		Register   cli.Register   `cmd:"" help:"Register an instance, or change it."`
+		Unregister cli.Unregister `cmd:"" help:"Unregister an instance."`
+		Services   cli.Services   `cmd:"" help:"List services and their instances."`
+		Version    cli.Version    `cmd:"" help:"Print the version."`
+	}
+	command, err := config.Parse(&commands, args, os.LookupEnv,
+		kong.Description("An HTTP gateway that owns its service registry: register a backend with one call, and traffic flows to it."))
+	if err != nil {
+		return fail(fmt.Errorf("%w\nSee kerberos --help", err), exitUsage)
+	}
+	if err := command.BindToProvider(process); err != nil {
+		return fail(err, exitFailed)
+	}
+	if err := command.Run(); err != nil {
+		if errors.As(err, new(usageError)) {
+			return fail(err, exitUsage)
+		}
+		return fail(err, exitFailed)
+	}
+	return 0
+}
+
+// usageError is a flag that could be read and cannot be obeyed.
+type usageError struct{ error }
+
+func fail(err error, code int) int {
+	fmt.Fprintln(os.Stderr, "kerberos:", err)
+	return code
+}
+
+// process is what commands other than the gateway run in: the first signal ends their context, a second one them.
+func process() *cli.Process {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop)
+	return &cli.Process{
+		Context:  ctx,
+		Out:      os.Stdout,
+		Terminal: term.IsTerminal(int(os.Stdout.Fd())),
+		Start: func(cfg config.Gateway, log *slog.Logger) (cli.Gateway, error) {
+			g, err := start(cfg, log)
+			if err != nil {
+				return cli.Gateway{}, err
+			}
+			return cli.Gateway{Data: g.data.Addr().String(), Admin: g.admin.Addr().String(), Stop: g.stop}, nil
+		},
+	}
+}
+
+// gatewayCommand is `kerberos run`.
+type gatewayCommand struct {
+	config.Gateway `embed:""`
+}
+
+// Run serves until a signal. Then /readyz fails at once, the listeners stay open for --shutdown-delay, and requests in
+// flight have --drain-timeout to end. A second signal ends the process where it is.
+func (c *gatewayCommand) Run() error {
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	log := slog.New(logHandler(os.Stderr))
+	g, err := start(c.Gateway, log)
+	if err != nil {
+		return err
+	}
+	select {
+	case s := <-signals:
+		log.Info("stopping", "signal", s.String(), "shutdown_delay", c.ShutdownDelay.String(), "drain_timeout", c.DrainTimeout.String())
+	case err = <-g.failed:
+	}
+	go func() {
+		<-signals
+		os.Exit(exitInterrupted)
+	}()
+	g.stop()
+	return err
+}
+
+// logHandler writes text for people and JSON for machines.
+func logHandler(out *os.File) slog.Handler {
+	if term.IsTerminal(int(out.Fd())) {
+		return slog.NewTextHandler(out, nil)
+	}
+	return slog.NewJSONHandler(out, nil)
+}
+
+// gateway is one that runs.
+type gateway struct {
+	cfg         config.Gateway
+	log         *slog.Logger
+	ready       atomic.Bool
+	data, admin net.Listener // admin is nil if off
+	proxy       *proxy.Proxy
+	ops         *admin.Server // nil with admin
+	serving     sync.WaitGroup
+	failed      chan error // a listener that ended by itself
+}
+
+// start opens the listeners and serves. Flags that only the packages themselves can judge end in its error too.
+func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
+	g := &gateway{cfg: cfg, log: log, failed: make(chan error, 2)}
+	defer func() {
+		if err != nil {
+			g.close()
+		}
+	}()
+	var own []netip.AddrPort
+	if g.data, err = net.Listen("tcp", cfg.Listen); err != nil {
+		return nil, fmt.Errorf("--listen: %w", err)
+	}
+	own = append(own, bound(g.data))
+	if cfg.Admin != config.Off {
+		if g.admin, err = net.Listen("tcp", cfg.Admin); err != nil {
+			return nil, fmt.Errorf("--admin: %w", err)
+		}
+		own = append(own, bound(g.admin))
+	}
+
+	rule := access.New(access.Config{
+		Token:          cfg.Token,
+		Allow:          cfg.APIAllow.Networks,
+		AllowNone:      cfg.APIAllow.None,
+		AllowSet:       cfg.APIAllow.Set,
+		TrustedProxies: len(cfg.TrustedProxies) > 0,
+	})
+	var api fasthttp.RequestHandler // describes what the proxy does, which is made with it
+	guarded := rule.Wrap(func(ctx *fasthttp.RequestCtx) { api(ctx) })
+
+	registration := registry.Config{Addrs: registry.AddrPolicy{Allow: cfg.AddrAllow, Deny: cfg.AddrDeny, Own: own}}
+	forwarding := proxy.Config{
+		Strategy:         cfg.Strategy,
+		RequestTimeout:   cfg.RequestTimeout,
+		ConnectTimeout:   cfg.ConnectTimeout,
+		Retries:          cfg.Retries,
+		Breaker:          cb.Config{Failures: cfg.BreakerFailures, OpenFor: cfg.BreakerOpen, Probes: cfg.BreakerProbes},
+		BreakerStatuses:  cfg.BreakerStatuses,
+		TrustedProxies:   cfg.TrustedProxies,
+		UpstreamCA:       cfg.UpstreamCA,
+		UpstreamInsecure: bool(cfg.UpstreamInsecure),
+		NoVia:            !bool(cfg.Via),
+		HealthPath:       cfg.HealthPath,
+		Ready:            g.ready.Load,
+		LogRequests:      bool(cfg.LogRequests),
+		Log:              log,
+	}
+	for _, route := range cfg.Route {
+		forwarding.Routes = append(forwarding.Routes, proxy.RoutePrefix(route))
+	}
+	if cfg.Retries == 0 {
+		forwarding.Retries = -1 // none, as 0 is the default there
+	}
+	if cfg.API.OnData() {
+		registration.Reserved = []string{"register", "services"}
+		forwarding.API = guarded
+		forwarding.MayRead = func(ctx *fasthttp.RequestCtx) bool { return rule.Check(ctx) == nil }
+	}
+
+	reg := registry.New(registration)
+	forwarding.Registry = reg
+	if g.proxy, err = proxy.New(forwarding, nil); err != nil {
+		return nil, usageError{err}
+	}
+	api = registry.NewHandler(reg, g.proxy)
+	reg.OnChange(g.proxy.Update)
+	if g.admin != nil {
+		operation := admin.Config{Ready: g.ready.Load, Log: log}
+		if cfg.API.OnAdmin() {
+			operation.API = guarded
+		}
+		g.ops = admin.New(operation)
+	}
+
+	if cfg.API.OnData() && cfg.Token == "" && !cfg.APIAllow.None && !bound(g.data).Addr().IsLoopback() {
+		log.Warn("the API is served on the data listener without a token: whoever passes the rule of --api-allow may change where traffic goes; set --token or --api=admin")
+	}
+	g.ready.Store(true)
+	g.serve("data", g.data, g.proxy.Serve)
+	if g.admin != nil {
+		g.serve("admin", g.admin, g.ops.Serve)
+	}
+	return g, nil
+}
+
+func (g *gateway) serve(name string, ln net.Listener, serve func(net.Listener) error) {
+	g.log.Info("listening", "listener", name, "addr", ln.Addr().String())
+	g.serving.Go(func() {
+		if err := serve(ln); err != nil {
+			g.failed <- fmt.Errorf("the %s listener ended: %w", name, err)
+		}
+	})
+}
+
+// stop ends the gateway as its flags say.
+func (g *gateway) stop() {
+	g.ready.Store(false)
+	time.Sleep(g.cfg.ShutdownDelay)
+	if g.ops != nil {
+		g.serving.Go(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Second) // its requests take milliseconds
+			defer cancel()
+			_ = g.ops.Shutdown(ctx) // what is left ends with the process
+		})
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), g.cfg.DrainTimeout)
+	defer cancel()
+	if cut := g.proxy.Shutdown(ctx); cut > 0 {
+		g.log.Warn("requests were cut at the drain timeout", "count", cut, "drain_timeout", g.cfg.DrainTimeout.String())
+	}
+	g.serving.Wait()
+	g.proxy.Close()
+	g.log.Info("stopped")
+}
+
+// close takes back what a start that failed has opened.
+func (g *gateway) close() {
+	for _, c := range []io.Closer{g.data, g.admin} {
+		if c != nil {
+			_ = c.Close()
+		}
+	}
+	if g.proxy != nil {
+		g.proxy.Close()
+	}
+}
+
+// bound is the address that a listener got.
+func bound(ln net.Listener) netip.AddrPort {
+	ap := ln.Addr().(*net.TCPAddr).AddrPort()
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+}
