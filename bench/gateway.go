@@ -51,25 +51,24 @@ func findKerberos(ctx context.Context, dir, binary string) (gateway, error) {
 			return gateway{}, fmt.Errorf("go build in %s: %w\n%s", build.Dir, err, out)
 		}
 	}
-	g := gateway{name: "kerberos", version: versionOf(ctx, binary, "version")}
+	g := gateway{name: "kerberos", version: versionWord(ctx, 1, binary, "version")}
 	g.start = func(ctx context.Context, s setup) (*running, error) { return startKerberos(ctx, binary, s) }
 	return g, nil
 }
 
-// versionOf returns the first word with a digit of what a program says about its version.
-func versionOf(ctx context.Context, args ...string) string {
+// versionWord returns the n-th word (from 0) of what a program says first.
+func versionWord(ctx context.Context, n int, args ...string) string {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Env = environment()
-	out, _ := cmd.CombinedOutput() // nginx tells stderr
+	out, _ := cmd.CombinedOutput() // nginx tells stderr, wrk exits with 1
 	line, _, _ := strings.Cut(string(out), "\n")
-	for word := range strings.FieldsSeq(line) {
-		if strings.ContainsAny(word, "0123456789") {
-			return strings.TrimPrefix(word, "nginx/")
-		}
+	words := strings.Fields(line)
+	if n >= len(words) {
+		return "unknown"
 	}
-	return "unknown"
+	return strings.Trim(words[n], "(),")
 }
 
 // startKerberos starts the gateway with its defaults on free ports and registers the origin as service "bench".
@@ -140,7 +139,7 @@ func findNginx(ctx context.Context) (gateway, error) {
 	if err != nil {
 		return gateway{}, err
 	}
-	g := gateway{name: "nginx", version: versionOf(ctx, path, "-v")}
+	g := gateway{name: "nginx", version: strings.TrimPrefix(versionWord(ctx, 2, path, "-v"), "nginx/")}
 	g.start = func(ctx context.Context, s setup) (*running, error) { return startNginx(ctx, path, s) }
 	return g, nil
 }
@@ -211,7 +210,7 @@ func findHAProxy(ctx context.Context) (gateway, error) {
 	if err != nil {
 		return gateway{}, err
 	}
-	g := gateway{name: "haproxy", version: versionOf(ctx, path, "-v")}
+	g := gateway{name: "haproxy", version: versionWord(ctx, 2, path, "-v")}
 	g.start = func(ctx context.Context, s setup) (*running, error) { return startHAProxy(ctx, path, s) }
 	return g, nil
 }
@@ -327,6 +326,9 @@ func checkForwarding(ctx context.Context, addr string, size int) error {
 		if !strings.Contains(seen, want) {
 			return fmt.Errorf("the origin does not see %q but\n%s", want, a.body)
 		}
+	}
+	if strings.Contains(seen, "connection: close") {
+		return fmt.Errorf("the origin is told to close the connection:\n%s", a.body)
 	}
 	return nil
 }

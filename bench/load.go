@@ -61,9 +61,9 @@ type tool struct {
 }
 
 // findTool returns the tool of that name; "auto" is the first of wrk, hey and builtin that is there.
-func findTool(name string) (tool, error) {
+func findTool(ctx context.Context, name string) (tool, error) {
 	if path, err := exec.LookPath("wrk"); err == nil && (name == "auto" || name == "wrk") {
-		return tool{"wrk", wrkVersion(path), true, wrkCommand(path), parseWrk}, nil
+		return tool{"wrk", versionWord(ctx, 1, path, "-v"), true, wrkCommand(path), parseWrk}, nil
 	}
 	if path, err := exec.LookPath("hey"); err == nil && (name == "auto" || name == "hey") {
 		return tool{"hey", "", false, heyCommand(path), parseHey}, nil
@@ -92,13 +92,6 @@ func (t tool) run(ctx context.Context, cpu int, l load, addr, dir string, d time
 		return outcome{}, fmt.Errorf("%s: %w in its output:\n%s", t.name, err, out)
 	}
 	return o, nil
-}
-
-func wrkVersion(path string) string {
-	out, _ := exec.Command(path, "-v").Output() // exits with 1 where it worked
-	_, version, _ := strings.Cut(string(out), " ")
-	version, _, _ = strings.Cut(version, " ")
-	return version
 }
 
 func wrkCommand(path string) func(load, string, string, time.Duration) ([]string, []byte, error) {

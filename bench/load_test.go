@@ -118,7 +118,7 @@ func TestToolsSendTheLoad(t *testing.T) {
 	for _, name := range []string{"wrk", "hey", "builtin"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			tool, err := findTool(name)
+			tool, err := findTool(t.Context(), name)
 			if err != nil {
 				t.Skip(err)
 			}

@@ -29,7 +29,7 @@ func TestMain(m *testing.M) {
 	case os.Getenv(asCommand) != "", len(os.Args) > 1 && (os.Args[1] == "origin" || os.Args[1] == "load"):
 		main()
 	case len(os.Args) > 1 && os.Args[1] == "version":
-		fmt.Println("stand-in 1.0")
+		fmt.Println("stand-in 1.0, for tests")
 	case slices.Equal(os.Args[1:], []string{"--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"}):
 		standIn()
 	default:
@@ -67,7 +67,7 @@ func standIn() {
 		mu.Unlock()
 		w.WriteHeader(http.StatusNoContent)
 	}))
-	proxy := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+	proxy := &httputil.ReverseProxy{Transport: &http.Transport{MaxIdleConnsPerHost: 1000}, Rewrite: func(r *httputil.ProxyRequest) {
 		mu.Lock()
 		u, _ := url.Parse(origin)
 		mu.Unlock()
@@ -105,16 +105,16 @@ func TestRun(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, tool := range []struct{ name, duration string }{{"builtin", "200ms"}, {"hey", "200ms"}, {"wrk", "1s"}} {
-		t.Run(tool.name, func(t *testing.T) {
+	for _, tool := range []string{"builtin", "hey", "wrk"} {
+		t.Run(tool, func(t *testing.T) {
 			t.Parallel()
-			if _, err := findTool(tool.name); errors.Is(err, errNotInstalled) {
+			if _, err := findTool(t.Context(), tool); errors.Is(err, errNotInstalled) {
 				t.Skip(err)
 			}
 			dir := t.TempDir()
 			file := filepath.Join(t.TempDir(), "result.json")
-			cmd := command(t, dir, "--kerberos", self, "--tool", tool.name, "--duration", tool.duration, "--warmup", "0s",
-				"--rounds", "1", "--connections", "8", "--json", file)
+			cmd := command(t, dir, "--kerberos", self, "--tool", tool, "--duration", "1s", "--warmup", "0s",
+				"--rounds", "1", "--connections", "64", "--json", file)
 			out, err := cmd.CombinedOutput()
 			if err != nil {
 				t.Fatalf("%v\n%s", err, out)
@@ -131,7 +131,7 @@ func TestRun(t *testing.T) {
 				t.Fatalf("not three gateways in one table:\n%s", b)
 			}
 			for _, r := range res.Tables[0].Rows {
-				if m := r.Median; m.Requests < 1 || m.RequestsPerSecond <= 0 || (m.P50 <= 0 || m.P99 < m.P50) && tool.name != "hey" { // which tells none of a few requests
+				if m := r.Median; m.Requests < 1 || m.RequestsPerSecond <= 0 || (m.P50 <= 0 || m.P99 < m.P50) && tool != "hey" { // which tells none of a few requests
 					t.Errorf("%s: no figures: %+v", r.Gateway, m)
 				}
 				if pickCPUs().gateway != noCPU && (r.Median.CPU <= 0 || r.Median.PeakKiB < 1000 || r.Median.Busy <= 0) {
@@ -178,14 +178,18 @@ func TestRunFails(t *testing.T) {
 	}
 }
 
-func TestVersionOf(t *testing.T) {
-	for _, test := range []struct{ says, want string }{
-		{"nginx version: nginx/1.22.1", "1.22.1"},
-		{"HAProxy version 2.6.12-1+deb12u4 2026/10/17 - https://haproxy.org/\nStatus: long-term", "2.6.12-1+deb12u4"},
-		{"kerberos 1.0 go1.26.8", "1.0"},
-		{"", "unknown"},
+func TestVersionWord(t *testing.T) {
+	for _, test := range []struct {
+		says string
+		n    int
+		want string
+	}{
+		{"nginx version: nginx/1.22.1", 2, "nginx/1.22.1"},
+		{"HAProxy version 2.6.12-1+deb12u4 2026/10/17 - https://haproxy.org/\nStatus: long-term", 2, "2.6.12-1+deb12u4"},
+		{"kerberos (devel), go1.26.8 linux/amd64", 1, "devel"},
+		{"", 1, "unknown"},
 	} {
-		if got := versionOf(t.Context(), "echo", test.says); got != test.want {
+		if got := versionWord(t.Context(), test.n, "echo", test.says); got != test.want {
 			t.Errorf("%q: %q, want %q", test.says, got, test.want)
 		}
 	}
@@ -202,6 +206,7 @@ func TestCheckForwarding(t *testing.T) {
 		{"no host", "X-Forwarded-Host", "x-forwarded-host", 12},
 		{"no client", "X-Forwarded-For", "x-forwarded-for", 12},
 		{"wrong size", "", "a body of 12 bytes, not 13", 13},
+		{"not kept", "", "told to close", 12},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -218,6 +223,7 @@ func TestCheckForwarding(t *testing.T) {
 						r.Out.Header.Set(name, value)
 					}
 				}
+				r.Out.Close = test.name == "not kept"
 			}}
 			srv := &http.Server{Handler: proxy}
 			go srv.Serve(ln)
