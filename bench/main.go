@@ -17,8 +17,8 @@
 //     is the kernel's process CPU clock (nanoseconds); how it splits into user and system comes from utime and stime in
 //     /proc/PID/stat, which the kernel samples at its tick: good to about 2 % of the total over 3 s.
 //   - ±%: half the distance between the dearest and the cheapest round, against the median. Differences below it are noise.
-//   - busy: how much of its CPU the gateway used. Well below 100 % the load was the limit: then req/s is the load's
-//     capacity, not the gateway's, and us/req contains more sleeping and waking.
+//   - busy: how much of its CPU the gateway used. Well below 100 % the load was the limit, or other programs wanted these
+//     CPUs: then req/s is not the gateway's capacity, and us/req contains more sleeping, waking and cold caches.
 //   - p50, p99: of a closed loop at full speed, in microseconds, as the load tool reports them: they follow from req/s
 //     and the number of connections more than from the gateway, and p99 differs much from run to run.
 //   - peak MiB: VmHWM of the largest process since its start (of nginx: the worker).
