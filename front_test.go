@@ -23,40 +23,43 @@ type front struct {
 var nginx = front{
 	program: "nginx",
 	config: func(listen, backend, dir string) string {
-		return nginxConfig(listen, backend, dir, "")
+		return nginxConfig(listen, dir, "location / { proxy_pass http://"+backend+"; }")
 	},
 	args: func(file string) []string { return []string{"-c", file, "-p", filepath.Dir(file), "-e", "stderr"} },
 }
 
-// nginxConfig has what keeps a second nginx apart from the machine's own, and one location with more in it.
-func nginxConfig(listen, backend, dir, more string) string {
+// nginxConfig has what keeps a second nginx apart from the machine's own, and a location.
+func nginxConfig(listen, dir, location string) string {
 	return fmt.Sprintf(`
 daemon off;
-pid %[3]s/nginx.pid;
+pid %[2]s/nginx.pid;
 events {}
 http {
 	access_log off;
-	client_body_temp_path %[3]s/body;
-	proxy_temp_path %[3]s/proxy;
-	fastcgi_temp_path %[3]s/fastcgi;
-	uwsgi_temp_path %[3]s/uwsgi;
-	scgi_temp_path %[3]s/scgi;
+	client_body_temp_path %[2]s/body;
+	proxy_temp_path %[2]s/proxy;
+	fastcgi_temp_path %[2]s/fastcgi;
+	uwsgi_temp_path %[2]s/uwsgi;
+	scgi_temp_path %[2]s/scgi;
 	server {
 		listen %[1]s;
-		location / {
-			proxy_pass http://%[2]s;
-			%[4]s
-		}
+		%[3]s
 	}
 }
-`, listen, backend, dir, more)
+`, listen, dir, location)
 }
 
 // haproxy runs as the user its package makes for it.
 var haproxy = front{
 	program: "haproxy",
 	config: func(listen, backend, _ string) string {
-		return fmt.Sprintf(`
+		return haproxyConfig("frontend f\n\tbind " + listen + "\n\tdefault_backend b\nbackend b\n\tserver s " + backend + "\n")
+	},
+	args: func(file string) []string { return []string{"-db", "-f", file} },
+}
+
+func haproxyConfig(sections string) string {
+	return `
 global
 	user haproxy
 	group haproxy
@@ -65,14 +68,26 @@ defaults
 	timeout connect 5s
 	timeout client 50s
 	timeout server 50s
-frontend f
-	bind %s
-	default_backend b
-backend b
-	server s %s
-`, listen, backend)
-	},
-	args: func(file string) []string { return []string{"-db", "-f", file} },
+` + sections
+}
+
+// trusting is the front as the README configures it.
+func trusting(t *testing.T, f front) front {
+	t.Helper()
+	for _, b := range blocks(t) {
+		if b.language == f.program {
+			f.config = func(listen, backend, dir string) string {
+				text := strings.NewReplacer("127.0.0.1:8080", backend, "bind :80\n", "bind "+listen+"\n").Replace(b.text)
+				if f.program == "nginx" {
+					return nginxConfig(listen, dir, text)
+				}
+				return haproxyConfig(text)
+			}
+			return f
+		}
+	}
+	t.Fatalf("the README does not configure %s", f.program)
+	return f
 }
 
 // start runs the front on a free port before backend and returns its address. Another process may take the port between
@@ -196,9 +211,15 @@ func TestRegistrationThroughAFront(t *testing.T) {
 	}
 }
 
-// Behind an nginx that is trusted, the client is who nginx says it is, however much the client forges before that.
-func TestClientBehindTrustedNginx(t *testing.T) {
-	me := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}} // not nginx's own address, which is trusted
+// Behind a front that is trusted, the client is who the front says it is, however much the client forges before that.
+func TestClientBehindTrustedFront(t *testing.T) {
+	for _, f := range []front{nginx, haproxy} {
+		t.Run(f.program, func(t *testing.T) { testTrusted(t, trusting(t, f)) })
+	}
+}
+
+func testTrusted(t *testing.T, f front) {
+	me := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}} // not the front's own address, which is trusted
 	probe, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -220,10 +241,7 @@ func TestClientBehindTrustedNginx(t *testing.T) {
 			t.Fatalf("registering: %d %s", response.StatusCode, text)
 		}
 	}
-	trusted := front{program: nginx.program, args: nginx.args, config: func(listen, backend, dir string) string {
-		return nginxConfig(listen, backend, dir, "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for; proxy_set_header Host $host;")
-	}}
-	addr := trusted.start(t, g.data)
+	addr := f.start(t, g.data)
 
 	chosen := map[string]bool{}
 	for range 20 {

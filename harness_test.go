@@ -100,8 +100,14 @@ type child struct {
 
 func begin(t *testing.T, env []string, args ...string) *child {
 	t.Helper()
-	p := &child{t: t, cmd: exec.Command(binary, args...), ended: make(chan struct{})}
-	p.cmd.Env = environment(env...)
+	cmd := exec.Command(binary, args...)
+	cmd.Env = environment(env...)
+	return beginCommand(t, cmd)
+}
+
+func beginCommand(t *testing.T, cmd *exec.Cmd) *child {
+	t.Helper()
+	p := &child{t: t, cmd: cmd, ended: make(chan struct{})}
 	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, &p.stderr
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -114,10 +120,10 @@ func begin(t *testing.T, env []string, args ...string) *child {
 		_ = p.cmd.Process.Kill()
 		<-p.ended
 		if t.Failed() {
-			t.Logf("%v printed\n%s%s", args, p.stdout.String(), p.stderr.String())
+			t.Logf("%v printed\n%s%s", cmd.Args, p.stdout.String(), p.stderr.String())
 		}
 		if strings.Contains(p.stderr.String(), "DATA RACE") {
-			t.Errorf("a data race in %v:\n%s", args, p.stderr.String())
+			t.Errorf("a data race in %v:\n%s", cmd.Args, p.stderr.String())
 		}
 	})
 	return p

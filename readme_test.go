@@ -1,0 +1,376 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"kerberos/internal/config"
+	"kerberos/lb"
+	"kerberos/registry"
+)
+
+// block is a fenced part of the README.
+type block struct {
+	language string
+	text     string
+	line     int
+}
+
+func readme(t *testing.T) string {
+	t.Helper()
+	text, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+func blocks(t *testing.T) []block {
+	t.Helper()
+	var all []block
+	inside := false
+	n := 0
+	for line := range strings.Lines(readme(t)) {
+		n++
+		if language, fence := strings.CutPrefix(line, "```"); fence {
+			if !inside {
+				all = append(all, block{language: strings.TrimSpace(language), line: n})
+			}
+			inside = !inside
+		} else if inside {
+			all[len(all)-1].text += line
+		}
+	}
+	return all
+}
+
+// session runs the README's commands in their order, as its reader would: in this folder, the servers beside the rest.
+// The ports are others, and `go run .` is the binary under test.
+type session struct {
+	t       *testing.T
+	ports   map[string]string // of the README -> of this test
+	file    string            // where the Go program is saved
+	program string            // what it was built to
+	servers map[string]*child // by the command that replaces them
+}
+
+var (
+	portPattern = regexp.MustCompile(`\b(8080|9901|8081|8082|8083|8090)\b`)
+	timePattern = regexp.MustCompile(`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ`)
+	viaPattern  = regexp.MustCompile(`kerberos-[0-9a-f]{12}`)
+	gapPattern  = regexp.MustCompile(`  +`) // columns are wider where ports are longer
+	server      = regexp.MustCompile(`^(?:\w+=\S+ )?go run (?:(/tmp/gateway\.go)|\.)( backend.*| --.*)?$`)
+)
+
+const savedAs = "/tmp/gateway.go"
+
+func newSession(t *testing.T) *session {
+	s := &session{t: t, ports: map[string]string{}, servers: map[string]*child{}}
+	for _, port := range []string{"8080", "9901", "8081", "8082", "8083", "8090"} {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close() // until all are found
+		s.ports[port] = strconv.Itoa(ln.Addr().(*net.TCPAddr).Port)
+	}
+	dir := t.TempDir()
+	s.file, s.program = filepath.Join(dir, "gateway.go"), filepath.Join(dir, "gateway")
+	return s
+}
+
+// here makes what the README says what is true in this test; there is the other way round, without what differs each time.
+func (s *session) here(text string) string {
+	text = strings.ReplaceAll(text, savedAs, s.file)
+	return portPattern.ReplaceAllStringFunc(text, func(port string) string { return s.ports[port] })
+}
+
+func (s *session) there(text string) string {
+	for port, here := range s.ports {
+		text = strings.ReplaceAll(text, here, port)
+	}
+	text = timePattern.ReplaceAllString(text, "TIME")
+	text = viaPattern.ReplaceAllString(text, "kerberos-ID")
+	return gapPattern.ReplaceAllString(text, "  ")
+}
+
+func (s *session) env() []string {
+	return environment(
+		"KERBEROS_LISTEN=:"+s.ports["8080"], "KERBEROS_ADMIN=127.0.0.1:"+s.ports["9901"],
+		"KERBEROS_GATEWAY=http://127.0.0.1:"+s.ports["9901"], "KERBEROS="+binary)
+}
+
+// functions stands for go in the README's commands.
+const functions = `set -eu
+go() {
+	case "$*" in
+	"run . demo") "$KERBEROS" demo --for=1s >&2 ;;                # TestDemo sees a whole cycle
+	"run . "*) shift 2; "$KERBEROS" "$@" ;;
+	"run ./bench") command go run ./bench --help >&2 ;;            # the real one takes a minute
+	"test "*) shift; command go test -n "$@" >/dev/null 2>&1 ;;    # this very test is one of those
+	*) echo "the test of the README does not know: go $*" >&2; return 1 ;;
+	esac
+}
+`
+
+// run executes a block and returns what it printed.
+func (s *session) run(b block) string {
+	s.t.Helper()
+	cmd := exec.CommandContext(s.t.Context(), "bash", "-c", functions+s.here(b.text))
+	cmd.Env = s.env()
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		s.t.Fatalf("line %d: %v\n%s\nprinted %s\n%s", b.line, err, b.text, out, stderr.Bytes())
+	}
+	return string(out)
+}
+
+// serve starts a block that is one server, in the place of one that the reader would have had to end first.
+func (s *session) serve(b block, want string) {
+	s.t.Helper()
+	line := strings.TrimSpace(b.text)
+	parts := server.FindStringSubmatch(line)
+	kind, port := "gateway", "9901"
+	switch {
+	case parts[1] != "":
+		kind, port = "program", "8090"
+	case strings.HasPrefix(parts[2], " backend"):
+		kind, port = line, portPattern.FindString(parts[2])
+	}
+	if old := s.servers[kind]; old != nil {
+		old.signal(os.Interrupt)
+		old.wait()
+	}
+	line = strings.Replace(line, "go run "+savedAs, "exec "+s.program, 1)
+	line = strings.Replace(line, "go run .", `exec "$KERBEROS"`, 1)
+	cmd := exec.Command("bash", "-c", s.here(line))
+	cmd.Env = s.env()
+	c := beginCommand(s.t, cmd)
+	s.servers[kind] = c
+	eventually(s.t, fmt.Sprintf("line %d: %s has started", b.line, b.text), func() bool {
+		select {
+		case <-c.ended:
+			s.t.Fatalf("line %d: %s ended: %s", b.line, b.text, c.stderr.String())
+		default:
+		}
+		conn, err := net.Dial("tcp", "127.0.0.1:"+s.ports[port])
+		if err == nil {
+			conn.Close()
+		}
+		return err == nil && (want == "" || strings.Count(c.stdout.String(), "\n") >= strings.Count(want, "\n"))
+	})
+	if want != "" {
+		s.compare(b, want, c.stdout.String())
+	}
+}
+
+func (s *session) compare(b block, want, got string) {
+	s.t.Helper()
+	if diff := cmp.Diff(s.there(want), s.there(got)); diff != "" {
+		s.t.Errorf("line %d: README -, real +:\n%s", b.line, diff)
+	}
+}
+
+func (s *session) save(b block) {
+	s.t.Helper()
+	if err := os.WriteFile(s.file, []byte(s.here(b.text)), 0o600); err != nil {
+		s.t.Fatal(err)
+	}
+	if out, err := exec.Command("gofmt", "-l", s.file).CombinedOutput(); err != nil || len(out) > 0 {
+		s.t.Errorf("line %d: the program is not formatted: %v %s", b.line, err, out)
+	}
+	if out, err := exec.Command("go", "build", "-o", s.program, s.file).CombinedOutput(); err != nil {
+		s.t.Fatalf("line %d: %v\n%s", b.line, err, out)
+	}
+}
+
+// Every command of the README is run, and every output compared.
+func TestReadme(t *testing.T) {
+	for _, tool := range []string{"bash", "curl"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("the README's commands need %s", tool)
+		}
+	}
+	s := newSession(t)
+	all := blocks(t)
+	commands := 0
+	for i, b := range all {
+		want := ""
+		if i+1 < len(all) && all[i+1].language == "text" {
+			want = all[i+1].text
+		}
+		switch b.language {
+		case "sh":
+			commands++
+			if server.MatchString(strings.TrimSpace(b.text)) {
+				s.serve(b, want)
+			} else if got := s.run(b); want != "" || got != "" {
+				s.compare(b, want, got)
+			}
+		case "go":
+			s.save(b)
+		case "text":
+			if i == 0 || all[i-1].language != "sh" {
+				t.Errorf("line %d: an output of no command", b.line)
+			}
+		case "", "nginx", "haproxy": // a picture; what TestClientBehindTrustedFront runs
+		default:
+			t.Errorf("line %d: nothing tests a block of %s", b.line, b.language)
+		}
+	}
+	if commands < 10 {
+		t.Errorf("only %d blocks of commands were found", commands)
+	}
+}
+
+// rows are the cells of the table below a heading, without its head.
+func rows(t *testing.T, heading string) [][]string {
+	t.Helper()
+	_, section, ok := strings.Cut(readme(t), "\n## "+heading+"\n")
+	if !ok {
+		t.Fatalf("no section %q", heading)
+	}
+	section, _, _ = strings.Cut(section, "\n## ")
+	var all [][]string
+	for line := range strings.Lines(section) {
+		line = strings.TrimSpace(line)
+		if !strings.HasPrefix(line, "|") {
+			continue
+		}
+		cells := strings.Split(strings.Trim(line, "|"), "|")
+		for i := range cells {
+			cells[i] = strings.TrimSpace(cells[i])
+		}
+		all = append(all, cells)
+	}
+	if len(all) < 3 {
+		t.Fatalf("no table in section %q", heading)
+	}
+	return all[2:]
+}
+
+// The table of flags has each flag once, with its default.
+func TestReadmeFlags(t *testing.T) {
+	var grammar struct {
+		Run config.Gateway `cmd:"" default:"withargs"`
+	}
+	ctx, err := config.Parse(&grammar, nil, func(string) (string, bool) { return "", false })
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want, got []string
+	text := readme(t)
+	for _, flag := range ctx.Model.DefaultCmd.Flags {
+		value := ""
+		if flag.HasDefault {
+			value = "`" + flag.Default + "`"
+		}
+		want = append(want, "`--"+flag.Name+"` "+value)
+		for _, name := range config.Variables(flag)[1:] {
+			if !strings.Contains(text, "`"+name+"`") {
+				t.Errorf("the second name %s is not mentioned", name)
+			}
+		}
+	}
+	for _, row := range rows(t, "Flags") {
+		got = append(got, row[0]+" "+row[1])
+		if row[2] == "" {
+			t.Errorf("%s is not explained", row[0])
+		}
+	}
+	slices.Sort(want)
+	slices.Sort(got)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("flags and defaults: real -, README +:\n%s", diff)
+	}
+}
+
+func TestReadmeStrategies(t *testing.T) {
+	var want, got []string
+	for _, strategy := range lb.Strategies() {
+		want = append(want, "`"+string(strategy)+"`")
+	}
+	for _, row := range rows(t, "Strategies") {
+		got = append(got, row[0])
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("real -, README +:\n%s", diff)
+	}
+}
+
+// The limits that have a number are met at it and not past it.
+func TestReadmeLimits(t *testing.T) {
+	limits := map[string]string{}
+	for _, row := range rows(t, "Limits") {
+		limits[row[0]] = row[1] + " -> " + row[2]
+	}
+	g := launch(t, nil)
+	g.register("echo", "a", named(t, "a"))
+	register := func(id string, weight int, padding int) int {
+		status, _ := g.post(fmt.Sprintf(`{"service":"echo","id":%q,"addr":"http://127.0.0.1:1","weight":%d}%s`, id, weight, strings.Repeat(" ", padding)))
+		return status
+	}
+	head := func(size int) int {
+		raw := get("/echo")
+		raw = strings.Replace(raw, "\r\n\r\n", "\r\nX: "+strings.Repeat("x", size-len(raw)-len("X: \r\n"))+"\r\n\r\n", 1)
+		response, _ := exchange(t, g.data, raw)
+		return response.StatusCode
+	}
+	for what, test := range map[string]struct {
+		want         string
+		within, past int
+	}{
+		"request head":                       {"32 KiB -> 431", head(32 << 10), head(32<<10 + 1)},
+		"a service's name, an instance's id": {"128 characters of `A-Z a-z 0-9 . _ ~ : -` -> 400", register(strings.Repeat("x", 128), 1, 0), register(strings.Repeat("x", 129), 1, 0)},
+		"weight":                             {fmt.Sprintf("%d -> 400", registry.MaxWeight), register("w", registry.MaxWeight, 0), register("w", registry.MaxWeight+1, 0)},
+		"body of an API call":                {fmt.Sprintf("%d KiB -> 413", registry.MaxBody>>10), register("b", 1, 60<<10), register("b", 1, 64<<10)},
+		"instances asked for one request":    {fmt.Sprintf("%d -> the last one's error", lb.MaxTried), 0, 0},
+		"WebSocket, HTTP/2, TLS to clients":  {"not yet -> 501 for a WebSocket handshake", 0, webSocket(g)},
+		"request body":                       {"none -> over 64 KiB it is streamed and sent once", upload(g, 3<<20), 0},
+		"registrations":                      {"in memory -> gone with the process", 0, 0},
+	} {
+		if limits[what] != test.want {
+			t.Errorf("%s: README %q, real %q", what, limits[what], test.want)
+		}
+		delete(limits, what)
+		if test.within != 0 && test.within/100 != 2 {
+			t.Errorf("%s: status %d at the limit", what, test.within)
+		}
+		_, beyond, _ := strings.Cut(test.want, " -> ")
+		if test.past != 0 && !strings.HasPrefix(beyond, strconv.Itoa(test.past)) {
+			t.Errorf("%s: status %d past the limit, want %s", what, test.past, beyond)
+		}
+	}
+	for what := range limits {
+		t.Errorf("%s: nothing tests this limit", what)
+	}
+}
+
+func webSocket(g *running) int {
+	response, _ := exchange(g.t, g.data, "GET /echo HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
+		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n")
+	return response.StatusCode
+}
+
+func upload(g *running, size int) int {
+	response, err := http.Post("http://"+g.data+"/echo", "text/plain", strings.NewReader(strings.Repeat("x", size)))
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	response.Body.Close()
+	return response.StatusCode
+}
