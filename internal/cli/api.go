@@ -209,7 +209,8 @@ func decode(answer []byte, one bool) ([]service, error) {
 }
 
 func table(out io.Writer, services []service) error {
-	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	var text bytes.Buffer
+	w := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "SERVICE\tSTRATEGY\tINSTANCE\tADDR\tWEIGHT\tREADY\tBREAKER\tIN FLIGHT\tSUCCESS\tFAILURE\tNOTE")
 	for _, s := range services {
 		for _, in := range s.Instances {
@@ -217,7 +218,15 @@ func table(out io.Writer, services []service) error {
 				map[bool]string{true: "yes", false: "no"}[in.Ready], in.Breaker.State, in.InFlight, in.Success, in.Failure, note(s, in))
 		}
 	}
-	return w.Flush()
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	for line := range strings.Lines(text.String()) { // without the spaces that an empty last column leaves
+		if _, err := fmt.Fprintln(out, strings.TrimRight(line, " \n")); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // note is why an instance or its service's strategy is not as one would expect, or nothing.
