@@ -211,6 +211,15 @@ func TestRegistrationThroughAFront(t *testing.T) {
 	}
 }
 
+// Whoever names the networks that may use the API is taken at his word, other users of this machine included.
+func TestAPIAllowGivenExplicitly(t *testing.T) {
+	g := launch(t, nil, "--api-allow=loopback")
+	addr := haproxy.start(t, g.data)
+	if response, text := exchange(t, addr, get("/services")); response.StatusCode != http.StatusOK {
+		t.Errorf("through HAProxy: %d %s", response.StatusCode, text)
+	}
+}
+
 // Behind a front that is trusted, the client is who the front says it is, however much the client forges before that.
 func TestClientBehindTrustedFront(t *testing.T) {
 	for _, f := range []front{nginx, haproxy} {

@@ -246,6 +246,15 @@ func TestFlagsAreWired(t *testing.T) {
 			}
 		}
 		eventually(t, "the breaker opens", func() bool { return strings.Contains(services(g, "/echo/a"), `"state":"open"`) })
+		var instance struct {
+			Breaker struct{ Since, Until time.Time }
+		}
+		if err := json.Unmarshal([]byte(services(g, "/echo/a")), &instance); err != nil {
+			t.Error(err)
+		}
+		if open := instance.Breaker.Until.Sub(instance.Breaker.Since); open < 59*time.Minute || open > 61*time.Minute {
+			t.Errorf("the breaker is open for %v, want 1h", open)
+		}
 		if !g.logged("echo", `"a"`, "open") {
 			t.Error("the log does not tell")
 		}
@@ -281,6 +290,23 @@ func TestFlagsAreWired(t *testing.T) {
 		g.register("shop", "a", named(t, "shop"))
 		if status, _ := g.get("/shop"); status != 404 {
 			t.Errorf("beside a table without /*: %d", status)
+		}
+	})
+	t.Run("retries", func(t *testing.T) {
+		broken := func(w http.ResponseWriter, _ *http.Request) { panic(http.ErrAbortHandler) } // no answer
+		for env, want := range map[string]int{"RETRY_MAX=0": 1, "RETRY_MAX=1": 2} {
+			g := launch(t, []string{env})
+			g.register("echo", "a", backend(t, broken))
+			g.register("echo", "b", named(t, "b"))
+			answered := 0
+			for range 2 {
+				if status, _ := g.get("/echo"); status == 200 {
+					answered++
+				}
+			}
+			if answered != want {
+				t.Errorf("%s: %d of 2 requests were answered, want %d", env, answered, want)
+			}
 		}
 	})
 	t.Run("timeouts", func(t *testing.T) {
@@ -363,6 +389,14 @@ func TestWhoMayUseTheAPI(t *testing.T) {
 			if response, text := exchange(t, listener, post(body, "Authorization: Bearer s3cret\r\n")); response.StatusCode != 204 {
 				t.Errorf("with it: %d %s", response.StatusCode, text)
 			}
+		}
+		// Only who may read /services is told which routes there are.
+		if response, text := exchange(t, g.data, get("/nothing")); response.StatusCode != 404 || strings.Contains(text, "/echo") {
+			t.Errorf("a path of no service: %d %s", response.StatusCode, text)
+		}
+		may := strings.Replace(get("/nothing"), "\r\n\r\n", "\r\nAuthorization: Bearer s3cret\r\n\r\n", 1)
+		if response, text := exchange(t, g.data, may); response.StatusCode != 404 || !strings.Contains(text, "/echo") {
+			t.Errorf("the same for who may read: %d %s", response.StatusCode, text)
 		}
 		if response, _ := exchange(t, g.admin, get("/readyz")); response.StatusCode != 200 {
 			t.Errorf("/readyz: %d", response.StatusCode)
