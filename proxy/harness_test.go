@@ -33,6 +33,7 @@ func startGateway(t testing.TB, change func(*Config), route RouteFunc) *gateway 
 	if change != nil {
 		change(&cfg)
 	}
+	g.reg = cfg.Registry
 	p, err := New(cfg, route)
 	if err != nil {
 		t.Fatal(err)

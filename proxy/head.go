@@ -31,7 +31,7 @@ type Request struct {
 	close         bool   // Connection: close
 	keepAlive     bool   // Connection: keep-alive
 	upgrade       bool   // Connection: upgrade
-	websocket     bool   // Upgrade: websocket
+	websocket     bool   // Upgrade names websocket
 	expect        bool   // Expect: 100-continue
 	badExpect     bool   // any other expectation
 	nominated     bool   // Connection names fields of its own
@@ -365,7 +365,9 @@ func (r *Request) parse(b []byte, via string, trusted bool) *refusal {
 			}
 		case fieldUpgrade:
 			drop = true
-			r.websocket = r.websocket || is(f.value, "websocket")
+			for protocol := range list(f.value) {
+				r.websocket = r.websocket || is(protocol, "websocket")
+			}
 		case fieldVia:
 			r.looped = r.looped || via != "" && bytes.Contains(f.value, unsafe.Slice(unsafe.StringData(via), len(via)))
 		case fieldMaxForwards:
@@ -461,7 +463,7 @@ func (r *Request) startLine(line []byte) *refusal {
 	if q := bytes.IndexByte(target, '?'); q >= 0 {
 		r.Path, r.Query = target[:q], target[q+1:]
 	}
-	r.unclear = unclear&isUnclear != 0 || bytes.Contains(r.Path, slashDot)
+	r.unclear = unclear&isUnclear != 0 && bytes.ContainsAny(r.Path, `%\;`) || bytes.Contains(r.Path, slashDot)
 	return nil
 }
 
@@ -585,7 +587,7 @@ func validHost(b []byte) bool {
 		if end < 0 {
 			return false
 		}
-		if _, err := netip.ParseAddr(string(b[1:end])); err != nil {
+		if ip, err := netip.ParseAddr(string(b[1:end])); err != nil || !ip.Is6() || ip.Zone() != "" {
 			return false
 		}
 		b = b[end+1:]

@@ -1,0 +1,481 @@
+package proxy
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/valyala/fasthttp"
+
+	"kerberos/registry"
+)
+
+func TestFirstSegmentRouting(t *testing.T) {
+	g := startGateway(t, nil, nil)
+	for _, name := range []string{"echo", "users", "a.b~c:1-2_3"} {
+		g.register(t, name, "1", naming(t, name).url())
+	}
+	tests := []struct {
+		path, want string // want: the service, or "" for 404
+	}{
+		{"/echo", "echo"},
+		{"/echo/", "echo"},
+		{"/echo/x", "echo"},
+		{"/echo?x=/users", "echo"},
+		{"/echo//users", "echo"},
+		{"/users/1", "users"},
+		{"/users/echo", "users"},
+		{"/a.b~c:1-2_3/x", "a.b~c:1-2_3"},
+		{"/", ""},
+		{"/?echo", ""},
+		{"//echo", ""},
+		{"/echoes", ""},
+		{"/ech", ""},
+		{"/Echo", ""},
+		{"/x/echo", ""},
+	}
+	c := g.dial(t)
+	for _, tt := range tests {
+		m := c.get(tt.path)
+		if tt.want == "" {
+			m.refused(t, errNoRoute)
+		} else if m.want(t, 200); m.body != tt.want {
+			t.Errorf("%s went to %q, want %q", tt.path, m.body, tt.want)
+		}
+	}
+
+	// Nothing to restart: a service is there as soon as somebody registers it.
+	c.get("/late/x").refused(t, errNoRoute)
+	g.register(t, "late", "1", naming(t, "late").url())
+	if m := c.get("/late/x").want(t, 200); m.body != "late" {
+		t.Errorf("/late/x went to %q", m.body)
+	}
+}
+
+// What a service without instances answers.
+func TestEmptyServices(t *testing.T) {
+	g := startGateway(t, nil, nil)
+	c := g.dial(t)
+	c.get("/echo").refused(t, errNoInstance) // the promised one, though nobody ever registered it
+	c.get("/users/1").refused(t, errNoRoute) // never seen
+	c.get("/users%2f1").refused(t, errPath)  // neither reading has a service, but they differ
+	g.register(t, "users", "1", refusedAddr(t))
+	c.get("/users/1").refused(t, errRefused)
+	g.unregister(t, "users", "1")
+	if m := c.get("/users/1").refused(t, errNoInstance); m.field("Retry-After") != "1" {
+		t.Errorf("Retry-After is %q, want 1", m.field("Retry-After"))
+	}
+}
+
+// A service that lost its last instance answers 503 for an hour, then it is forgotten.
+func TestForgottenServices(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		reg := registry.New(registry.Config{})
+		p, err := New(Config{Registry: reg, Routes: []RoutePrefix{{"/api", "configured"}, {"/*", ""}}}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Close()
+		reg.OnChange(p.Update)
+		want := func(path string, want *refusal, when string) {
+			t.Helper()
+			s, err := p.find(&Request{Path: []byte(path)})
+			if err == nil && s.view.Load().nobody() {
+				err = errNoInstance
+			}
+			if err != want {
+				t.Fatalf("%s %s: %v, want %v", path, when, err, want)
+			}
+		}
+		register := func(name string) {
+			t.Helper()
+			if err := reg.Register(name, registry.Instance{ID: "1", Addr: "http://127.0.0.1:1"}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		unregister := func(name string) {
+			t.Helper()
+			if err := reg.Unregister(name, "1"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want("/users", errNoRoute, "before it was registered")
+		register("users")
+		want("/users", nil, "while it is registered")
+		time.Sleep(3 * time.Hour)
+		want("/users", nil, "three hours later")
+		unregister("users")
+		want("/users", errNoInstance, "at once")
+		time.Sleep(59 * time.Minute)
+		want("/users", errNoInstance, "59 minutes later")
+		time.Sleep(2 * time.Minute)
+		want("/users", errNoRoute, "61 minutes later")
+		for _, path := range []string{"/echo", "/api/x"} {
+			want(path, errNoInstance, "though it never had an instance")
+		}
+
+		// It comes back as if nothing had been, and the hour begins anew.
+		register("users")
+		want("/users", nil, "registered again")
+		unregister("users")
+		time.Sleep(59 * time.Minute)
+		want("/users", errNoInstance, "59 minutes after it left again")
+
+		// What was forgotten costs no memory: the next departure sweeps it out.
+		time.Sleep(2 * time.Minute)
+		register("other")
+		unregister("other")
+		synctest.Wait()
+		if p.service("users") != nil {
+			t.Error("users is still held after its hour")
+		}
+		if p.service("other") == nil {
+			t.Error("other is forgotten too early")
+		}
+		register("users")
+		want("/users", nil, "registered after it was swept out")
+	})
+}
+
+func TestPrefixRouting(t *testing.T) {
+	tests := []struct {
+		name   string
+		routes string // PREFIX=SERVICE ...
+		paths  string // path=service ..., "-" for none
+	}{
+		{"whole segments", "/echo=e", "/echo=e /echo/=e /echo/x=e /echoes=- /ech=- /=- /x/echo=-"},
+		{"the longest wins", "/a=1 /a/b=2 /a/b/c=3", "/a=1 /a/x=1 /a/b=2 /a/b/x=2 /a/bb=1 /a/b/c=3 /a/b/c/d=3 /a/b/cc=2"},
+		{"in any order", "/a/b/c=3 /a=1 /a/b=2", "/a=1 /a/b/c/d=3 /a/b/cc=2"},
+		{"a slash at the end says nothing", "/a/=1", "/a=1 /a/=1 /a/x=1 /ab=-"},
+		{"/ is a prefix too", "/=all /api=api", "/=all /x=all /api=api /api/x=api /apis=all //=all"},
+		{"no first segments beside a table", "/api=api", "/api=api /users=- /=-"},
+		{"unless asked for", "/api=api /*=", "/api=api /users=users /users/1=users /=-"},
+		{"the table comes before them", "/api=other /*=", "/api=other /apis=apis"},
+		{"/ leaves them nothing", "/=all /*=", "/users=all"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			table, err := newPrefixTable(parseRoutes(tt.routes), registry.ValidName)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for pair := range strings.FieldsSeq(tt.paths) {
+				path, want, _ := strings.Cut(pair, "=")
+				if want == "-" {
+					want = ""
+				}
+				if got := table.route(&Request{Path: []byte(path)}); got != want {
+					t.Errorf("%s goes to %q, want %q", path, got, want)
+				}
+			}
+		})
+	}
+}
+
+func parseRoutes(s string) (routes []RoutePrefix) {
+	for pair := range strings.FieldsSeq(s) {
+		prefix, service, _ := strings.Cut(pair, "=")
+		routes = append(routes, RoutePrefix{prefix, service})
+	}
+	return routes
+}
+
+func TestBadRoutes(t *testing.T) {
+	for _, tt := range []struct{ prefix, service, want string }{
+		{"api", "a", "a prefix is a path"},
+		{"", "a", "a prefix is a path"},
+		{"/a*", "a", "a prefix is a path"},
+		{"/*", "a", "a prefix is a path"},
+		{"/a?b", "a", "a prefix is a path"},
+		{"/a b", "a", "a prefix is a path"},
+		{"/a%2f", "a", "a prefix is a path"},
+		{"/api", "", "missing"},
+		{"/api", "a/b", "not allowed"},
+		{"/taken/", "a", "leads to other already"},
+	} {
+		_, err := New(Config{Registry: registry.New(registry.Config{}), Routes: []RoutePrefix{{"/taken", "other"}, {tt.prefix, tt.service}}}, nil)
+		if err == nil || !strings.Contains(err.Error(), tt.want) || !strings.Contains(err.Error(), tt.prefix+"="+tt.service) {
+			t.Errorf("%s=%s: %v, want an error that quotes it and says %q", tt.prefix, tt.service, err, tt.want)
+		}
+	}
+}
+
+// The table agrees with a walk over all prefixes.
+func FuzzPrefixTable(f *testing.F) {
+	f.Add("/echo/x", "/echo=a /=b")
+	f.Add("/a/b/c", "/a=1 /a/b=2 /a/b/=3")
+	f.Add("//", "/=b /a=c")
+	f.Add("/a//b", "/a/=c /a/b=d")
+	f.Fuzz(func(t *testing.T, path, list string) {
+		routes := parseRoutes(list)
+		table, err := newPrefixTable(routes, registry.ValidName)
+		if err != nil || !strings.HasPrefix(path, "/") {
+			return
+		}
+		longest, want := -1, ""
+		for _, r := range routes {
+			prefix := strings.TrimSuffix(r.Prefix, "/")
+			if rest, ok := strings.CutPrefix(path, prefix); ok && (rest == "" || rest[0] == '/') && len(prefix) > longest {
+				longest, want = len(prefix), r.Service
+			}
+		}
+		if table.firstSegment && longest < 0 {
+			want, _, _ = strings.Cut(path[1:], "/")
+		}
+		if got := table.route(&Request{Path: []byte(path)}); got != want {
+			t.Errorf("%q by %q goes to %q, want %q", path, list, got, want)
+		}
+	})
+}
+
+func TestPrefixesEndToEnd(t *testing.T) {
+	g := startGateway(t, func(cfg *Config) { cfg.Routes = parseRoutes("/api=backend /api/v2=next /*=") }, nil)
+	for _, name := range []string{"backend", "next", "echo"} {
+		g.register(t, name, "1", naming(t, name).url())
+	}
+	c := g.dial(t)
+	for path, want := range map[string]string{"/api/x": "backend", "/api/v2/x?q": "next", "/api/v22": "backend", "/echo/x": "echo"} {
+		if m := c.get(path).want(t, 200); m.body != want {
+			t.Errorf("%s went to %q, want %q", path, m.body, want)
+		}
+	}
+	c.get("/apis").refused(t, errNoRoute)
+	// The whole path goes on: a prefix routes, it rewrites nothing.
+	o := answering(t, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+	g.register(t, "next", "1", o.url())
+	c.get("/api/v2/x?q").want(t, 200)
+	if got := o.requests()[0].head; !strings.HasPrefix(got, "GET /api/v2/x?q HTTP/1.1\r\n") {
+		t.Errorf("the backend got %q", got)
+	}
+}
+
+// A path that routes elsewhere once its dot segments are resolved is refused; others pass as they are.
+func TestPathsThatRouteElsewhere(t *testing.T) {
+	g := startGateway(t, nil, nil)
+	g.register(t, "echo", "1", naming(t, "").url())
+	g.register(t, "users", "1", refusedAddr(t))
+	tests := []struct {
+		path string
+		want int
+	}{
+		{"/echo/../users", 400},
+		{"/echo/%2e%2e/users", 400},
+		{"/echo/%2E./users", 400},
+		{"/echo/.%2e/users", 400},
+		{"/echo/..%2fusers", 400},
+		{"/echo/..%5cusers", 400},
+		{`/echo\..\users`, 400},
+		{`/echo/x\..\..\users`, 400},
+		{"/echo/..;x/users", 400},
+		{"/echo/%2e%2e;/users", 400},
+		{"/echo/./../users", 400},
+		{"/echo/a/b/../../../users", 400},
+		{"/echo/a%2f..%2f..%2fusers", 400},
+		{"/echo/..", 400},
+		{"/echo/../", 400},
+		{"/..", 400},
+		{"/../echo", 400},
+		{"/./echo", 400},
+		{"/echo/../../echo", 400},
+		{"/echo;x/users", 400},
+		{"/%65cho", 400},
+		{"/echo%2fx", 400},
+		{"/echo/.", 200},
+		{"/echo/./x", 200},
+		{"/echo/x/../y", 200},
+		{"/echo/../echo", 200},
+		{"/echo/..x", 200},
+		{"/echo/x..", 200},
+		{"/echo/...", 200},
+		{"/echo/.hidden", 200},
+		{"/echo/%2fx", 200},
+		{"/echo/a%2fb", 200},
+		{"/echo/%", 200},
+		{"/echo/%2", 200},
+		{"/echo/%zz", 200},
+		{"/echo/x;y=1/z", 200},
+		{"/echo/%252e%252e/users", 200}, // decoded twice by no one who follows the standards
+		{"/echo?/../users", 200},
+	}
+	c := g.dial(t)
+	for _, tt := range tests {
+		if got := c.get(tt.path).status(); got != tt.want {
+			t.Errorf("%s: %d, want %d", tt.path, got, tt.want)
+		}
+	}
+}
+
+// The same holds for prefixes and for a RouteFunc, which is asked for both readings.
+func TestPathsThatLeaveAPrefix(t *testing.T) {
+	byPrefix := func(cfg *Config) { cfg.Routes = parseRoutes("/pub=open /pub/secret=closed /=rest") }
+	own := func(r *Request) string {
+		if strings.HasPrefix(string(r.Path), "/pub/secret") {
+			return "closed"
+		} else if strings.HasPrefix(string(r.Path), "/pub") {
+			return "open"
+		}
+		return "rest"
+	}
+	for name, g := range map[string]*gateway{"table": startGateway(t, byPrefix, nil), "func": startGateway(t, nil, own)} {
+		t.Run(name, func(t *testing.T) {
+			for _, service := range []string{"open", "closed", "rest"} {
+				g.register(t, service, "1", naming(t, service).url())
+			}
+			c := g.dial(t)
+			for path, want := range map[string]string{
+				"/pub/x/../secret": "400", "/pub/%73ecret": "400", "/pub/../x": "400", "/x/../pub": "400", "/pub%2fsecret": "400",
+				"/pub/x/../y": "open", "/pub/secret/..%2fsecret": "closed", "/x/../y": "rest", "/..": "400", "/pub/secret/../secret": "closed",
+			} {
+				m := c.get(path)
+				if got := m.body; got != want && fmt.Sprint(m.status()) != want {
+					t.Errorf("%s: %d %q, want %s", path, m.status(), got, want)
+				}
+			}
+		})
+	}
+}
+
+// What comes out of canonical stays as it is, and has nothing left to resolve.
+func FuzzCanonical(f *testing.F) {
+	for _, seed := range []string{"/", "/echo/../users", "/a/%2e%2e/b", `/a\..\b`, "/a;b/../c", "/.", "/..", "/a/.", "//..", "/%2f%2E./x", "/a/..;/", "/%5c%5C"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, path string) {
+		if !strings.HasPrefix(path, "/") {
+			return
+		}
+		out, ok := canonical(nil, []byte(path))
+		if !ok {
+			return
+		}
+		got := string(out)
+		if !strings.HasPrefix(got, "/") {
+			t.Fatalf("%q became %q", path, got)
+		}
+		for segment := range strings.SplitSeq(got, "/") {
+			if segment == "." || segment == ".." || strings.ContainsAny(segment, `\;`) {
+				t.Fatalf("%q became %q, which has the segment %q", path, got, segment)
+			}
+		}
+		if !strings.ContainsAny(got, "%") {
+			again, ok := canonical(nil, out)
+			if !ok || string(again) != got {
+				t.Fatalf("%q became %q, and that %q", path, got, again)
+			}
+		}
+	})
+}
+
+// A RouteFunc sees the raw request and decides alone.
+func TestRouteFunc(t *testing.T) {
+	seen := make(chan Request, 1)
+	route := func(r *Request) string {
+		if string(r.Path) == "/boom" {
+			panic("a bug in a RouteFunc")
+		}
+		if r.unclear { // asked twice then; the second time with another path
+			return "echo"
+		}
+		select {
+		case seen <- Request{
+			Method: []byte(string(r.Method)), Host: []byte(string(r.Host)), Path: []byte(string(r.Path)), Query: []byte(string(r.Query)),
+			Client: r.Client, lines: []byte(string(r.Header("x-tenant"))),
+		}:
+		default:
+		}
+		if string(r.Host) == "users.example" {
+			return "users"
+		}
+		return string(r.Header("X-Tenant"))
+	}
+	g := startGateway(t, func(cfg *Config) { cfg.TrustedProxies = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")} }, route)
+	g.register(t, "users", "1", naming(t, "users").url())
+	g.register(t, "blue", "1", naming(t, "blue").url())
+
+	c := g.dial(t)
+	c.send("PUT /a/b?c=%2F&d HTTP/1.1\r\nHost: users.example\r\nx-TENANT:  blue \r\nX-Forwarded-For: 192.0.2.7\r\nContent-Length: 0\r\n\r\n")
+	if m := c.read(false).want(t, 200); m.body != "users" {
+		t.Errorf("routed to %q by its Host", m.body)
+	}
+	r := <-seen
+	got := fmt.Sprintf("%s %s %s %s %s %s", r.Method, r.Host, r.Path, r.Query, r.Client, r.lines)
+	if want := "PUT users.example /a/b c=%2F&d 192.0.2.7 blue"; got != want {
+		t.Errorf("the RouteFunc saw %q, want %q", got, want)
+	}
+	if m := c.get("/", "X-Tenant: blue").want(t, 200); m.body != "blue" {
+		t.Errorf("routed to %q by its field", m.body)
+	}
+	c.get("/").refused(t, errNoRoute)
+	c.get("/", "X-Tenant: nobody").refused(t, errNoRoute)
+	c.get("/%2e%2e%2e", "X-Tenant: nobody").refused(t, errNoInstance)
+}
+
+// A panic in a RouteFunc costs one request, not the process.
+func TestPanicInRouteFunc(t *testing.T) {
+	g := startGateway(t, nil, func(r *Request) string {
+		if string(r.Path) == "/boom" {
+			panic("a bug in a RouteFunc")
+		}
+		return "echo"
+	})
+	g.register(t, "echo", "1", naming(t, "fine").url())
+	other := g.dial(t)
+	other.get("/").want(t, 200)
+	c := g.dial(t)
+	c.get("/").want(t, 200)
+	c.get("/boom").refused(t, errInternal)
+	c.closed()
+	other.get("/").want(t, 200)
+	g.dial(t).get("/").want(t, 200)
+	if g.logged("panic in a request", "a bug in a RouteFunc", "route_test.go") != 1 {
+		t.Errorf("the log has no line with the panic and its stack: %s", g.logs)
+	}
+}
+
+// The 404 says which routes there are only to who may read /services.
+func TestRoutesInNotFound(t *testing.T) {
+	mayRead := func(ctx *fasthttp.RequestCtx) bool { return string(ctx.Request.Header.Peek("X-Key")) == "right" }
+	tests := []struct {
+		name, routes, services, want string
+	}{
+		{"first segments", "", "echo users", "no service has this path; there are /echo, /users\n"},
+		{"none", "", "", "no service has this path; none is registered\n"},
+		{"a table", "/api=backend /img=pictures", "backend", "no service has this path; there are /api, /img\n"},
+		{"a table and first segments", "/api=backend /*=", "backend users", "no service has this path; there are /api, /*\n"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			g := startGateway(t, func(cfg *Config) { cfg.MayRead = mayRead; cfg.Routes = parseRoutes(tt.routes) }, nil)
+			for service := range strings.FieldsSeq(tt.services) {
+				g.register(t, service, "1", refusedAddr(t))
+			}
+			c := g.dial(t)
+			if m := c.get("/nowhere", "X-Key: right").refused(t, errNoRoute); m.body != "404 Not Found: "+tt.want {
+				t.Errorf("who may read is told %q", m.body)
+			}
+			if m := c.get("/nowhere", "X-Key: wrong").refused(t, errNoRoute); m.body != "404 Not Found: no service has this path\n" {
+				t.Errorf("who may not read is told %q", m.body)
+			}
+		})
+	}
+	g := startGateway(t, nil, nil) // nobody may
+	g.register(t, "echo", "1", refusedAddr(t))
+	if m := g.dial(t).get("/nowhere").refused(t, errNoRoute); strings.Contains(m.body, "/echo") {
+		t.Errorf("told %q without MayRead", m.body)
+	}
+}
+
+// A gateway with many services names some.
+func TestManyRoutesInNotFound(t *testing.T) {
+	g := startGateway(t, func(cfg *Config) { cfg.MayRead = func(*fasthttp.RequestCtx) bool { return true } }, nil)
+	for i := range 60 {
+		g.register(t, fmt.Sprintf("s%02d", i), "1", "http://127.0.0.1:1")
+	}
+	m := g.dial(t).get("/nowhere").refused(t, errNoRoute)
+	if !strings.Contains(m.body, "/s49, ...") || strings.Contains(m.body, "/s50") {
+		t.Errorf("told %q, want the first 50", m.body)
+	}
+}
