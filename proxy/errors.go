@@ -21,8 +21,8 @@ type refusal struct {
 
 func (r *refusal) Error() string { return r.text }
 
-// What clients did wrong. All but errNoRoute, errNoInstance and errExpect end the connection: where a head is not
-// clear, neither is where the next one begins.
+// What clients did wrong. What makes a head or body unclear ends the connection: neither is clear then where the next
+// request begins.
 var (
 	errBareLF           = &refusal{400, "http_request_error", "a line of the request head does not end in CRLF"}
 	errRequestLine      = &refusal{400, "http_request_error", "the request line is not METHOD TARGET HTTP/1.1"}

@@ -150,6 +150,7 @@ func (c *conn) serve() {
 		c.head = head
 		if head == nil {
 			if err != nil {
+				c.req = Request{} // not the one before: the answer would be made for its method
 				c.refuse(err, true)
 				c.linger()
 			}
@@ -231,10 +232,13 @@ func (c *conn) readHead(first bool) ([]byte, *refusal) {
 			c.read.disarm()
 			err = c.nc.SetReadDeadline(deadline)
 		case len(w) > 0:
-		case first:
-			err = c.read.arm(c.nc.SetReadDeadline, now, firstByteTimeout)
 		default:
-			err = c.read.arm(c.nc.SetReadDeadline, now, idleTimeout)
+			deadline = time.Time{} // what had come was an empty line
+			patience := idleTimeout
+			if first {
+				patience = firstByteTimeout
+			}
+			err = c.read.arm(c.nc.SetReadDeadline, now, patience)
 		}
 		if err != nil {
 			return nil, nil
