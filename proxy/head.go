@@ -522,7 +522,8 @@ func list(value []byte) func(yield func([]byte) bool) {
 }
 
 // dropNominated adds to drops the lines that a Connection field among them names. What frames or addresses the message
-// is never dropped that way: a client would take it from the backend, RFC 9110 section 7.6.1.
+// is never dropped that way: a client would take it from the backend, RFC 9110 section 7.6.1. Nor is Date, which a
+// response must have.
 func dropNominated(lines []byte, drops []span) []span {
 	more := make([]span, 0, len(drops)+4)
 	for at := 0; at < len(lines); {
@@ -534,7 +535,8 @@ func dropNominated(lines []byte, drops []span) []span {
 			drops = drops[1:]
 		}
 		dropped := len(drops) > 0 && at >= drops[0].from
-		if id := identify(f.name); dropped || id != fieldHost && id != fieldContentLength && nominated(lines, f.name) {
+		id := identify(f.name)
+		if dropped || id != fieldHost && id != fieldContentLength && id != fieldDate && nominated(lines, f.name) {
 			more = appendSpan(more, at, at+n)
 		}
 		at += n
