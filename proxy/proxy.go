@@ -289,7 +289,7 @@ func (x *exchange) probe(v *view, nobodyElse bool) *upstream {
 		if u.gate.FreeProbes() == 0 || x.asked.has(u) {
 			continue
 		}
-		spare := !nobodyElse && len(v.ready) > 0 && x.p().cfg.Retries > 0 && x.repeatable() &&
+		spare := !nobodyElse && x.tried.Len() < len(v.ready) && x.asked.n+1 < lb.MaxTried && x.p().cfg.Retries > 0 && x.repeatable() &&
 			(v.ipHash == nil || v.ipHash.WouldOwn(x.key, u.id))
 		if !spare && !nobodyElse && x.now.Sub(u.gate.Status().Since) < probePatience {
 			continue
