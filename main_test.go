@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -41,7 +42,7 @@ func TestArrows(t *testing.T) {
 		}
 	}
 	tops := []string{"", "proxy", "lb", "registry", "cb", "bench", "internal"}
-	out, err := exec.Command("go", "list", "-json=ImportPath,Imports", "./...").Output()
+	out, err := exec.Command("go", "list", "-json=ImportPath,Dir,Imports", "./...").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -54,12 +55,15 @@ func TestArrows(t *testing.T) {
 	seen := 0
 	for decoder := json.NewDecoder(strings.NewReader(string(out))); ; {
 		var p struct {
-			ImportPath string
-			Imports    []string
+			ImportPath, Dir string
+			Imports         []string
 		}
 		if err := decoder.Decode(&p); errors.Is(err, io.EOF) {
 			break
 		} else if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.ReadDir(p.Dir); err != nil { // so that a cached result is not used when a file there changes
 			t.Fatal(err)
 		}
 		from, _ := ours(p.ImportPath)
@@ -265,6 +269,21 @@ func TestFlagsAreWired(t *testing.T) {
 			t.Error("the strategy is not the one of the environment")
 		}
 	})
+	t.Run("probes", func(t *testing.T) {
+		var well atomic.Bool
+		g := launch(t, []string{"BREAKER_FAILURES=1", "BREAKER_OPEN=50ms", "BREAKER_PROBES=1", "KERBEROS_BREAKER_STATUSES=418"})
+		g.register("echo", "a", backend(t, func(w http.ResponseWriter, r *http.Request) {
+			if !well.Load() {
+				failing(w, r)
+			}
+		}))
+		if status, _ := g.get("/echo"); status != http.StatusTeapot {
+			t.Errorf("status %d", status)
+		}
+		well.Store(true)
+		eventually(t, "a probe is answered", func() bool { status, _ := g.get("/echo"); return status == 200 })
+		eventually(t, "one is enough", func() bool { return strings.Contains(services(g, "/echo/a"), `"state":"closed"`) })
+	})
 	t.Run("a flag wins over the environment, KERBEROS_ over the second name", func(t *testing.T) {
 		g := launch(t, []string{"BALANCER_STRATEGY=ip-hash", "KERBEROS_STRATEGY=random"})
 		g.register("echo", "a", named(t, "a"))
@@ -318,6 +337,14 @@ func TestFlagsAreWired(t *testing.T) {
 			t.Errorf("status %d, want 504", status)
 		}
 	})
+	t.Run("connect timeout", func(t *testing.T) {
+		g := launch(t, nil, "--connect-timeout", "50ms")
+		g.register("echo", "a", "http://"+deaf(t))
+		begun := time.Now()
+		if status, body := g.get("/echo"); status < 502 || time.Since(begun) > time.Second {
+			t.Errorf("status %d after %v: %s", status, time.Since(begun), body)
+		}
+	})
 	t.Run("via, health path, request log", func(t *testing.T) {
 		echo := func(w http.ResponseWriter, r *http.Request) { fmt.Fprintf(w, "via %q", r.Header.Get("Via")) }
 		g := launch(t, nil, "--health-path", "/up", "--log-requests")
@@ -369,6 +396,39 @@ func TestFlagsAreWired(t *testing.T) {
 			}
 		}
 	})
+}
+
+// deaf is an address that neither takes nor refuses a connection: its queue is full.
+func deaf(t *testing.T) string {
+	t.Helper()
+	if runtime.GOOS != "linux" {
+		t.Skip("a full queue refuses connections here")
+	}
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = syscall.Close(fd) })
+	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Listen(fd, 0); err != nil {
+		t.Fatal(err)
+	}
+	name, err := syscall.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := fmt.Sprintf("127.0.0.1:%d", name.(*syscall.SockaddrInet4).Port)
+	for range 10 {
+		conn, err := net.DialTimeout("tcp", addr, 200*time.Millisecond)
+		if err != nil {
+			return addr
+		}
+		t.Cleanup(func() { conn.Close() })
+	}
+	t.Fatal("the queue does not fill")
+	return ""
 }
 
 func TestWhoMayUseTheAPI(t *testing.T) {
