@@ -426,12 +426,13 @@ func (x *exchange) receive(room []byte, now, limit time.Time) (int, error) {
 			return 0, failed
 		}
 		now = time.Now()
-		if x.upload != nil && !x.upload.ended.Load() {
-			// Time in which an upload makes progress does not count.
-			if later := time.Unix(0, x.upload.progress.Load()).Add(x.timeLeft()); !x.started && later.After(limit) {
+		if x.upload != nil && !x.started {
+			// Time in which an upload makes progress does not count. It may have ended since the last look.
+			if later := time.Unix(0, x.upload.progress.Load()).Add(x.timeLeft()); later.After(limit) {
 				limit = later
 			}
-		} else if x.c.gone() {
+		}
+		if (x.upload == nil || x.upload.ended.Load()) && x.c.gone() {
 			return 0, errClientGone
 		}
 		if x.started && now.Sub(x.sent) > settledTime {
@@ -529,16 +530,16 @@ func (x *exchange) finish() (keep bool) {
 	}
 	x.endUpload()
 	switch {
-	case errors.Is(err, errClientGone):
+	case err == nil:
+		x.end(x.verdict())
+	case blame(err) == ignored: // the client left, or its upload broke off
 		x.end(ignored, err)
-	case err != nil:
+	default:
 		x.end(failure, err)
 		x.p().logCut(x, err)
-		if !x.chunks && x.res.length < 0 {
-			c.reset() // an orderly close would look like the end of the body
-		}
-	default:
-		x.end(x.verdict())
+	}
+	if err != nil && !x.chunks && x.res.length < 0 {
+		c.reset() // an orderly close would look like the end of the body
 	}
 	reusable := err == nil && !x.res.close && !x.unread && len(x.back.waiting()) == 0 &&
 		(whole || x.res.length >= 0 || x.res.chunked)
@@ -680,6 +681,9 @@ func (up *upload) copy(c *conn, backend *backendConn, b *body) error {
 			if err := backend.write.arm(backend.SetWriteDeadline, time.Now(), uploadTimeout); err != nil {
 				return err
 			}
+			if up.stopped.Load() { // endUpload sets the deadline behind stopped: one of the two is seen
+				return errClientGone
+			}
 			if _, err := backend.Write(data); err != nil {
 				if isTimeout(err) {
 					return errWriteTimeout
@@ -745,7 +749,6 @@ func (x *exchange) endUpload() {
 	}
 	if !up.ended.Load() {
 		up.stopped.Store(true)
-		x.c.read.disarm()
 		x.c.nc.SetReadDeadline(time.Unix(1, 0))
 		x.conn.SetWriteDeadline(time.Unix(1, 0))
 	}
