@@ -166,6 +166,8 @@ func readMessage(r *bufio.Reader, bodyless bool) (*message, error) {
 	switch {
 	case bodyless:
 	case m.chunked:
+		var body strings.Builder
+		defer func() { m.body = body.String() }() // what there is of it, on errors too
 		for {
 			line, err := r.ReadString('\n')
 			if err != nil {
@@ -180,10 +182,10 @@ func readMessage(r *bufio.Reader, bodyless bool) (*message, error) {
 			}
 			chunk := make([]byte, n+2)
 			if k, err := io.ReadFull(r, chunk); err != nil {
-				m.body += string(chunk[:min(k, int(n))])
+				body.Write(chunk[:min(k, int(n))])
 				return m, err
 			}
-			m.body += string(chunk[:n])
+			body.Write(chunk[:n])
 		}
 		for {
 			line, err := r.ReadString('\n')

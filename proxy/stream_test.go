@@ -1,0 +1,644 @@
+package proxy
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"iter"
+	"net"
+	"net/http/httputil"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// filler returns n bytes that do not repeat soon.
+func filler(n int) string {
+	b := make([]byte, n)
+	x := uint32(1)
+	for i := range b {
+		x = x*1664525 + 1013904223
+		b[i] = byte(x >> 24)
+	}
+	return string(b)
+}
+
+// inChunks frames a body in chunks of a size.
+func inChunks(body string, size int) string {
+	var b strings.Builder
+	for chunk := range slices.Chunk([]byte(body), size) {
+		fmt.Fprintf(&b, "%x\r\n%s\r\n", len(chunk), chunk)
+	}
+	return b.String() + "0\r\n\r\n"
+}
+
+// inPieces cuts a message into what is written at once: n bytes, or all of it for 0.
+func inPieces(message string, n int) iter.Seq[[]byte] {
+	if n == 0 {
+		n = len(message)
+	}
+	return slices.Chunk([]byte(message), n)
+}
+
+func TestUploads(t *testing.T) {
+	g := startGateway(t, nil, nil)
+	o := naming(t, "")
+	g.register(t, "echo", "1", o.url())
+	const mib = 1 << 20
+	for _, row := range []struct {
+		size   int
+		chunks int // 0: with a length
+		pieces int // bytes a write; 0: all at once
+	}{
+		{size: 1}, {size: 1, chunks: 1}, {size: 100, pieces: 1}, {size: 100, chunks: 7, pieces: 1},
+		{size: firstBuffer}, {size: firstBuffer + 1}, {size: 3 * firstBuffer}, {size: 3 * firstBuffer, chunks: 1000},
+		{size: maxHead}, {size: maxHeld - 1}, {size: maxHeld, pieces: 5000},
+		{size: maxHeld}, {size: maxHeld, chunks: maxHeld}, {size: maxHeld, chunks: 1},
+		{size: maxHeld + 1}, {size: maxHeld + 1, chunks: maxHeld + 1}, {size: maxHeld + 1, chunks: maxHeld}, {size: maxHeld + 1, chunks: 1},
+		{size: mib, chunks: 100, pieces: 10_007}, {size: mib, pieces: 10_007},
+		{size: 10 * mib}, {size: 10 * mib, chunks: 100_000},
+	} {
+		t.Run(fmt.Sprintf("%d in chunks of %d and pieces of %d", row.size, row.chunks, row.pieces), func(t *testing.T) {
+			body := filler(row.size)
+			request := fmt.Sprintf("PUT /echo HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+			if row.chunks > 0 {
+				request = "PUT /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + inChunks(body, row.chunks)
+			}
+			c := g.dial(t)
+			for piece := range inPieces(request+toHTTP11, row.pieces) {
+				c.send(string(piece))
+			}
+			m := c.read(false)
+			if m.status() != 200 || m.body != body {
+				t.Fatalf("%d, %d bytes of %d came back", m.status(), len(m.body), len(body))
+			}
+			if m.field("Connection") == "" { // it may close behind an upload that ended late
+				if m := c.read(false); m.status() != 200 || m.body != "" {
+					t.Fatalf("the next request: %d %.100q", m.status(), m.body)
+				}
+			}
+		})
+	}
+}
+
+func TestDownloads(t *testing.T) {
+	const mib = 1 << 20
+	for _, row := range []struct {
+		size   int
+		chunks int // 0: with a length, -1: up to the close
+		pieces int // bytes a write; 0: all at once
+	}{
+		{size: 1, pieces: 1}, {size: 100, chunks: 7, pieces: 1}, {size: 100, chunks: -1, pieces: 1},
+		{size: firstBuffer}, {size: maxWhole}, {size: maxWhole, pieces: 1000}, {size: maxWhole + 1}, {size: maxWhole + 1, chunks: 1},
+		{size: maxWhole, chunks: maxWhole}, {size: mib, pieces: 10_007}, {size: mib, chunks: 100, pieces: 10_007}, {size: mib, chunks: -1},
+		{size: 10 * mib}, {size: 10 * mib, chunks: 100_000},
+	} {
+		t.Run(fmt.Sprintf("%d in chunks of %d and pieces of %d", row.size, row.chunks, row.pieces), func(t *testing.T) {
+			body := filler(row.size)
+			response := fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+			switch {
+			case row.chunks > 0:
+				response = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + inChunks(body, row.chunks)
+			case row.chunks < 0:
+				response = "HTTP/1.1 200 OK\r\n\r\n" + body
+			}
+			o := startOrigin(t, func(o *origin, c net.Conn, r *bufio.Reader) {
+				for {
+					if _, err := o.next(r); err != nil {
+						return
+					}
+					for piece := range inPieces(response, row.pieces) {
+						if _, err := c.Write(piece); err != nil {
+							return
+						}
+					}
+					if row.chunks < 0 {
+						return
+					}
+				}
+			})
+			g := startGateway(t, nil, nil)
+			g.register(t, "echo", "1", o.url())
+			c := g.dial(t)
+			for range 2 {
+				c.send(toHTTP11)
+				if m := c.read(false); m.status() != 200 || m.body != body || m.field("Connection") != "" {
+					t.Fatalf("%s%d bytes of %d", m.head, len(m.body), len(body))
+				}
+			}
+		})
+	}
+}
+
+// bodyReader reads the body of a request piece by piece, behind its head.
+func bodyReader(t testing.TB, r *bufio.Reader) io.Reader {
+	head := &message{}
+	for !strings.HasSuffix(head.head, "\r\n\r\n") {
+		line, err := r.ReadString('\n')
+		if err != nil {
+			return strings.NewReader("")
+		}
+		head.head += line
+	}
+	if head.field("Transfer-Encoding") == "chunked" {
+		return httputil.NewChunkedReader(r)
+	}
+	var n int64
+	if _, err := fmt.Sscan(head.field("Content-Length"), &n); err != nil {
+		t.Error(err)
+	}
+	return io.LimitReader(r, n)
+}
+
+// mirror sends back each piece of a body as it comes.
+func mirror(t testing.TB) *origin {
+	return startOrigin(t, func(_ *origin, c net.Conn, r *bufio.Reader) {
+		body := bodyReader(t, r)
+		if _, err := io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"); err != nil {
+			return
+		}
+		w := httputil.NewChunkedWriter(c)
+		b := make([]byte, relaySize)
+		for {
+			n, err := body.Read(b)
+			if n > 0 {
+				w.Write(b[:n])
+			}
+			if err != nil {
+				if err == io.EOF {
+					w.Close()
+					io.WriteString(c, "\r\n")
+				}
+				return
+			}
+		}
+	})
+}
+
+// headOf reads a response head alone.
+func (c *client) headOf() *message {
+	c.t.Helper()
+	m := &message{}
+	for !strings.HasSuffix(m.head, "\r\n\r\n") {
+		line, err := c.r.ReadString('\n')
+		if err != nil {
+			c.t.Fatalf("reading a head: %v (so far %q)", err, m.head)
+		}
+		m.head += line
+	}
+	return m
+}
+
+// Both bodies flow at once: each piece of the upload comes back before the next is sent.
+func TestEcho(t *testing.T) {
+	const size = 3000
+	for _, row := range []struct {
+		name, framing string
+		pieces        int
+		frame         func(piece string) string
+		end           string
+	}{
+		{"chunks", "Transfer-Encoding: chunked", 50, func(s string) string { return fmt.Sprintf("%x\r\n%s\r\n", len(s), s) }, "0\r\n\r\n"},
+		{"length", fmt.Sprintf("Content-Length: %d", 50*size), 50, func(s string) string { return s }, ""},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			g := startGateway(t, nil, nil)
+			g.register(t, "echo", "1", mirror(t).url())
+			c := g.dial(t)
+			c.send("POST /echo HTTP/1.1\r\nHost: a\r\n" + row.framing + "\r\n\r\n")
+			if m := c.headOf(); m.status() != 200 {
+				t.Fatal(m.head)
+			}
+			back := httputil.NewChunkedReader(c.r)
+			b := make([]byte, size)
+			for i := range row.pieces {
+				piece := filler(size-1) + string(rune('a'+i%26))
+				c.send(row.frame(piece))
+				if _, err := io.ReadFull(back, b); err != nil || string(b) != piece {
+					t.Fatalf("piece %d did not come back: %v", i, err)
+				}
+			}
+			c.send(row.end)
+			if n, err := back.Read(b); n != 0 || err != io.EOF {
+				t.Errorf("the end did not come back: %d bytes, %v", n, err)
+			}
+			eventually(t, "a success", func() bool { return g.DescribeInstance("echo", "1").Success == 1 })
+		})
+	}
+}
+
+// A slow upload reaches the backend as it comes, trailers included.
+func TestSlowUpload(t *testing.T) {
+	came := make(chan string)
+	o := startOrigin(t, func(_ *origin, c net.Conn, r *bufio.Reader) {
+		body := bodyReader(t, r)
+		b := make([]byte, 100)
+		for {
+			n, err := body.Read(b)
+			if n > 0 {
+				came <- string(b[:n])
+			}
+			if err != nil {
+				break
+			}
+		}
+		trailer, _ := r.ReadString('\n')
+		io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX-Got: "+trailer+"\r\n")
+	})
+	// The upload takes longer than the request timeout, which counts from its end.
+	g := startGateway(t, func(cfg *Config) { cfg.RequestTimeout = 300 * time.Millisecond }, nil)
+	g.register(t, "echo", "1", o.url())
+	c := g.dial(t)
+	c.send("POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+	for i := range 12 {
+		c.send(fmt.Sprintf("1\r\n%c\r\n", 'a'+i))
+		select {
+		case got := <-came:
+			if got != string(rune('a'+i)) {
+				t.Fatalf("piece %d is %q", i, got)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatalf("piece %d did not arrive", i)
+		}
+		time.Sleep(50 * time.Millisecond) // the client's pace: this is what is tested
+	}
+	c.send("0\r\nX-T: 1\r\n\r\n")
+	if m := c.read(false); m.status() != 200 || m.field("X-Got") != "X-T: 1" {
+		t.Errorf("%s%s", m.head, m.body)
+	}
+}
+
+// A backend that answers nothing is waited for from the end of the upload on.
+func TestSilenceBehindUpload(t *testing.T) {
+	o := startOrigin(t, func(_ *origin, c net.Conn, r *bufio.Reader) { io.Copy(io.Discard, r) })
+	g := startGateway(t, func(cfg *Config) { cfg.RequestTimeout = 300 * time.Millisecond }, nil)
+	g.register(t, "echo", "1", o.url())
+	m := g.do(t, fmt.Sprintf("POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s", 10*maxHeld, filler(10*maxHeld)))
+	if m.status() != 504 || m.field("Proxy-Status") != "kerberos; error=http_response_timeout" {
+		t.Error(m.head)
+	}
+}
+
+// A small body may come behind its head, in both directions.
+func TestSlowSmallBodies(t *testing.T) {
+	headSeen, firstSeen := make(chan struct{}), make(chan struct{})
+	o := startOrigin(t, func(o *origin, c net.Conn, r *bufio.Reader) {
+		m, err := o.next(r)
+		if err != nil {
+			return
+		}
+		io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
+		<-headSeen
+		io.WriteString(c, m.body[:2])
+		<-firstSeen
+		io.WriteString(c, m.body[2:])
+	})
+	g := startGateway(t, nil, nil)
+	g.register(t, "echo", "1", o.url())
+	c := g.dial(t)
+	c.send("POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n")
+	time.Sleep(50 * time.Millisecond) // the client's pace
+	c.send("hello")
+	if m := c.headOf(); m.status() != 200 {
+		t.Fatal(m.head)
+	}
+	close(headSeen)
+	b := make([]byte, 5)
+	if _, err := io.ReadFull(c.r, b[:2]); err != nil {
+		t.Fatal(err)
+	}
+	close(firstSeen)
+	if _, err := io.ReadFull(c.r, b[2:]); err != nil || string(b) != "hello" {
+		t.Errorf("%q, %v", b, err)
+	}
+}
+
+// Server-sent events arrive one by one, each before the next is sent, and soon: the median is asked to be within ten
+// times what is aimed at.
+func TestServerSentEvents(t *testing.T) {
+	const events = 21
+	for _, row := range []struct {
+		name, request, head, end string
+		frame                    func(string) string
+	}{
+		{"chunks", toHTTP11, "Transfer-Encoding: chunked\r\n", "0\r\n\r\n", func(s string) string { return fmt.Sprintf("%x\r\n%s\r\n", len(s), s) }},
+		{"up to the close", toHTTP11, "", "", func(s string) string { return s }},
+		{"length", toHTTP11, "Content-Length: 1000000\r\n", "", func(s string) string { return s }},
+		{"to HTTP/1.0", toHTTP10, "Transfer-Encoding: chunked\r\n", "0\r\n\r\n", func(s string) string { return fmt.Sprintf("%x\r\n%s\r\n", len(s), s) }},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			next := make(chan time.Time, 1)
+			seen := make(chan struct{})
+			o := startOrigin(t, func(o *origin, c net.Conn, r *bufio.Reader) {
+				if _, err := o.next(r); err != nil {
+					return
+				}
+				io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"+row.head+"\r\n")
+				for i := range events {
+					<-seen
+					next <- time.Now()
+					io.WriteString(c, row.frame(fmt.Sprintf("data: %d\n\n", i)))
+				}
+				io.WriteString(c, row.end)
+			})
+			g := startGateway(t, nil, nil)
+			g.register(t, "echo", "1", o.url())
+			c := g.dial(t)
+			defer close(seen)
+			c.send(row.request)
+			m := c.headOf()
+			var body io.Reader = c.r
+			if m.field("Transfer-Encoding") == "chunked" {
+				body = httputil.NewChunkedReader(c.r)
+			}
+			var took []time.Duration
+			for i := range events {
+				seen <- struct{}{}
+				want := fmt.Sprintf("data: %d\n\n", i)
+				b := make([]byte, len(want))
+				if _, err := io.ReadFull(body, b); err != nil || string(b) != want {
+					t.Fatalf("event %d: %q, %v", i, b, err)
+				}
+				took = append(took, time.Since(<-next))
+			}
+			slices.Sort(took)
+			if median := took[events/2]; median > 200*time.Millisecond {
+				t.Errorf("events take %v", median)
+			}
+		})
+	}
+}
+
+// A reader that is slow holds up its own backend, which needs no memory of ours.
+func TestBackPressure(t *testing.T) {
+	const total = 64 << 20
+	var written atomic.Int64
+	o := startOrigin(t, func(o *origin, c net.Conn, r *bufio.Reader) {
+		if _, err := o.next(r); err != nil {
+			return
+		}
+		fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", total)
+		block := make([]byte, 64<<10)
+		for written.Load() < total {
+			n, err := c.Write(block)
+			written.Add(int64(n))
+			if err != nil {
+				return
+			}
+		}
+	})
+	g := startGateway(t, nil, nil)
+	g.register(t, "echo", "1", o.url())
+	c := g.dial(t)
+	c.send(toHTTP11)
+	c.headOf()
+	eventually(t, "the backend waits", func() bool {
+		before := written.Load()
+		time.Sleep(50 * time.Millisecond)
+		return before > 0 && written.Load() == before
+	})
+	if n := written.Load(); n > total/2 {
+		t.Errorf("nobody reads, and the backend could write %d bytes", n)
+	}
+	if n, err := io.CopyN(io.Discard, c.r, total); err != nil {
+		t.Errorf("%d bytes, %v", n, err)
+	}
+}
+
+// A backend may answer before it has read all of an upload, and may not want the rest: the client gets the answer.
+func TestEarlyAnswer(t *testing.T) {
+	const answer = "HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nno!"
+	for _, then := range []string{"reads on", "reads no more", "closes"} {
+		for _, framing := range []string{"chunks", "length"} {
+			t.Run(then+", "+framing, func(t *testing.T) {
+				over := make(chan struct{})
+				o := startOrigin(t, func(_ *origin, c net.Conn, r *bufio.Reader) {
+					bodyReader(t, r)
+					io.WriteString(c, answer)
+					switch then {
+					case "reads on":
+						io.Copy(io.Discard, r)
+					case "reads no more":
+						<-over
+					}
+				})
+				g := startGateway(t, nil, nil)
+				g.register(t, "echo", "1", o.url())
+				c := g.dial(t)
+				body := filler(20 << 20)
+				request := fmt.Sprintf("POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+				if framing == "chunks" {
+					request = "POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + inChunks(body, 1<<20)
+				}
+				went := make(chan struct{})
+				go func() {
+					defer close(went)
+					io.WriteString(c.Conn, request) // fails once the gateway has had enough
+				}()
+				if m := c.read(false); m.status() != 413 || m.body != "no!" || m.field("Connection") != "close" {
+					t.Errorf("%s%s", m.head, m.body)
+				}
+				c.Close()
+				<-went
+				g.idle(t)
+				close(over)
+				if s := g.DescribeInstance("echo", "1"); s.Failure != 0 {
+					t.Errorf("outcomes: %+v", s)
+				}
+			})
+		}
+	}
+}
+
+// idle waits until no client connection is left.
+func (g *gateway) idle(t testing.TB) {
+	t.Helper()
+	eventually(t, "the client's connection ends", func() bool {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		return len(g.conns) == 0
+	})
+}
+
+// A client that breaks off its body has asked for nothing: the backend never sees a whole request.
+func TestClientBreaksOff(t *testing.T) {
+	for _, row := range []struct {
+		name, request string
+		reached       bool
+	}{
+		{"small", "POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nhello", false},
+		{"large", fmt.Sprintf("POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s", 10*maxHeld, filler(2*maxHeld)), true},
+		{"chunks", "POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n", true},
+		{"in the middle of a chunk", "POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhe", true},
+		{"many chunks", "POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + strings.TrimSuffix(inChunks(filler(3*maxHeld), 1000), "0\r\n\r\n"), true},
+	} {
+		for _, how := range []string{"close", "reset", "half"} {
+			t.Run(row.name+", "+how, func(t *testing.T) {
+				begun, ended := make(chan struct{}), make(chan error, 1)
+				o := startOrigin(t, func(_ *origin, c net.Conn, r *bufio.Reader) {
+					if _, err := r.Peek(1); err != nil {
+						return
+					}
+					close(begun)
+					_, err := readMessage(r, false)
+					ended <- err
+				})
+				g := startGateway(t, nil, nil)
+				g.register(t, "echo", "1", o.url())
+				c := g.dial(t)
+				c.send(row.request)
+				if row.reached {
+					<-begun
+				}
+				switch how {
+				case "reset":
+					c.Conn.(*net.TCPConn).SetLinger(0)
+					c.Close()
+				case "close":
+					c.Close()
+				default:
+					c.Conn.(*net.TCPConn).CloseWrite()
+					c.closed()
+				}
+				if !row.reached {
+					g.idle(t)
+					select {
+					case <-begun:
+						t.Error("the backend saw a part of it")
+					default:
+					}
+					return
+				}
+				if err := <-ended; err == nil {
+					t.Error("the backend saw a whole request")
+				}
+				eventually(t, "the outcome", func() bool { return g.DescribeInstance("echo", "1").InFlight == 0 })
+				if s := g.DescribeInstance("echo", "1"); s.Failure != 0 || s.Success != 0 || s.Ignored != 1 {
+					t.Errorf("outcomes: %+v", s)
+				}
+			})
+		}
+	}
+}
+
+// A chunk that is malformed ends an upload that is under way: 400, or a response that ends early. It is not the
+// backend's fault.
+func TestMalformedChunkLater(t *testing.T) {
+	for _, echo := range []bool{false, true} {
+		t.Run(fmt.Sprintf("response has begun: %v", echo), func(t *testing.T) {
+			g := startGateway(t, nil, nil)
+			begun, ended := make(chan struct{}), make(chan error, 1)
+			o := startOrigin(t, func(_ *origin, c net.Conn, r *bufio.Reader) {
+				body := bodyReader(t, r)
+				if echo {
+					io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n")
+				}
+				close(begun)
+				_, err := io.Copy(io.Discard, body)
+				ended <- err
+			})
+			g.register(t, "echo", "1", o.url())
+			c := g.dial(t)
+			c.send("POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+			<-begun
+			if echo {
+				c.headOf()
+			}
+			c.send("zz\r\n" + smuggled)
+			if echo {
+				rest, err := io.ReadAll(c.r)
+				if bytes.HasSuffix(rest, []byte("0\r\n\r\n")) && err == nil {
+					t.Errorf("this looks complete: %q", rest)
+				}
+			} else {
+				if m := c.read(false); m.status() != 400 || m.field("Connection") != "close" {
+					t.Error(m.head)
+				}
+				c.closed()
+			}
+			if err := <-ended; err == nil {
+				t.Error("the backend saw a whole request")
+			}
+			eventually(t, "the outcome", func() bool { return g.DescribeInstance("echo", "1").InFlight == 0 })
+			if s := g.DescribeInstance("echo", "1"); s.Failure != 0 || s.Success != 0 || s.Ignored != 1 {
+				t.Errorf("outcomes: %+v", s)
+			}
+		})
+	}
+}
+
+// A client that leaves ends the backend's work, and no failure is counted for it.
+func TestClientLeaves(t *testing.T) {
+	for _, row := range []struct{ name, sent string }{
+		{"before the head", ""},
+		{"behind interim responses", "HTTP/1.1 103 x\r\n\r\n"},
+		{"behind half a head", "HTTP/1.1 200 OK\r\nX-A"},
+		{"behind a head", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"},
+		{"in a stream", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n"},
+	} {
+		for _, how := range []string{"close", "reset"} {
+			t.Run(row.name+", "+how, func(t *testing.T) {
+				t.Parallel()
+				answered, left := make(chan struct{}), make(chan struct{})
+				o := startOrigin(t, func(o *origin, c net.Conn, r *bufio.Reader) {
+					if _, err := o.next(r); err != nil {
+						return
+					}
+					io.WriteString(c, row.sent)
+					close(answered)
+					io.Copy(io.Discard, r)
+					close(left)
+				})
+				g := startGateway(t, func(cfg *Config) { cfg.LogRequests = true }, nil)
+				g.register(t, "echo", "1", o.url())
+				c := g.dial(t)
+				c.send(toHTTP11)
+				<-answered
+				if how == "reset" {
+					c.Conn.(*net.TCPConn).SetLinger(0)
+				}
+				c.Close()
+				select {
+				case <-left:
+				case <-time.After(20 * time.Second):
+					t.Fatal("the backend still works for nobody")
+				}
+				eventually(t, "the outcome", func() bool { return g.DescribeInstance("echo", "1").InFlight == 0 })
+				if s := g.DescribeInstance("echo", "1"); s.Failure != 0 || s.Ignored != 1 {
+					t.Errorf("outcomes: %+v", s)
+				}
+				if strings.HasPrefix(row.name, "b") && row.sent != "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n" && !strings.Contains(g.logs.String(), "status=499") {
+					t.Errorf("not logged as 499: %s", g.logs)
+				}
+			})
+		}
+	}
+}
+
+// A client that has sent its next request already is still there, however long the backend takes.
+func TestPipelinedClientStays(t *testing.T) {
+	t.Parallel()
+	o := startOrigin(t, func(o *origin, c net.Conn, r *bufio.Reader) {
+		for n := 0; ; n++ {
+			if _, err := o.next(r); err != nil {
+				return
+			}
+			if n == 0 {
+				time.Sleep(2500 * time.Millisecond) // more than two looks at the client
+			}
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		}
+	})
+	g := startGateway(t, nil, nil)
+	g.register(t, "echo", "1", o.url())
+	c := g.dial(t)
+	c.send(toHTTP11 + toHTTP11)
+	for range 2 {
+		if m := c.read(false); m.body != "ok" {
+			t.Fatal(m.head)
+		}
+	}
+}
