@@ -74,7 +74,7 @@ func TestMappingStays(t *testing.T) {
 // TestSlotsByRendezvous compares each slot of a table with all endpoints asked one by one: few and many have one mapping,
 // and a build that lets endpoints claim slots ends where asking each does.
 func TestSlotsByRendezvous(t *testing.T) {
-	for _, n := range []int{9, 17, 64, 300, 5000} {
+	for _, n := range []int{1, 2, 5, 8, 9, 17, 64, 300, 5000} {
 		endpoints := endpointsLike(n, n, idsLike[0].id)
 		b := newRendezvous(endpoints)
 		step := max(1, n/64) // with many endpoints not all slots

@@ -15,10 +15,11 @@ func (b *roundRobin) Len() int { return int(b.n.n) }
 
 // Pick takes the next turn; if its endpoint was tried, the next one that was not.
 func (b *roundRobin) Pick(_ uint64, tried *Tried) int {
-	if b.n.n == 0 {
+	n := b.n // read before the addition: what comes after it waits until it is done, and others wait for the next one
+	if n.n == 0 {
 		return -1
 	}
-	i := int(b.n.of(b.counter.next()))
+	i := int(n.of(b.counter.next()))
 	if tried.Len() == 0 {
 		return i
 	}
@@ -51,17 +52,15 @@ func newModulus(n int) modulus {
 
 // of returns x modulo n.
 func (m modulus) of(x uint64) uint64 {
-	_, r := m.div(x)
+	r := m.near(x)
+	if r >= m.n {
+		r -= m.n
+	}
 	return r
 }
 
-// div returns x divided by n and the remainder. The quotient from inv is the true one or one less.
-func (m modulus) div(x uint64) (q, r uint64) {
-	q, _ = bits.Mul64(x, m.inv)
-	r = x - q*m.n
-	if r >= m.n {
-		q++
-		r -= m.n
-	}
-	return q, r
+// near returns x modulo n, or n more: the quotient from inv is the true one or one less.
+func (m modulus) near(x uint64) uint64 {
+	q, _ := bits.Mul64(x, m.inv)
+	return x - q*m.n
 }

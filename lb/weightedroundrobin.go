@@ -20,7 +20,7 @@ const (
 // (divided by their greatest common divisor) that is read from a table of one cycle, else computed.
 func newWeightedRoundRobin(endpoints []Endpoint, c *Counter) Balancer {
 	if cycle := newCycle(endpoints); cycle != nil {
-		return &weightedCycle{len(endpoints), newModulus(len(cycle)), cycle, c}
+		return &weightedCycle{len(endpoints), newModulus(len(cycle)), append(cycle, cycle...), c}
 	}
 	return newWeightedSpread(endpoints, c)
 }
@@ -28,8 +28,8 @@ func newWeightedRoundRobin(endpoints []Endpoint, c *Counter) Balancer {
 // weightedCycle is weighted round-robin from a table, exact over each cycle.
 type weightedCycle struct {
 	n       int
-	length  modulus // of cycle
-	cycle   []uint16
+	length  modulus  // of the cycle
+	cycle   []uint16 // twice, for modulus.near
 	counter *Counter
 }
 
@@ -37,12 +37,13 @@ func (b *weightedCycle) Len() int { return b.n }
 
 // Pick takes the next turn; if its endpoint was tried, the one with the next turn in the table that was not.
 func (b *weightedCycle) Pick(_ uint64, tried *Tried) int {
-	if len(b.cycle) == 0 {
+	length, cycle := b.length, b.cycle // before the addition, see roundRobin.Pick
+	if len(cycle) == 0 {
 		return -1
 	}
-	at := b.length.of(b.counter.next())
+	at := length.near(b.counter.next())
 	if tried.Len() == 0 {
-		return int(b.cycle[at])
+		return int(cycle[at])
 	}
 	return b.walk(int(at), tried)
 }
@@ -127,19 +128,19 @@ func gcd(a, b uint64) uint64 {
 }
 
 // weightedSpread is weighted round-robin for any weights, without a table of a whole cycle. The endpoints lie end to end
-// on a circle, each as long as its weight. The circle has a Fibonacci number of equal parts, and each turn goes to the part
-// that is one golden ratio of the circle further (the Fibonacci number before), so that a round of turns sees each part
-// once, in an order in which no two turns close in time are close on the circle. Where in the part is the same for one round
-// and one golden ratio further in the next. That way an endpoint's turns are spread evenly, and after any number of picks,
-// from whichever turn on, it is within a few picks of its quota, however long or short it is: the whole parts that it
-// covers are exact after each round and a few picks off within one, and the at most two parts that it has a piece of are off
-// by a pick or two. Sources: Knuth, "The Art of Computer Programming" vol. 3, 6.4, theorem S; Niederreiter, "Random Number
-// Generation and Quasi-Monte Carlo Methods", 1992, 3.1 and 5.1.
+// on a circle, each as long as its weight. The circle has equal parts, a power of two of them, and each turn goes to the part
+// that is about one golden ratio of the circle further, so that a round of turns sees each part once, and turns close in
+// time are far apart on the circle. Where in the part is the same for one round, and one golden ratio further in the next.
+// That way an endpoint's turns are spread evenly, and after any number of picks, from whichever turn on, it is within a few
+// picks of its quota, however long or short it is: the whole parts that it covers are exact after each round and a few
+// picks off within one, and the at most two parts that it has a piece of are off by a pick or two. Sources: Knuth, "The Art
+// of Computer Programming" vol. 3, 6.4, theorem S; Niederreiter, "Random Number Generation and Quasi-Monte Carlo Methods",
+// 1992, 3.1 and 5.1.
 type weightedSpread struct {
 	endpoints []Endpoint
 	last      []uint64 // the last point of each endpoint, in 2^-32 of a part
 	order     []part   // in the order of turns: successive picks read successive memory
-	length    modulus  // of order
+	round     uint8    // 1<<round turns make one
 	step      uint64   // parts from one turn's to the next one's
 	counter   *Counter
 }
@@ -150,33 +151,33 @@ type part struct{ owner, border uint32 }
 
 const crowded = 1 << 31 // in owner
 
+// at returns the owner at a level of the part, of 2^32. Which side of the border it is on cannot be foretold: no branch.
+func (p part) at(level uint64) int {
+	_, beyond := bits.Sub64(uint64(p.border), level, 0)
+	return int(p.owner) + int(beyond)
+}
+
 func newWeightedSpread(endpoints []Endpoint, c *Counter) *weightedSpread {
 	n, total := len(endpoints), totalWeight(endpoints)
-	step, parts := 1, 2
-	for parts < 2*n {
-		step, parts = parts, step+parts
-	}
+	round := bits.Len(uint(2*n - 1))
+	parts := uint64(1) << round
 	b := &weightedSpread{
 		endpoints: endpoints,
 		last:      make([]uint64, n),
 		order:     make([]part, parts),
-		length:    newModulus(parts),
-		step:      uint64(step),
+		round:     uint8(round),
+		step:      evenStep(round),
 		counter:   c,
 	}
 	var sum uint64
 	for i, e := range endpoints {
 		sum += weight(e)
-		hi, lo := bits.Mul64(sum, uint64(parts)<<32)
-		end, _ := bits.Div64(hi, lo, total) // at least two parts an endpoint and maxWeight: everyone has 4 points or more
+		hi, lo := bits.Mul64(sum, parts<<32)
+		end, _ := bits.Div64(hi, lo, total) // with two parts an endpoint, and maxWeight, everyone has 4 points or more
 		b.last[i] = end - 1
 	}
-	back := step // from one part's turn to the next part's: the inverse of step modulo parts, which is step or -step
-	if step*step%parts != 1 {
-		back = parts - step
-	}
-	owner, turn := 0, 0
-	for p := range uint64(parts) {
+	owner, back := 0, uint64(inverseOf(uint32(b.step))) // back: turns from one part's to the next part's
+	for p := range parts {
 		for b.last[owner] < p<<32 {
 			owner++
 		}
@@ -184,6 +185,7 @@ func newWeightedSpread(endpoints []Endpoint, c *Counter) *weightedSpread {
 		for b.last[owner] < p<<32|math.MaxUint32 {
 			owner++
 		}
+		turn := p * back % parts
 		switch owner - first {
 		case 0:
 			b.order[turn] = part{uint32(first), math.MaxUint32}
@@ -192,11 +194,28 @@ func newWeightedSpread(endpoints []Endpoint, c *Counter) *weightedSpread {
 		default:
 			b.order[turn] = part{uint32(first) | crowded, uint32(owner)}
 		}
-		if turn += back; turn >= parts {
-			turn -= parts
-		}
 	}
 	return b
+}
+
+// evenStep returns an odd number near the golden ratio of 1<<round, whose multiples modulo 1<<round lie nearly as evenly as
+// those of the golden ratio itself do. That one has only ones in its continued fraction; here none may be above 4.
+func evenStep(round int) uint64 {
+	step := uint64(golden)>>(64-round) | 1
+	for greatestTerm(1<<round, step) > 4 { // some hundred steps at the most, up to a round of 2^32
+		step -= 2
+	}
+	return step
+}
+
+// greatestTerm returns the greatest term of the continued fraction of a/b.
+func greatestTerm(a, b uint64) uint64 {
+	var greatest uint64
+	for b != 0 {
+		greatest = max(greatest, a/b)
+		a, b = b, a%b
+	}
+	return greatest
 }
 
 func (b *weightedSpread) Len() int { return len(b.endpoints) }
@@ -204,12 +223,33 @@ func (b *weightedSpread) Len() int { return len(b.endpoints) }
 // Pick takes the next turn; if its endpoint was tried, the one with the next turn that was not. Where the tried ones have
 // nearly all turns, it looks for one among the others alone.
 func (b *weightedSpread) Pick(_ uint64, tried *Tried) int {
+	order, round := b.order, b.round&63 // before the addition, see roundRobin.Pick
 	turn := b.counter.next()
-	i := b.at(turn)
-	if tried.Len() == 0 || !tried.Has(i) {
-		return i
+	p := order[turn&uint64(len(order)-1)]
+	if p.owner&crowded == 0 && tried.Len() == 0 {
+		return p.at(turn >> round * golden >> 32)
 	}
-	return b.walk(turn, tried)
+	i := b.at(turn)
+	if tried.Has(i) {
+		return b.walk(turn, tried)
+	}
+	return i
+}
+
+// level is where in its part a turn falls, of 2^32.
+func (b *weightedSpread) level(turn uint64) uint64 { return turn >> (b.round & 63) * golden >> 32 }
+
+// at returns the endpoint whose turn it is.
+func (b *weightedSpread) at(turn uint64) int {
+	i := turn % uint64(len(b.order))
+	p := b.order[i]
+	if p.owner&crowded == 0 {
+		return p.at(b.level(turn))
+	}
+	first, last := p.owner&^crowded, p.border
+	point := i*b.step%uint64(len(b.order))<<32 | b.level(turn)
+	after, _ := slices.BinarySearch(b.last[first:last], point)
+	return int(first) + after
 }
 
 func (b *weightedSpread) walk(turn uint64, tried *Tried) int {
@@ -223,23 +263,4 @@ func (b *weightedSpread) walk(turn uint64, tried *Tried) int {
 		}
 	}
 	return weighOthers(b.endpoints, tried, turn*golden)
-}
-
-// at returns the endpoint whose turn it is.
-func (b *weightedSpread) at(turn uint64) int {
-	round, i := b.length.div(turn)
-	p := &b.order[i]
-	level := round * golden >> 32
-	if p.owner&crowded != 0 {
-		return b.search(p, i*b.step%b.length.n<<32|level)
-	}
-	_, beyond := bits.Sub64(uint64(p.border), level, 0) // which side it is on cannot be foretold, so no branch
-	return int(p.owner) + int(beyond)
-}
-
-// search finds the owner of a point in a crowded part.
-func (b *weightedSpread) search(p *part, point uint64) int {
-	first, last := p.owner&^crowded, p.border
-	i, _ := slices.BinarySearch(b.last[first:last], point)
-	return int(first) + i
 }

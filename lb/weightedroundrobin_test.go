@@ -129,7 +129,7 @@ func TestCycleLimits(t *testing.T) {
 	for _, test := range tests {
 		endpoints := testEndpoints(test.n, test.weight)
 		b, isCycle := New(WeightedRoundRobin, endpoints, nil).(*weightedCycle)
-		if isCycle != (test.want > 0) || isCycle && len(b.cycle) != test.want {
+		if isCycle != (test.want > 0) || isCycle && int(b.length.n) != test.want {
 			t.Errorf("%s: table %v, want one of %d turns", test.name, isCycle, test.want)
 		}
 	}
@@ -325,4 +325,18 @@ func ExampleNew() {
 		fmt.Print(b.Pick(0, nil), " ")
 	}
 	// Output: 0 0 1 0 2 0 0
+}
+
+// TestEvenStep: there is one for every length of a round, and the parts are all seen.
+func TestEvenStep(t *testing.T) {
+	for round := 2; round <= 32; round++ {
+		step := evenStep(round)
+		parts := uint64(1) << round
+		if step%2 != 1 || step >= parts || greatestTerm(parts, step) > 4 {
+			t.Errorf("1<<%d parts: step %d", round, step)
+		}
+		if back := uint64(inverseOf(uint32(step))); step*back%parts != 1 {
+			t.Errorf("1<<%d parts: %d is not the inverse of %d", round, back, step)
+		}
+	}
 }
