@@ -14,6 +14,7 @@ import (
 
 // Each kind of failure, five times in a row, opens a breaker; four times does not.
 func TestWhatOpensABreaker(t *testing.T) {
+	t.Parallel()
 	const short = 60 * time.Millisecond
 	head := "HTTP/1.1 200 OK\r\n"
 	tests := []struct {

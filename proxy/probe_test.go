@@ -54,6 +54,7 @@ func TestProbesCloseABreaker(t *testing.T) {
 
 // A probe that fails opens it again, and costs no client anything, however it fails.
 func TestNoClientPaysForAProbe(t *testing.T) {
+	t.Parallel()
 	tests := []struct {
 		name string
 		act  act
@@ -123,6 +124,7 @@ func TestProbeAsTheLastResort(t *testing.T) {
 
 // A POST takes no probe while a ready instance is there, and after a second any request may.
 func TestPostsWaitWithProbes(t *testing.T) {
+	t.Parallel()
 	g := startGateway(t, func(cfg *Config) { cfg.Breaker.OpenFor = 20 * time.Millisecond }, nil)
 	startNamed(t, g, 2)
 	openBreaker(t, g, "a")
