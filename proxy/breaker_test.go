@@ -45,7 +45,9 @@ func TestWhatOpensABreaker(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			g := startGateway(t, func(cfg *Config) {
 				cfg.Breaker.OpenFor = 25 * time.Second
-				cfg.RequestTimeout = short
+				if tt.reason == errResponseTimeout.text {
+					cfg.RequestTimeout = short
+				}
 			}, nil)
 			addr := ""
 			var a *actor

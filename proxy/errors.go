@@ -1,11 +1,9 @@
 package proxy
 
 import (
-	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
-	"io"
+	"fmt"
 	"net"
 	"os"
 	"syscall"
@@ -76,26 +74,23 @@ var errClientGone = errors.New("the client left")
 // errStale is a kept-alive connection that the backend had closed before it saw the request: nobody's fault.
 var errStale = errors.New("the backend had closed the kept-alive connection")
 
-// dialFailure finds the refusal for an error of a dial or handshake.
-func dialFailure(err error) *refusal {
-	var unknown x509.UnknownAuthorityError
-	var invalid x509.CertificateInvalidError
-	var host x509.HostnameError
-	var verify *tls.CertificateVerificationError
-	var record tls.RecordHeaderError
-	var alert tls.AlertError
+// dialFailure finds the refusal for an error of a dial or handshake. What a handshake did not like is added for the
+// operator; clients get the refusal alone.
+func dialFailure(err error) error {
 	var own *refusal
+	var handshake *handshakeError
+	var certificate *tls.CertificateVerificationError
 	switch {
 	case errors.As(err, &own):
 		return own
-	case errors.As(err, &verify), errors.As(err, &unknown), errors.As(err, &invalid), errors.As(err, &host):
-		return errCertificate
-	case isTimeout(err), errors.Is(err, context.DeadlineExceeded):
+	case errors.As(err, &certificate):
+		return fmt.Errorf("%w: %w", errCertificate, certificate.Err)
+	case isTimeout(err):
 		return errConnectTimeout
+	case errors.As(err, &handshake):
+		return fmt.Errorf("%w: %w", errTLS, handshake.cause)
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return errRefused
-	case errors.As(err, &record), errors.As(err, &alert), errors.Is(err, io.EOF):
-		return errTLS
 	}
 	return errUnreachable
 }

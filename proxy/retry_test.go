@@ -368,7 +368,7 @@ func TestRequestTimeout(t *testing.T) {
 
 // Time in which an upload makes progress does not count; it begins with the last byte.
 func TestUploadTimeDoesNotCount(t *testing.T) {
-	const timeout = 500 * time.Millisecond
+	const timeout = 800 * time.Millisecond
 	upload := func(t *testing.T, g *gateway) (c *client, ended time.Time) {
 		t.Helper()
 		const pieces, size = 8, 20_000

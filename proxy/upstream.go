@@ -210,40 +210,57 @@ func (u *upstream) setAddresses(found []netip.AddrPort) {
 	}
 }
 
-// dial connects to the first address that answers; it is the Dial of the pool. Each address has the connect timeout of
-// its own. All refused is one failure.
+// dial connects to the first address that answers; it is the Dial of the pool. All refused is one failure: the first one
+// is told, but rather one of a handshake than of another address at which nobody listens.
 func (u *upstream) dial(string) (net.Conn, error) {
 	now := u.addresses.Load()
-	err := now.err
+	var failed error
 	for i, ap := range now.list {
-		if err = u.check(ap); err != nil {
-			err = errProhibited
-			continue
-		}
-		var conn net.Conn
-		if conn, err = u.dialer.Dial("tcp", ap.String()); err != nil {
-			continue
-		}
-		if i > 0 {
-			u.preferAddress(now, i)
-		}
-		tcp := conn.(*net.TCPConn)
-		if u.tls == nil {
-			return newBackendConn(conn, tcp)
-		}
-		secure := tls.Client(conn, u.tls)
-		ctx, cancel := context.WithTimeout(context.Background(), u.dialer.Timeout)
-		err = secure.HandshakeContext(ctx)
-		cancel()
+		conn, err := u.connect(ap)
 		if err == nil {
-			return newBackendConn(secure, tcp)
+			if i > 0 {
+				u.preferAddress(now, i)
+			}
+			return conn, nil
 		}
+		var handshake *handshakeError
+		if failed == nil || errors.As(err, &handshake) && !errors.As(failed, &handshake) {
+			failed = err
+		}
+	}
+	if failed == nil {
+		failed = errUnreachable
+	}
+	return nil, failed
+}
+
+// handshakeError is why TLS did not come about on a connection.
+type handshakeError struct{ cause error }
+
+func (e *handshakeError) Error() string { return e.cause.Error() }
+func (e *handshakeError) Unwrap() error { return e.cause }
+
+// connect dials one address. It has the connect timeout, and a handshake has it again.
+func (u *upstream) connect(ap netip.AddrPort) (net.Conn, error) {
+	if u.check(ap) != nil {
+		return nil, errProhibited
+	}
+	conn, err := u.dialer.Dial("tcp", ap.String())
+	if err != nil {
+		return nil, err
+	}
+	tcp := conn.(*net.TCPConn)
+	if u.tls == nil {
+		return newBackendConn(conn, tcp)
+	}
+	secure := tls.Client(conn, u.tls)
+	ctx, cancel := context.WithTimeout(context.Background(), u.dialer.Timeout)
+	defer cancel()
+	if err := secure.HandshakeContext(ctx); err != nil {
 		conn.Close()
+		return nil, &handshakeError{err}
 	}
-	if err == nil {
-		err = errUnreachable
-	}
-	return nil, err
+	return newBackendConn(secure, tcp)
 }
 
 // preferAddress puts the i-th address first; a change that came in between wins.
