@@ -23,6 +23,7 @@ import (
 
 // Instances come and go under traffic: while one healthy instance stays, no request fails.
 func TestChurn(t *testing.T) {
+	t.Parallel()
 	for _, strategy := range []func(*Config){nil, withStrategy("weighted-random"), withStrategy("ip-hash")} {
 		g := startGateway(t, strategy, nil)
 		stays := startActor(t, says("stays"))
