@@ -137,7 +137,9 @@ func (d *body) line(b *buffer) (line []byte, ok bool, err error) {
 	w := b.waiting()
 	nl := bytes.IndexByte(w, '\n')
 	switch {
-	case nl < 0 && len(w) < maxChunkLine:
+	case d.state == chunkEnd && len(w) > 0 && w[0] != '\r': // the end of its line need not come
+		return nil, false, errMalformedBody
+	case nl < 0 && len(w) <= maxChunkLine:
 		return nil, false, nil
 	case nl < 1 || nl > maxChunkLine || w[nl-1] != '\r':
 		return nil, false, errMalformedBody
