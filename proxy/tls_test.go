@@ -264,7 +264,10 @@ func TestUpstreamVerification(t *testing.T) {
 func TestLateBytesOverTLS(t *testing.T) {
 	ca := newAuthority(t)
 	g := startGateway(t, withAuthority(ca), nil)
-	s := startSecure(t, &tls.Config{Certificates: []tls.Certificate{ca.issue(t, time.Now().Add(time.Hour), "localhost")}}, nil)
+	s := startSecure(t, &tls.Config{
+		Certificates:                []tls.Certificate{ca.issue(t, time.Now().Add(time.Hour), "localhost")},
+		DynamicRecordSizingDisabled: true, // one record for each write
+	}, nil)
 	late := make(chan struct{}, 1)
 	s.does(func(c net.Conn, m *message) bool {
 		says("ok")(c, m)
@@ -281,6 +284,15 @@ func TestLateBytesOverTLS(t *testing.T) {
 		}
 		<-late
 	}
+	// Also not where TLS has read them along with the response already, and holds them where the socket cannot tell.
+	body := strings.Repeat("x", 6000)
+	s.does(writes(fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%sHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil", len(body), body)))
+	for range 5 {
+		if got := c.picks(1); got != body {
+			t.Fatalf("the answer to another request: %q", got)
+		}
+	}
+
 	// And one that was closed meanwhile is not used.
 	s.does(func(c net.Conn, m *message) bool {
 		says("ok")(c, m)

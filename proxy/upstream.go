@@ -355,7 +355,8 @@ type backendConn struct {
 	read   alarm
 	write  alarm
 	peek   func(fd uintptr)
-	peeked int // what the last peek found: bytes waiting, 0 at the end of the stream, -1 if there is nothing to read
+	peeked int     // what the last peek found: bytes waiting, 0 at the end of the stream, -1 if there is nothing to read
+	spare  [1]byte // for a read that is to find nothing
 }
 
 func newBackendConn(conn net.Conn, tcp *net.TCPConn) (net.Conn, error) {
@@ -371,22 +372,19 @@ func newBackendConn(conn net.Conn, tcp *net.TCPConn) (net.Conn, error) {
 
 // quiet reports whether the connection is open and nothing has come in on it.
 func (c *backendConn) quiet() bool {
-	if c.raw.Control(c.peek) != nil || c.peeked == 0 {
+	if c.raw.Control(c.peek) != nil || c.peeked >= 0 {
 		return false
-	}
-	if c.peeked < 0 {
-		return true
 	}
 	if _, secure := c.Conn.(*tls.Conn); !secure {
-		return false
+		return true
 	}
-	// TLS 1.3 sends session tickets at any time: only application data is unasked for. A read that times out leaves the
-	// state of TLS whole.
+	// TLS may hold what it has read from the socket along with the last response. A read whose deadline has passed finds
+	// that, and asks the socket for nothing; it leaves the state of TLS whole.
 	c.read.disarm()
-	if c.SetReadDeadline(time.Now().Add(time.Millisecond)) != nil {
+	if c.SetReadDeadline(time.Unix(1, 0)) != nil {
 		return false
 	}
-	n, err := c.Read(make([]byte, 1))
+	n, err := c.Read(c.spare[:])
 	return n == 0 && isTimeout(err)
 }
 
