@@ -248,11 +248,7 @@ func (c *conn) api() (keep bool) {
 		return false
 	}
 	c.out = out.Bytes()
-	err = c.flush()
-	if cap(c.out) > 4*firstBuffer {
-		c.out = make([]byte, 0, firstBuffer)
-	}
-	return err == nil && keep
+	return c.flush() == nil && keep
 }
 
 // dateLine is a Date field for one second.

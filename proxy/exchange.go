@@ -783,7 +783,7 @@ func (x *exchange) replace(i int, b []byte) []byte {
 	return next
 }
 
-// giveBack returns the pooled buffers.
+// giveBack returns the pooled buffers and drops others that have grown: a connection may wait long for its next request.
 func (x *exchange) giveBack() {
 	if x.small[0] != nil {
 		x.c.out, x.small[0] = x.small[0], nil
@@ -793,6 +793,12 @@ func (x *exchange) giveBack() {
 	}
 	if len(x.back.b) > 4*firstBuffer {
 		x.back.b = nil
+	}
+	if cap(x.backOut) > 4*firstBuffer {
+		x.backOut = nil
+	}
+	if cap(x.c.out) > 4*firstBuffer {
+		x.c.out = make([]byte, 0, firstBuffer)
 	}
 	for i, b := range x.buffers {
 		if b != nil {
@@ -806,7 +812,7 @@ func (x *exchange) giveBack() {
 // blame says whose fault an error is: the instance's, or not.
 func blame(err error) outcome {
 	switch {
-	case errors.Is(err, errClientGone), err == errBodyTimeout, err == errChunk, errors.Is(err, errStale), err == errNoInstance:
+	case errors.Is(err, errClientGone), err == errBodyTimeout, err == errChunk, errors.Is(err, errStale), err == errNoInstance, err == errNoSocket:
 		return ignored
 	}
 	return failure

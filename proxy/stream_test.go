@@ -654,3 +654,45 @@ func TestPipelinedClientStays(t *testing.T) {
 		}
 	}
 }
+
+// A connection that waits for its next request holds no large buffers, whatever the last ones were.
+func TestIdleConnectionIsSmall(t *testing.T) {
+	body := filler(10 * maxHeld)
+	chunks := inChunks(body, 100_000)
+	large := "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-A: " + strings.Repeat("x", maxHead-1000) + "\r\n\r\nhello"
+	rows := []struct{ name, request, response string }{
+		{"large heads", sized(maxHead), large},
+		{"small body", toHTTP11, "HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n" + body[:60000]},
+		{"large body", toHTTP11, fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)},
+		{"chunks", toHTTP11, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks},
+		{"small upload", "POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + inChunks(body[:60000], 10_000), "HTTP/1.1 204 x\r\n\r\n"},
+		{"large upload", fmt.Sprintf("POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s", len(body), body), "HTTP/1.1 204 x\r\n\r\n"},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			g := startGateway(t, nil, nil)
+			o, _ := scripted(t, row.response, false)
+			g.register(t, "echo", "1", o.url())
+			c := g.dial(t)
+			c.send(row.request)
+			if m := c.read(false); m.field("Connection") != "" {
+				t.Skip("the upload ended late: there is no idle connection")
+			}
+			var served []*conn
+			g.mu.Lock()
+			for conn := range g.conns {
+				served = append(served, conn)
+			}
+			g.mu.Unlock()
+			c.Close()
+			g.idle(t) // it has nothing more to do than to see that the client left, and can be looked at
+			for _, conn := range served {
+				for name, size := range map[string]int{"in": len(conn.in.b), "out": cap(conn.out), "back": len(conn.x.back.b), "backOut": cap(conn.x.backOut)} {
+					if size > 4*firstBuffer {
+						t.Errorf("%s holds %d bytes", name, size)
+					}
+				}
+			}
+		})
+	}
+}
