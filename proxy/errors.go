@@ -45,6 +45,7 @@ var (
 	errLoop             = &refusal{508, "proxy_loop_detected", "the request came back to the gateway that sent it"}
 	errNoRoute          = &refusal{404, "destination_not_found", "no service has this path"}
 	errNoInstance       = &refusal{503, "destination_unavailable", "no instance of the service is ready"}
+	errNoSocket         = &refusal{503, "connection_limit_reached", "the gateway is out of sockets"}
 	errInternal         = &refusal{500, "proxy_internal_error", "the gateway failed on this request"}
 )
 
@@ -83,6 +84,8 @@ func dialFailure(err error) error {
 	switch {
 	case errors.As(err, &own):
 		return own
+	case ownLimit(err):
+		return errNoSocket
 	case errors.As(err, &certificate):
 		return fmt.Errorf("%w: %w", errCertificate, certificate.Err)
 	case isTimeout(err):
@@ -93,6 +96,16 @@ func dialFailure(err error) error {
 		return errRefused
 	}
 	return errUnreachable
+}
+
+// ownLimit reports whether the system has no descriptor, memory or port for another connection of ours.
+func ownLimit(err error) bool {
+	for _, limit := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL} {
+		if errors.Is(err, limit) {
+			return true
+		}
+	}
+	return false
 }
 
 func isTimeout(err error) bool {

@@ -340,8 +340,9 @@ func TestOutOfFileDescriptors(t *testing.T) {
 		}
 		return
 	}
-	g := startGateway(t, nil, nil)
+	g := startGateway(t, func(cfg *Config) { cfg.UpstreamIdle = time.Minute }, nil)
 	g.register(t, "echo", "a", startActor(t, says("a")).url())
+	g.register(t, "other", "new", startActor(t, says("new")).url())
 	first := g.dial(t)
 	first.picks(1)
 	waiting := make([]*client, 20)
@@ -379,6 +380,12 @@ func TestOutOfFileDescriptors(t *testing.T) {
 	eventually(t, "a line that says so", func() bool { return g.logged("accepting pauses", "too many open files") == 1 })
 	if got := first.picks(10); got != strings.Repeat("a", 10) { // what is connected is served on
 		t.Errorf("got %q meanwhile", got)
+	}
+	for range 6 { // what needs a new connection to an instance fails for us, and that is not the instance's fault
+		first.get("/other").refused(t, errNoSocket)
+	}
+	if s := g.DescribeInstance("other", "new"); s.Failure != 0 || s.Ignored != 6 || !s.Ready {
+		t.Errorf("described as %+v", s)
 	}
 	for _, f := range holders {
 		f.Close()

@@ -321,7 +321,7 @@ func (x *exchange) again(err error) bool {
 	x.err = err
 	x.end(blame(err), err)
 	switch {
-	case blame(err) == ignored:
+	case blame(err) == ignored && err != errNoSocket: // another instance may have a connection to spare
 		return false
 	case !x.written:
 		return true

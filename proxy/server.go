@@ -89,14 +89,9 @@ func (p *Proxy) Serve(ln net.Listener) error {
 	}
 }
 
-// temporary errors of accept pass: no descriptor or memory is free, or the client left before it was accepted.
+// temporary errors of accept pass: a limit of ours is reached, or the client left before it was accepted.
 func temporary(err error) bool {
-	for _, passing := range []error{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED, syscall.EINTR} {
-		if errors.Is(err, passing) {
-			return true
-		}
-	}
-	return false
+	return ownLimit(err) || errors.Is(err, syscall.ECONNABORTED) || errors.Is(err, syscall.EINTR)
 }
 
 // accepted starts a connection.
