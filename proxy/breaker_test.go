@@ -98,6 +98,7 @@ func TestWhatOpensABreaker(t *testing.T) {
 
 // What is nobody's fault, or not the instance's, neither adds to a run of failures nor ends it.
 func TestWhatABreakerIgnores(t *testing.T) {
+	t.Parallel()
 	tests := []struct {
 		name string
 		do   func(t *testing.T, g *gateway, a *actor)

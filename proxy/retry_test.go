@@ -319,6 +319,7 @@ func TestRetryBudgetRefills(t *testing.T) {
 
 // All attempts together have the request timeout.
 func TestRequestTimeout(t *testing.T) {
+	t.Parallel()
 	t.Run("one that hangs takes it all", func(t *testing.T) {
 		g := startGateway(t, func(cfg *Config) { patient(2)(cfg); cfg.RequestTimeout = 150 * time.Millisecond }, nil)
 		actors := startNamed(t, g, 3)
@@ -368,6 +369,7 @@ func TestRequestTimeout(t *testing.T) {
 
 // Time in which an upload makes progress does not count; it begins with the last byte.
 func TestUploadTimeDoesNotCount(t *testing.T) {
+	t.Parallel()
 	const timeout = 800 * time.Millisecond
 	upload := func(t *testing.T, g *gateway) (c *client, ended time.Time) {
 		t.Helper()
