@@ -43,6 +43,7 @@ type Request struct {
 	lengthDropped bool   // Content-Length is written anew
 	maxForwards   int    // -1: none, or not for us
 	xff           []span // X-Forwarded-For lines of a trusted peer, in order
+	reading       []byte // used again for the other reading of an unclear path
 }
 
 // span is a part of Request.lines.
@@ -304,7 +305,7 @@ func visibleBytes(b []byte) bool {
 // parse reads a whole request head, from the request line to the empty line. via is our own pseudonym; trusted says
 // whether the peer's forwarding fields are believed. The errors are the answers that the client gets.
 func (r *Request) parse(b []byte, via string, trusted bool) *refusal {
-	*r = Request{drops: r.drops[:0], xff: r.xff[:0], framing: framing{length: -1}, maxForwards: -1}
+	*r = Request{drops: r.drops[:0], xff: r.xff[:0], reading: r.reading[:0], framing: framing{length: -1}, maxForwards: -1}
 	nl := bytes.IndexByte(b, '\n')
 	if nl < 1 || b[nl-1] != '\r' {
 		return errBareLF

@@ -223,10 +223,14 @@ func (p *Proxy) find(r *Request) (*service, *refusal) {
 	s := p.service(name)
 	if r.unclear {
 		raw := r.Path
-		var ok bool
-		if r.Path, ok = canonical(make([]byte, 0, len(raw)+1), raw); !ok {
+		reading, ok := canonical(r.reading, raw)
+		if !ok {
 			return nil, errPath
 		}
+		if cap(reading) <= firstBuffer {
+			r.reading = reading[:0]
+		}
+		r.Path = reading
 		other := p.route(r)
 		r.Path = raw
 		if other != name {
