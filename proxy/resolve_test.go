@@ -41,7 +41,6 @@ func TestMain(m *testing.M) {
 type nameServer struct {
 	mu      sync.Mutex
 	records map[string][]netip.Addr
-	asked   map[string]int
 	failing bool // SERVFAIL
 }
 

@@ -248,7 +248,6 @@ func TestBrokenOffIsNotRepeated(t *testing.T) {
 	}
 	actors["a"].does(breaksOff("HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\nhello"))
 	actors["b"].does(breaksOff("HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\nhello"))
-	served(actors)
 	for _, a := range actors {
 		a.count()
 	}
@@ -487,11 +486,7 @@ func TestThousandClients(t *testing.T) {
 	const clients = 1000
 	g := startGateway(t, nil, nil)
 	all := make(chan struct{})
-	var a *actor
-	a = startActor(t, func(c net.Conn, m *message) bool {
-		<-all
-		return says("a")(c, m)
-	})
+	a := startActor(t, after(all, says("a")))
 	g.register(t, "echo", "a", a.url())
 	var wg sync.WaitGroup
 	for range clients {
