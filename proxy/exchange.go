@@ -303,6 +303,18 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 	if x.c.req.chunked && x.complete {
 		out = appendLastChunk(out, x.body.trailers)
 	}
+	x.back.base, x.back.r, x.back.w = 0, 0, 0
+	if x.complete && len(rest) == 0 && x.conn.plain() {
+		x.conn.ask(out, reused)
+		err = x.await(reused)
+		if x.written = x.conn.wrote; err != nil {
+			return err
+		}
+		return x.answer()
+	}
+	if reused && !x.conn.quiet() {
+		return errStale
+	}
 	if err = x.conn.write.arm(x.conn.SetWriteDeadline, x.sent, uploadTimeout); err == nil {
 		var n int
 		n, err = x.conn.Write(out)
@@ -335,7 +347,6 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 // await reads the response head, over interim responses (RFC 9110 section 15.2).
 func (x *exchange) await(reused bool) error {
 	b := &x.back
-	b.base, b.r, b.w = 0, 0, 0
 	began := x.sent
 	limit := x.timeLeft()
 	if x.spare {

@@ -114,15 +114,16 @@ func (cfg Config) withDefaults() (Config, error) {
 
 // Proxy forwards requests to the instances of a registry.
 type Proxy struct {
-	cfg       Config
-	log       *slog.Logger
-	route     RouteFunc
-	pseudonym []byte // our name in Via, unique to the process: RFC 9110 section 7.6.3
-	loopMark  string // the same, or "" if we add no Via
-	failing   [600]bool
-	services  sync.Map  // name -> *service
-	large     sync.Pool // of *[]byte, for bodies
-	date      atomic.Pointer[dateLine]
+	cfg        Config
+	log        *slog.Logger
+	route      RouteFunc
+	pseudonym  []byte // our name in Via, unique to the process: RFC 9110 section 7.6.3
+	loopMark   string // the same, or "" if we add no Via
+	failing    [600]bool
+	services   sync.Map  // name -> *service
+	large      sync.Pool // of *[]byte, for bodies
+	workspaces sync.Pool // of *workspace
+	date       atomic.Pointer[dateLine]
 
 	mu         sync.Mutex // guards what follows
 	listeners  []net.Listener
@@ -156,6 +157,11 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 	p.large.New = func() any {
 		b := make([]byte, maxWhole+2*firstBuffer)
 		return &b
+	}
+	p.workspaces.New = func() any {
+		w := &workspace{out: make([]byte, 0, firstBuffer)}
+		w.in.b = make([]byte, firstBuffer)
+		return w
 	}
 	p.conns = map[*conn]struct{}{}
 	p.empties = sync.NewCond(&p.mu)

@@ -40,21 +40,50 @@ const (
 type conn struct {
 	p        *Proxy
 	nc       net.Conn
-	raw      syscall.RawConn // nil: cannot be looked at
+	raw      syscall.RawConn       // nil: not a socket, so it cannot be looked at
+	ready    func(fd uintptr) bool // turn
 	peek     func(fd uintptr)
 	peeked   int
 	peer     netip.Addr
 	trusted  bool
 	constant []byte // see constantFields
 	state    atomic.Int32
+	read     alarm
+	write    alarm
+	fd       uintptr // the socket while turn runs, else 0
+	slow     bool    // turn has left a request to the slow way
 
-	in    buffer
-	head  []byte // of the request, as it came
-	out   []byte // what goes to the client next
-	read  alarm
-	write alarm
-	req   Request
-	x     exchange
+	*workspace // nil between requests
+}
+
+// workspace is what a connection needs while it serves a request. Between requests it has none: few that are warm serve
+// better than one for each idle connection.
+type workspace struct {
+	in   buffer
+	head []byte // of the request, as it came
+	out  []byte // what goes to the client next
+	req  Request
+	x    exchange
+}
+
+// occupy takes a workspace, and vacate gives it back.
+func (c *conn) occupy() {
+	if c.workspace == nil {
+		c.workspace = c.p.workspaces.Get().(*workspace)
+		c.x.c = c
+	}
+}
+
+func (c *conn) vacate() {
+	if w := c.workspace; w != nil {
+		c.workspace = nil
+		w.in.base, w.in.r, w.in.w = 0, 0, 0 // what one client sent is never read for another
+		w.in.next()
+		w.head, w.out = nil, w.out[:0]
+		w.x.c, w.x.service, w.x.view, w.x.upstream, w.x.err = nil, nil, nil, nil, nil
+		w.x.asked = asked{}
+		c.p.workspaces.Put(w)
+	}
 }
 
 // Serve accepts connections until Shutdown, which makes it return nil. Running out of file descriptors pauses it.
@@ -105,8 +134,8 @@ func (p *Proxy) accepted(nc net.Conn) {
 	if sc, ok := nc.(syscall.Conn); ok {
 		c.raw, _ = sc.SyscallConn()
 		c.peek = func(fd uintptr) { c.peeked = peekSocket(fd) }
+		c.ready = c.turn
 	}
-	c.x.c = c
 	p.mu.Lock()
 	if p.closing.Load() {
 		p.mu.Unlock()
@@ -123,12 +152,14 @@ func (c *conn) serve() {
 	defer func() {
 		if failure := recover(); failure != nil {
 			c.p.log.Error("panic in a request", slog.Any("panic", failure), slog.String("stack", string(debug.Stack())))
+			c.fd = 0
 			c.x.abandon()
 			if !c.x.started {
-				c.out = c.out[:0]
 				c.refuse(errInternal, true)
 			}
+			c.workspace = nil // nobody knows what state it is in
 		}
+		c.vacate()
 		c.state.Store(stateClosed)
 		c.nc.Close()
 		c.p.mu.Lock()
@@ -138,34 +169,104 @@ func (c *conn) serve() {
 		}
 		c.p.mu.Unlock()
 	}()
-	c.in.b = make([]byte, firstBuffer)
-	c.out = make([]byte, 0, firstBuffer)
 	for first := true; ; first = false {
-		head, err := c.readHead(first)
-		c.head = head
-		if head == nil {
-			if err != nil {
-				c.req = Request{} // not the one before: the answer would be made for its method
-				c.refuse(err, true)
-				c.linger()
-			}
+		if socketsAreRaw && c.raw != nil && !c.serveReady(first) {
 			return
 		}
-		if err = c.req.parse(head, c.p.loopMark, c.trusted); err != nil {
+		c.occupy()
+		head, err := c.readHead(first)
+		if err == nil && head != nil {
+			c.head = head
+			err = c.req.parse(head, c.p.loopMark, c.trusted)
+		} else {
+			c.req = Request{} // not the one before: the answer would be made for its method
+		}
+		if err != nil {
 			c.refuse(err, true)
 			c.linger()
 			return
 		}
-		if keep := c.handle(); !keep || c.p.closing.Load() {
-			if c.x.unread {
-				c.linger()
-			}
+		if head == nil || !c.serveOne() {
 			return
 		}
-		if !c.state.CompareAndSwap(stateActive, stateIdle) || c.p.closing.Load() {
-			return // closing again: Shutdown may have passed by while the state was active
+	}
+}
+
+// serveOne serves the request in c.req, and reports whether the connection can serve another one.
+func (c *conn) serveOne() bool {
+	keep := c.handle()
+	if c.x.unread {
+		c.linger()
+	}
+	// Looked at again when idle: Shutdown may have passed by while the state was active.
+	if !keep || c.p.closing.Load() || !c.state.CompareAndSwap(stateActive, stateIdle) || c.p.closing.Load() {
+		return false
+	}
+	c.in.next()
+	return true
+}
+
+// serveReady serves requests as they come in, all in one wait for readiness: turn runs whenever the socket has something to
+// read, and what comes in while it runs makes it run again. So hardly a read is made in vain, where Conn.Read begins each
+// time with one that mostly finds nothing. A request for which more must be read than is there (the rest of a head, a
+// body) is left to the slow way: then serveReady returns true. It returns false when the connection is over.
+func (c *conn) serveReady(first bool) bool {
+	patience := idleTimeout
+	if first {
+		patience = firstByteTimeout
+	}
+	if c.read.arm(c.nc.SetReadDeadline, time.Now(), patience) != nil {
+		return false
+	}
+	c.slow = false
+	return c.raw.Read(c.ready) == nil && c.slow
+}
+
+// turn serves what has come in. It returns false to wait for more.
+func (c *conn) turn(fd uintptr) (done bool) {
+	c.occupy()
+	b := &c.in
+	for {
+		full := false
+		if b.r == b.w {
+			room := b.space(maxHead)
+			n, err := readSocket(fd, room)
+			if err == errAgain {
+				c.vacate()
+				return false
+			}
+			if err != nil || n == 0 {
+				return true
+			}
+			b.w += n
+			full = n == len(room)
 		}
-		c.in.next()
+		if !c.activate() {
+			return true
+		}
+		w := b.waiting()
+		end := bytes.Index(w, headEnd) + len(headEnd)
+		c.slow = end < len(headEnd) || w[0] == '\r' || c.req.parse(w[:end], c.p.loopMark, c.trusted) != nil ||
+			c.req.chunked || c.req.length > int64(len(w)-end)
+		if c.slow {
+			return true
+		}
+		c.head = w[:end]
+		b.r += end
+		b.base = b.r
+		c.fd = fd
+		keep := c.serveOne()
+		c.fd = 0
+		if !keep {
+			return true
+		}
+		if b.r == b.w && !full { // the socket is empty, or turn runs again
+			if c.read.arm(c.nc.SetReadDeadline, time.Now(), idleTimeout) != nil {
+				return true
+			}
+			c.vacate()
+			return false
+		}
 	}
 }
 
@@ -280,7 +381,15 @@ func (c *conn) flush() error {
 	}
 	err := c.write.arm(c.nc.SetWriteDeadline, time.Now(), writeTimeout)
 	if err == nil {
-		_, err = c.nc.Write(c.out)
+		rest := c.out
+		if c.fd != 0 {
+			if n, err := writeSocket(c.fd, rest); err == nil {
+				rest = rest[n:]
+			}
+		}
+		if len(rest) > 0 {
+			_, err = c.nc.Write(rest)
+		}
 	}
 	c.out = c.out[:0]
 	return err
@@ -321,7 +430,7 @@ func (p *Proxy) Shutdown(ctx context.Context) (cut int) {
 			if c.state.Load() == stateActive {
 				cut++
 			}
-			c.nc.Close() // the request finds out when it looks after its client, within 2 s
+			c.cut()
 		}
 	})
 	defer stop()
@@ -329,6 +438,17 @@ func (p *Proxy) Shutdown(ctx context.Context) (cut int) {
 		p.empties.Wait()
 	}
 	return cut
+}
+
+// cut ends a connection whatever it is doing. Its request finds out when it looks after its client, within 2 s; Close
+// would wait for that.
+func (c *conn) cut() {
+	if tcp, ok := c.nc.(*net.TCPConn); ok {
+		_ = tcp.CloseRead()
+		_ = tcp.CloseWrite()
+		return
+	}
+	c.nc.Close()
 }
 
 // Close stops what runs beside the requests: timers, resolvers, idle connections to instances. Call it after Shutdown,

@@ -11,7 +11,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/valyala/fasthttp"
@@ -272,20 +271,16 @@ func (u *upstream) preferAddress(seen *addresses, i int) {
 	u.addresses.CompareAndSwap(seen, next)
 }
 
-// acquire takes a connection from the pool, or a new one: only a new one if fresh is set. One that the backend has closed
-// meanwhile, or that has bytes nobody asked for (they would be taken for the answer to the next request), is not used.
+// acquire takes a connection from the pool, or a new one: only a new one if fresh is set. Whether a kept one can still be
+// used is found out with the request, see backendConn.
 func (u *upstream) acquire(fresh bool) (l lease, conn *backendConn, reused bool, err error) {
 	for {
-		l, err = u.pool.acquire()
-		if err != nil {
+		if l, err = u.pool.acquire(); err != nil {
 			return nil, nil, false, err
 		}
-		conn = l.Conn().(*backendConn)
-		if reused = !l.LastUseTime().IsZero(); !reused {
-			return l, conn, false, nil
-		}
-		if !fresh && conn.quiet() {
-			return l, conn, true, nil
+		conn, reused = l.Conn().(*backendConn), !l.LastUseTime().IsZero()
+		if !fresh || !reused {
+			return l, conn, reused, nil
 		}
 		u.pool.discard(l)
 	}
@@ -346,61 +341,3 @@ func (u *upstream) close() {
 	u.resolver.mu.Unlock()
 	u.pool.closeIdle()
 }
-
-// backendConn is a connection to an instance.
-type backendConn struct {
-	net.Conn
-	tcp    *net.TCPConn
-	raw    syscall.RawConn
-	read   alarm
-	write  alarm
-	peek   func(fd uintptr)
-	peeked int     // what the last peek found: bytes waiting, 0 at the end of the stream, -1 if there is nothing to read
-	spare  [1]byte // for a read that is to find nothing
-}
-
-func newBackendConn(conn net.Conn, tcp *net.TCPConn) (net.Conn, error) {
-	raw, err := tcp.SyscallConn()
-	if err != nil {
-		conn.Close()
-		return nil, err
-	}
-	c := &backendConn{Conn: conn, tcp: tcp, raw: raw}
-	c.peek = func(fd uintptr) { c.peeked = peekSocket(fd) }
-	return c, nil
-}
-
-// quiet reports whether the connection is open and nothing has come in on it.
-func (c *backendConn) quiet() bool {
-	if c.raw.Control(c.peek) != nil || c.peeked >= 0 {
-		return false
-	}
-	if _, secure := c.Conn.(*tls.Conn); !secure {
-		return true
-	}
-	// TLS may hold what it has read from the socket along with the last response. A read whose deadline has passed finds
-	// that, and asks the socket for nothing; it leaves the state of TLS whole.
-	c.read.disarm()
-	if c.SetReadDeadline(time.Unix(1, 0)) != nil {
-		return false
-	}
-	n, err := c.Read(c.spare[:])
-	return n == 0 && isTimeout(err)
-}
-
-// alarm is one deadline of a connection. Arming a timer costs more than the rest of the bookkeeping of a request, so a
-// deadline that is late by less than its slack (a quarter, at most a second) is left alone.
-type alarm struct{ at time.Time }
-
-// arm sets the deadline at now + d, or up to d's slack later.
-func (a *alarm) arm(set func(time.Time) error, now time.Time, d time.Duration) error {
-	soonest := now.Add(d)
-	slack := min(d/4, time.Second)
-	if left := a.at.Sub(soonest); left >= 0 && left <= slack {
-		return nil
-	}
-	a.at = soonest.Add(slack)
-	return set(a.at)
-}
-
-func (a *alarm) disarm() { a.at = time.Time{} }
