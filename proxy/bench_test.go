@@ -212,7 +212,7 @@ func startExchange(t testing.TB, strategy lb.Strategy, n int) *exchange {
 	}
 	t.Cleanup(p.Close)
 	c := &conn{p: p}
-	c.x.c = c
+	c.occupy()
 	if err := c.req.parse([]byte(smallGet), "", false); err != nil {
 		t.Fatal(err)
 	}
