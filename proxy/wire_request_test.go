@@ -158,6 +158,8 @@ func TestRefusedRequests(t *testing.T) {
 		{"empty size", "RFC 9112 7.1", chunked + "\r\nhello\r\n0\r\n\r\n", 400},
 		{"size that overflows", "RFC 9112 7.1", chunked + "10000000000000005\r\nhello\r\n0\r\n\r\n", 400},
 		{"size that ends in bare LF", "RFC 9112 7.1", chunked + "5\nhello\r\n0\r\n\r\n", 400},
+		{"size that loses its last digit to a bare LF", "RFC 9112 7.1", chunked + "51\nhello\r\n0\r\n\r\n", 400},
+		{"trailer that ends in bare LF", "RFC 9112 7.1.2", chunked + "5\r\nhello\r\n0\r\nX-A: 1\n\r\n", 400},
 		{"data that ends in bare LF", "RFC 9112 7.1", chunked + "5\r\nhello\n0\r\n\r\n", 400},
 		{"data longer than its size", "RFC 9112 7.1", chunked + "5\r\nhello!\r\n0\r\n\r\n", 400},
 		{"data longer, and no line behind", "RFC 9112 7.1", chunked + "5\r\nhello!!", 400},
@@ -526,6 +528,37 @@ func TestForwardingFields(t *testing.T) {
 	}
 }
 
+// addressed is a connection that says it comes from elsewhere.
+type addressed struct {
+	net.Conn
+	remote net.Addr
+}
+
+func (c addressed) RemoteAddr() net.Addr { return c.remote }
+
+// A peer that a dual-stack socket shows as IPv4-mapped is the IPv4 client that it is; a zone is no part of an address.
+func TestPeerAddress(t *testing.T) {
+	for remote, want := range map[string]string{"[::ffff:192.0.2.1]:1": "192.0.2.1", "192.0.2.1:1": "192.0.2.1", "[fe80::1%eth0]:1": "fe80::1", "[2001:db8::1]:1": "2001:db8::1"} {
+		seen := make(chan string, 1)
+		g := startGateway(t, func(cfg *Config) { cfg.TrustedProxies = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")} }, func(r *Request) string {
+			seen <- r.Client.String()
+			return ""
+		})
+		near, far := net.Pipe()
+		defer near.Close()
+		g.accepted(addressed{far, net.TCPAddrFromAddrPort(netip.MustParseAddrPort(remote))})
+		c := &client{t, near, bufio.NewReader(near)}
+		c.send("GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 203.0.113.1\r\n\r\n")
+		c.read(false)
+		if want == "192.0.2.1" {
+			want = "203.0.113.1" // it is trusted under both names
+		}
+		if got := <-seen; got != want {
+			t.Errorf("%s is %s, want %s", remote, got, want)
+		}
+	}
+}
+
 // Requests that come together are answered in order, the gateway's own answers among them.
 func TestPipelining(t *testing.T) {
 	g := startGateway(t, func(cfg *Config) { cfg.API = registry.NewHandler(cfg.Registry, nil) }, nil)
@@ -634,6 +667,38 @@ func TestHeadLimit(t *testing.T) {
 	}
 }
 
+// A head that is refused whatever may follow is not waited for.
+func TestBareLFAtOnce(t *testing.T) {
+	g := startGateway(t, nil, nil)
+	for _, start := range []string{"GET /echo HTTP/1.1\nHost: a\n\n", "GET /echo HTTP/1.1\r\nHost: a\r\n\n", "\n"} {
+		began := time.Now()
+		if m := g.do(t, start); m.status() != 400 {
+			t.Errorf("%q: %s", start, m.head)
+		}
+		if took := time.Since(began); took > headTimeout/2 {
+			t.Errorf("%q was waited for: %v", start, took)
+		}
+	}
+}
+
+// What a client still sends behind a refusal is read for a while: a reset could overtake the answer.
+func TestRefusalOutlastsTheClient(t *testing.T) {
+	g := startGateway(t, nil, nil)
+	for _, request := range []string{"GET / HTTP/1.1\r\n\r\n", sized(2 * maxHead), "POST /nobody HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n"} {
+		c := g.dial(t)
+		c.send(request)
+		m := c.read(false)
+		for range 20 { // without it the first of these is answered by a reset, and the others fail
+			c.send(strings.Repeat("x", 1000))
+			time.Sleep(time.Millisecond)
+		}
+		if m.status() < 400 || m.field("Connection") != "close" {
+			t.Error(m.head)
+		}
+		c.closed()
+	}
+}
+
 // A refusal has a body that fits its Content-Length, whatever the request before it was.
 func TestRefusalBehindHead(t *testing.T) {
 	g := startGateway(t, nil, nil)
@@ -654,6 +719,10 @@ func TestExpectContinue(t *testing.T) {
 	g := startGateway(t, func(cfg *Config) { cfg.API = registry.NewHandler(cfg.Registry, nil) }, nil)
 	o := naming(t, "ok ")
 	g.register(t, "echo", "1", o.url())
+	g.register(t, "gone", "1", o.url())
+	if err := g.reg.Unregister("gone", "1"); err != nil {
+		t.Fatal(err)
+	}
 	const expect = "Host: a\r\nExpect: 100-continue\r\n"
 	large := strings.Repeat("x", maxHeld+1)
 	for _, row := range []struct{ name, head, body, want string }{
@@ -677,7 +746,7 @@ func TestExpectContinue(t *testing.T) {
 	for _, row := range []struct {
 		name, path string
 		status     int
-	}{{"no such service", "/nobody", 404}, {"elsewhere", "/echo/../x", 400}} {
+	}{{"no such service", "/nobody", 404}, {"no instance", "/gone", 503}, {"elsewhere", "/echo/../x", 400}} {
 		t.Run(row.name, func(t *testing.T) {
 			c := g.dial(t)
 			c.send("POST " + row.path + " HTTP/1.1\r\n" + expect + "Content-Length: 5\r\n\r\n")

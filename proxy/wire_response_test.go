@@ -285,8 +285,9 @@ func TestExtraBytes(t *testing.T) {
 		for _, late := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, late %v", row.name, late), func(t *testing.T) {
 				answered, sent := make(chan struct{}), make(chan struct{})
-				var requests atomic.Int32
+				var requests, came atomic.Int32
 				o := startOrigin(t, func(o *origin, c net.Conn, r *bufio.Reader) {
+					came.Add(1)
 					for {
 						if _, err := o.next(r); err != nil {
 							return
@@ -317,6 +318,9 @@ func TestExtraBytes(t *testing.T) {
 					if m := c.read(false); m.body != "good" {
 						t.Fatalf("the next client got %q", m.body)
 					}
+				}
+				if n := came.Load(); n != 2 { // the first was not used again, the second was
+					t.Errorf("the backend has seen %d connections", n)
 				}
 			})
 		}
