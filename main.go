@@ -195,7 +195,7 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		forwarding.Retries = -1 // none, as 0 is the default there
 	}
 	if cfg.API.OnData() {
-		registration.Reserved = []string{"register", "services"}
+		registration.Reserved = registry.ServedNames()
 		forwarding.API = guarded
 		forwarding.MayRead = func(ctx *fasthttp.RequestCtx) bool { return rule.Check(ctx) == nil }
 	}

@@ -707,7 +707,7 @@ func TestCommands(t *testing.T) {
 	if code := b.wait(); code != 0 || !strings.HasSuffix(b.stdout.String(), "unregistered echo/b\n") {
 		t.Errorf("exit code %d, printed %q", code, b.stdout.String())
 	}
-	if stdout, _, _ := command(t, env, "services"); stdout != "no service has an instance\n" {
+	if stdout, _, _ := command(t, env, "services"); stdout != "no services are registered\n" {
 		t.Errorf("left: %s", stdout)
 	}
 }

@@ -9,7 +9,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unsafe"
 
 	"github.com/valyala/fasthttp"
 
@@ -19,36 +18,28 @@ import (
 // maxNamed is how many services a 404 names.
 const maxNamed = 50
 
-// refuse sends an answer of the gateway's own: status, one line that says why, Proxy-Status (RFC 9209).
-func (c *conn) refuse(err *refusal, last bool) bool { return c.refuseWith(err, last, err.text, 0) }
+// refuse sends an error of the gateway's own: status, one line that says why, Proxy-Status (RFC 9209).
+func (c *conn) refuse(err *refusal, last bool) (keep bool) {
+	return c.refuseWith(err, last, err.text, 0)
+}
 
-// refuseWith is refuse with another text, and Retry-After if that is more than 0.
-func (c *conn) refuseWith(err *refusal, last bool, text string, retryAfter int) bool {
-	r := &c.req
-	c.x.status = err.status
-	phrase := fasthttp.StatusMessage(err.status)
-	out := append(c.out[:0], "HTTP/1.1 "...)
-	out = strconv.AppendInt(out, int64(err.status), 10)
-	out = append(out, ' ')
-	out = append(out, phrase...)
-	out = append(out, "\r\n"...)
-	out = c.p.appendDate(out)
-	out = append(out, "Content-Type: text/plain; charset=utf-8\r\nProxy-Status: kerberos; error="...)
+// refuseWith is refuse with another text, and Retry-After (in seconds) if that is more than 0.
+func (c *conn) refuseWith(err *refusal, last bool, text string, retryAfter int) (keep bool) {
+	out := c.ownHead(err.status)
+	out = append(out, "Proxy-Status: kerberos; error="...)
 	out = append(out, err.kind...)
 	out = append(out, "\r\n"...)
 	if err.status == 405 {
-		out = append(out, "Allow: DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT\r\n"...)
+		out = append(out, allowField...)
 	}
 	if retryAfter > 0 {
 		out = append(out, "Retry-After: "...)
 		out = strconv.AppendInt(out, int64(retryAfter), 10)
 		out = append(out, "\r\n"...)
 	}
-	out = append(out, "Content-Length: "...)
-	out = strconv.AppendInt(out, int64(3+1+len(phrase)+2+len(text)+1), 10)
-	out = append(out, "\r\n"...)
-	out = c.appendConnection(out, last)
-	if string(r.Method) != "HEAD" {
+	phrase := fasthttp.StatusMessage(err.status)
+	out = c.endOwnHead(out, len("503 ")+len(phrase)+len(": ")+len(text)+len("\n"), last)
+	if string(c.req.Method) != "HEAD" {
 		out = strconv.AppendInt(out, int64(err.status), 10)
 		out = append(out, ' ')
 		out = append(out, phrase...)
@@ -60,8 +51,40 @@ func (c *conn) refuseWith(err *refusal, last bool, text string, retryAfter int) 
 	return c.flush() == nil && !last
 }
 
-// appendConnection ends a head of ours.
-func (c *conn) appendConnection(out []byte, last bool) []byte {
+// plain sends a short text of the gateway's own that is no error.
+func (c *conn) plain(status int, text string) (keep bool) {
+	last := !c.persistent()
+	out := c.ownHead(status)
+	if string(c.req.Method) == "OPTIONS" {
+		out = append(out, allowField...)
+	}
+	out = c.endOwnHead(out, len(text), last)
+	if string(c.req.Method) != "HEAD" {
+		out = append(out, text...)
+	}
+	c.out = out
+	return c.flush() == nil && !last
+}
+
+// allowField names the methods that are not answered here.
+const allowField = "Allow: DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT\r\n"
+
+// ownHead begins a response of the gateway's own.
+func (c *conn) ownHead(status int) []byte {
+	c.x.status = status
+	out := append(c.out[:0], "HTTP/1.1 "...)
+	out = strconv.AppendInt(out, int64(status), 10)
+	out = append(out, ' ')
+	out = append(out, fasthttp.StatusMessage(status)...)
+	out = append(out, "\r\nContent-Type: text/plain; charset=utf-8\r\n"...)
+	return c.p.appendDate(out)
+}
+
+// endOwnHead ends the head of a response of the gateway's own.
+func (c *conn) endOwnHead(out []byte, length int, last bool) []byte {
+	out = append(out, "Content-Length: "...)
+	out = strconv.AppendInt(out, int64(length), 10)
+	out = append(out, "\r\n"...)
 	switch {
 	case last:
 		out = append(out, "Connection: close\r\n"...)
@@ -109,12 +132,8 @@ func (c *conn) fail(err error) (keep bool) {
 	return c.refuse(own, !c.persistent())
 }
 
-// noRoute answers a request that has no service (s is nil), or one without an instance to ask.
-func (c *conn) noRoute(s *service, err *refusal) (keep bool) {
-	if s != nil {
-		c.x.service = s
-		return c.fail(err)
-	}
+// noRoute answers a request that has no service.
+func (c *conn) noRoute(err *refusal) (keep bool) {
 	text := err.text
 	if err == errNoRoute && c.p.cfg.MayRead != nil && c.p.cfg.MayRead(c.apiContext(nil)) {
 		text = c.p.routes(text)
@@ -133,13 +152,13 @@ func (p *Proxy) routes(text string) string {
 		names, more = names[:maxNamed], ", ..."
 	}
 	if len(p.cfg.Routes) == 0 {
-		return text + "; there are /" + strings.Join(names, ", /") + more
+		return text + "; known: /" + strings.Join(names, ", /") + more
 	}
 	prefixes := make([]string, len(p.cfg.Routes))
 	for i, r := range p.cfg.Routes {
 		prefixes[i] = r.Prefix
 	}
-	return text + "; there are " + strings.Join(prefixes, ", ")
+	return text + "; known: " + strings.Join(prefixes, ", ")
 }
 
 // local answers what is not for a backend: methods that are not forwarded, expectations, upgrades, loops, the gateway's
@@ -147,7 +166,7 @@ func (p *Proxy) routes(text string) string {
 func (c *conn) local() (done, keep bool) {
 	r, p := &c.req, c.p
 	switch {
-	case is(r.Method, "connect"), is(r.Method, "trace"):
+	case is(r.Method, "connect"), is(r.Method, "trace"): // in any case: a backend may be lenient
 		return true, c.refuse(errMethod, !c.persistent())
 	case r.badExpect:
 		return true, c.refuse(errExpect, !c.persistent())
@@ -162,44 +181,10 @@ func (c *conn) local() (done, keep bool) {
 			return true, c.plain(200, "ready\n")
 		}
 		return true, c.plain(503, "shutting down\n")
-	case p.cfg.API != nil && isAPI(r.Path):
+	case p.cfg.API != nil && registry.Serves(string(r.Path)):
 		return true, c.api()
 	}
 	return false, false
-}
-
-// isAPI reports whether a path is the registration API's.
-func isAPI(path []byte) bool {
-	const services = "/services"
-	return string(path) == "/register" ||
-		len(path) >= len(services) && string(path[:len(services)]) == services && (len(path) == len(services) || path[len(services)] == '/')
-}
-
-// plain sends a short text of the gateway's own that is no error.
-func (c *conn) plain(status int, text string) (keep bool) {
-	last := !c.persistent()
-	c.x.status = status
-	out := append(c.out[:0], "HTTP/1.1 "...)
-	out = strconv.AppendInt(out, int64(status), 10)
-	out = append(out, ' ')
-	out = append(out, fasthttp.StatusMessage(status)...)
-	out = append(out, "\r\n"...)
-	out = c.p.appendDate(out)
-	if is(c.req.Method, "options") {
-		out = append(out, "Allow: DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT\r\n"...)
-	}
-	if text != "" {
-		out = append(out, "Content-Type: text/plain; charset=utf-8\r\n"...)
-	}
-	out = append(out, "Content-Length: "...)
-	out = strconv.AppendInt(out, int64(len(text)), 10)
-	out = append(out, "\r\n"...)
-	out = c.appendConnection(out, last)
-	if string(c.req.Method) != "HEAD" {
-		out = append(out, text...)
-	}
-	c.out = out
-	return c.flush() == nil && !last
 }
 
 // apiContext is the request as fasthttp's handlers read it.
@@ -232,7 +217,7 @@ func (c *conn) api() (keep bool) {
 	if x.complete {
 		c.p.cfg.API(ctx)
 	} else {
-		registry.Problem(ctx, fasthttp.StatusRequestEntityTooLarge, "", "a registration is at most 64 KiB")
+		registry.ErrorHandler(ctx, fasthttp.ErrBodyTooLarge)
 	}
 	keep = c.persistent()
 	if !keep {
@@ -270,8 +255,7 @@ func (p *Proxy) appendDate(dst []byte) []byte {
 
 // logCut notes a response that broke off behind its head: the client saw a part of it.
 func (p *Proxy) logCut(x *exchange, err error) {
-	target := x.c.req.Path
 	p.log.LogAttrs(context.Background(), slog.LevelWarn, "response cut", slog.String("service", x.service.name),
-		slog.String("instance", x.upstream.id), slog.String("path", unsafe.String(unsafe.SliceData(target), len(target))),
+		slog.String("instance", x.upstream.id), slog.String("path", string(x.c.req.Path)),
 		slog.String("reason", err.Error()))
 }

@@ -93,7 +93,7 @@ func (c *backendConn) turn(fd uintptr) (done bool) {
 			return false
 		}
 		c.err = err // unless it has answered before it closed
-		if n, err = readSocket(fd, c.room); n > 0 {
+		if n, _ := readSocket(fd, c.room); n > 0 {
 			c.n, c.err = n, nil
 		}
 		return true

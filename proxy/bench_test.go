@@ -213,7 +213,7 @@ func startExchange(t testing.TB, strategy lb.Strategy, n int) *exchange {
 	t.Cleanup(p.Close)
 	c := &conn{p: p}
 	c.occupy()
-	if err := c.req.parse([]byte(smallGet), "", false); err != nil {
+	if err := c.req.parse([]byte(smallGet), nil, false); err != nil {
 		t.Fatal(err)
 	}
 	return &c.x
@@ -356,7 +356,7 @@ func TestPickDoesNotAllocate(t *testing.T) {
 			seen[u] = false
 		}
 		if allocs := testing.AllocsPerRun(300, func() {
-			x.begin(x.now)
+			x.begin(x.began)
 			x.service, _ = x.p().find(&x.c.req)
 			seen[x.pick()] = true
 			x.end(success, nil)

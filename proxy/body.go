@@ -44,6 +44,26 @@ func (b *buffer) grow(size int) {
 	}
 }
 
+// next forgets the request that was served; what came in behind it moves to the front.
+func (b *buffer) next() {
+	b.base = 0
+	if len(b.b) > 4*firstBuffer {
+		b.shrink()
+		return
+	}
+	if b.r == b.w {
+		b.r, b.w = 0, 0
+	}
+}
+
+// shrink goes back to a small buffer after a large head or body, if nothing that is still needed is in it.
+func (b *buffer) shrink() {
+	rest := b.waiting()
+	next := make([]byte, max(firstBuffer, len(rest)))
+	b.r, b.w = 0, copy(next, rest)
+	b.b = next
+}
+
 // body reads the body of one message out of a buffer, as far as it has come in.
 type body struct {
 	left     int64 // of the Content-Length, or of the current chunk; -1: until the connection closes
@@ -217,4 +237,14 @@ func appendLastChunk(dst, trailers []byte) []byte {
 	dst = append(dst, "0\r\n"...)
 	dst = append(dst, trailers...)
 	return append(dst, '\r', '\n')
+}
+
+func hexDigit(c byte) (byte, bool) {
+	switch {
+	case c >= '0' && c <= '9':
+		return c - '0', true
+	case c|0x20 >= 'a' && c|0x20 <= 'f':
+		return c | 0x20 - 'a' + 10, true
+	}
+	return 0, false
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strconv"
 	"syscall"
 )
 
@@ -13,7 +14,7 @@ import (
 // for the Proxy-Status field. The text says what and why, and nothing of the inside.
 type refusal struct {
 	status int
-	kind   string // RFC 9209 section 2.3; "" where it has no word for it
+	kind   string // RFC 9209 section 2.3
 	text   string
 }
 
@@ -38,15 +39,19 @@ var (
 	errHeadTimeout      = &refusal{408, "http_request_error", "the request head did not arrive in time"}
 	errBodyTimeout      = &refusal{408, "http_request_error", "the request body stopped arriving"}
 	errChunk            = &refusal{400, "http_request_error", "the chunked request body is malformed"}
-	errMethod           = &refusal{405, "http_request_denied", "CONNECT and TRACE are not allowed here"}
-	errPath             = &refusal{400, "http_request_denied", "the path leads elsewhere once its dot segments are resolved"}
-	errExpect           = &refusal{417, "http_request_denied", "the only expectation met here is 100-continue"}
-	errUpgrade          = &refusal{501, "http_upgrade_failed", "WebSocket is not supported here"}
-	errLoop             = &refusal{508, "proxy_loop_detected", "the request came back to the gateway that sent it"}
-	errNoRoute          = &refusal{404, "destination_not_found", "no service has this path"}
-	errNoInstance       = &refusal{503, "destination_unavailable", "no instance of the service is ready"}
-	errNoSocket         = &refusal{503, "connection_limit_reached", "the gateway is out of sockets"}
-	errInternal         = &refusal{500, "proxy_internal_error", "the gateway failed on this request"}
+)
+
+// What the gateway does not do, or cannot do now.
+var (
+	errMethod     = &refusal{405, "http_request_denied", "CONNECT and TRACE are not allowed here"}
+	errPath       = &refusal{400, "http_request_denied", "the path can be read in two ways that lead to different services"}
+	errExpect     = &refusal{417, "http_request_denied", "the only expectation met here is 100-continue"}
+	errUpgrade    = &refusal{501, "http_upgrade_failed", "WebSocket is not supported here"}
+	errLoop       = &refusal{508, "proxy_loop_detected", "the request came back to the gateway that sent it"}
+	errNoRoute    = &refusal{404, "destination_not_found", "no service is at this path"}
+	errNoInstance = &refusal{503, "destination_unavailable", "no instance of the service is ready"}
+	errNoSocket   = &refusal{503, "connection_limit_reached", "the gateway is out of sockets"}
+	errInternal   = &refusal{500, "proxy_internal_error", "the gateway failed on this request"}
 )
 
 // What backends did wrong.
@@ -115,3 +120,33 @@ func isTimeout(err error) bool {
 	var ne net.Error
 	return errors.As(err, &ne) && ne.Timeout()
 }
+
+// outcome is what an attempt says of an instance.
+type outcome uint8
+
+const (
+	success outcome = iota
+	failure
+	ignored // nothing: the client's fault or ours
+)
+
+// blame says whose fault an error of an attempt is: the instance's, or nobody's that a breaker should hear of.
+func blame(err error) outcome {
+	for _, other := range []error{errClientGone, errBodyTimeout, errChunk, errStale, errNoSocket} {
+		if errors.Is(err, other) {
+			return ignored
+		}
+	}
+	return failure
+}
+
+// isOwn reports whether an error is one of ours, not one of a connection.
+func isOwn(err error) bool {
+	var r *refusal
+	return errors.Is(err, errClientGone) || errors.As(err, &r)
+}
+
+// statusError is a response status that counts as a failure of the instance.
+type statusError int
+
+func (e statusError) Error() string { return "status " + strconv.Itoa(int(e)) }

@@ -4,9 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
-	"net"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"kerberos/cb"
@@ -22,19 +20,19 @@ const (
 	settledBytes = 64 << 10    // a response that has run this far,
 	settledTime  = time.Second // or this long, is a success to the breaker
 
-	clientCheck     = time.Second     // how often a request that waits looks whether its client is still there
-	silenceTimeout  = 5 * time.Minute // a backend that sends nothing in mid-body
-	maxInterim      = 16              // responses 1xx before the final one
-	uploadGrace     = 5 * time.Millisecond
-	chunkPatience   = 20 * time.Millisecond
-	uploadTimeout   = 30 * time.Second // a backend that takes nothing of a request
+	clientCheck     = time.Second           // how often a request that waits looks whether its client is still there
+	silenceTimeout  = 5 * time.Minute       // a backend that sends nothing in mid-body
+	maxInterim      = 16                    // responses 1xx before the final one
+	uploadGrace     = 5 * time.Millisecond  // for the goroutine of an upload to say that it has ended
+	chunkPatience   = 20 * time.Millisecond // for the next chunk of a request body before it is sent as it comes
+	uploadTimeout   = 30 * time.Second      // a backend that takes nothing of a request
 	continueMessage = "HTTP/1.1 100 Continue\r\n\r\n"
 )
 
 // exchange is one request on its way to an answer. A connection has one and uses it again and again.
 type exchange struct {
 	c       *conn
-	now     time.Time // when the request's head was there
+	began   time.Time // when the head was there
 	service *service
 	key     uint64 // of the client, for ip-hash
 	retries int    // what is left of Config.Retries
@@ -46,9 +44,9 @@ type exchange struct {
 	asked    asked    // the same across views
 	upstream *upstream
 	token    cb.Token
-	open     bool // the token, and the request in flight, have not ended yet
+	running  bool // the attempt: neither the token nor the request in flight has ended
 	settled  bool // the breaker was told already
-	spare    bool // the attempt is a probe that a ready instance can make up for
+	covered  bool // it is a probe, and a ready instance can make up for it
 	err      error
 	attempts int
 
@@ -62,14 +60,14 @@ type exchange struct {
 
 	// one attempt
 	lease    lease
-	conn     *backendConn
+	backend  *backendConn
 	written  bool // the backend may have seen something of the request
 	sent     time.Time
 	back     buffer // what comes from the backend
 	backOut  []byte // the head that goes to it
 	res      response
 	resBody  body
-	resEnded bool // all of the response is in conn.out
+	resEnded bool // all of the response is in c.out
 
 	// the response to the client
 	started bool // bytes of it may have reached the client
@@ -77,8 +75,8 @@ type exchange struct {
 	chunks  bool // it is sent in chunks
 	status  int
 
-	buffers [3]*[]byte // pooled, given back by begin
-	small   [2][]byte  // what they stand in for
+	buffers [3]*[]byte // pooled, by use; given back by giveBack
+	own     [3][]byte  // what they stand in for
 }
 
 // asked is the instances that a request went to.
@@ -113,15 +111,15 @@ func (x *exchange) begin(now time.Time) {
 	if x.back.b == nil {
 		x.back.b = make([]byte, firstBuffer)
 	}
-	x.now, x.service, x.key, x.retries, x.waited = now, nil, 0, x.p().cfg.Retries, 0
-	x.view, x.asked.n, x.upstream, x.open, x.spare, x.err, x.attempts = nil, 0, nil, false, false, nil, 0
+	x.began, x.service, x.key, x.retries, x.waited = now, nil, 0, x.p().cfg.Retries, 0
+	x.view, x.asked.n, x.upstream, x.running, x.covered, x.err, x.attempts = nil, 0, nil, false, false, nil, 0
 	x.held, x.complete, x.upload, x.unread = nil, true, nil, false
 	x.bodyRead = !r.chunked && r.length <= 0
 	x.started, x.status, x.settled = false, 0, false
 }
 
-// look takes a view for the next pick; what was asked in another one stays asked.
-func (x *exchange) look(v *view) {
+// use takes a view for the next pick; what was asked in another one stays asked.
+func (x *exchange) use(v *view) {
 	if v == x.view {
 		return
 	}
@@ -139,10 +137,10 @@ func (x *exchange) look(v *view) {
 
 // end ends the attempt for the breaker and the counters. Only the first call of an attempt counts.
 func (x *exchange) end(o outcome, reason error) {
-	if !x.open {
+	if !x.running {
 		return
 	}
-	x.open = false
+	x.running = false
 	u := x.upstream
 	switch {
 	case x.settled:
@@ -154,7 +152,7 @@ func (x *exchange) end(o outcome, reason error) {
 		u.gate.Ignored(x.token)
 	}
 	if o == failure {
-		u.fail(reason.Error())
+		u.noteError(reason.Error())
 	}
 	u.outcomes[o].Add(1)
 	u.inFlight.Add(-1)
@@ -162,7 +160,7 @@ func (x *exchange) end(o outcome, reason error) {
 
 // settle tells the breaker that a long response is a success while it still runs.
 func (x *exchange) settle() {
-	if !x.open || x.settled {
+	if !x.running || x.settled {
 		return
 	}
 	x.settled = true
@@ -197,8 +195,7 @@ func (x *exchange) repeatable() bool {
 func (x *exchange) timeLeft() time.Duration { return x.p().cfg.RequestTimeout - x.waited }
 
 // hold reads a request body that is small enough to be sent twice. One that is larger, or comes slowly in chunks, is
-// sent as it comes. A client that waits for it is told to go on.
-// patient means to wait for slow chunks too.
+// sent as it comes, unless patient says to wait for slow chunks too. A client that waits for it is told to go on.
 func (x *exchange) hold(patient bool) error {
 	c, r, b := x.c, &x.c.req, &x.c.in
 	if x.bodyRead {
@@ -222,7 +219,7 @@ func (x *exchange) hold(patient bool) error {
 		x.complete = false
 		return nil
 	}
-	held := x.borrow(0, maxHeld)[:0]
+	held := x.borrow(heldBuffer)[:0]
 	for {
 		data, done, err := x.body.next(b, maxHeld-len(held))
 		held = append(held, data...)
@@ -282,11 +279,15 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 	x.drop()
 	var reused bool
 	var err error
-	if x.lease, x.conn, reused, err = u.acquire(fresh); err != nil {
+	x.sent = x.began
+	if x.attempts > 1 || !x.complete || len(x.held) > 0 {
+		x.sent = time.Now()
+	}
+	if x.lease, x.backend, reused, err = u.acquire(fresh); err != nil {
+		x.waited += time.Since(x.sent)
 		return dialFailure(err)
 	}
-	x.sent = x.now
-	if !reused || x.attempts > 1 || !x.complete || len(x.held) > 0 {
+	if !reused {
 		x.sent = time.Now()
 	}
 	out := x.c.appendHead(x.backOut[:0], &x.c.req, &u.target)
@@ -304,23 +305,23 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 		out = appendLastChunk(out, x.body.trailers)
 	}
 	x.back.base, x.back.r, x.back.w = 0, 0, 0
-	if x.complete && len(rest) == 0 && x.conn.plain() {
-		x.conn.ask(out, reused)
+	if x.complete && len(rest) == 0 && x.backend.plain() {
+		x.backend.ask(out, reused)
 		err = x.await(reused)
-		if x.written = x.conn.wrote; err != nil {
+		if x.written = x.backend.wrote; err != nil {
 			return err
 		}
-		return x.answer()
+		return x.compose()
 	}
-	if reused && !x.conn.quiet() {
+	if reused && !x.backend.quiet() {
 		return errStale
 	}
-	if err = x.conn.write.arm(x.conn.SetWriteDeadline, x.sent, uploadTimeout); err == nil {
+	if err = x.backend.write.arm(x.backend.SetWriteDeadline, x.sent, uploadTimeout); err == nil {
 		var n int
-		n, err = x.conn.Write(out)
+		n, err = x.backend.Write(out)
 		x.written = n > 0
 		if err == nil && len(rest) > 0 {
-			_, err = x.conn.Write(rest)
+			_, err = x.backend.Write(rest)
 		}
 	}
 	if err != nil {
@@ -331,7 +332,7 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 			return errStale
 		case x.written && x.await(false) == nil: // it answered before it had all, and closed
 			x.res.close = true
-			return x.answer()
+			return x.compose()
 		}
 		return errTerminated
 	}
@@ -341,7 +342,7 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 	if err = x.await(reused); err != nil {
 		return err
 	}
-	return x.answer()
+	return x.compose()
 }
 
 // await reads the response head, over interim responses (RFC 9110 section 15.2).
@@ -349,7 +350,7 @@ func (x *exchange) await(reused bool) error {
 	b := &x.back
 	began := x.sent
 	limit := x.timeLeft()
-	if x.spare {
+	if x.covered {
 		limit /= 2 // leave the other half to the instance that makes up for a probe that hangs
 	}
 	err := x.head(b, began.Add(limit), reused)
@@ -412,10 +413,10 @@ func (x *exchange) receive(room []byte, now, limit time.Time) (int, error) {
 	for {
 		var err error
 		if limit.Sub(now) > clientCheck {
-			err = x.conn.read.arm(x.conn.SetReadDeadline, now, clientCheck)
+			err = x.backend.read.arm(x.backend.SetReadDeadline, now, clientCheck)
 		} else {
-			x.conn.read.disarm()
-			err = x.conn.SetReadDeadline(limit)
+			x.backend.read.disarm()
+			err = x.backend.SetReadDeadline(limit)
 		}
 		if failed := x.uploadFailed(); failed != nil {
 			return 0, failed
@@ -423,7 +424,7 @@ func (x *exchange) receive(room []byte, now, limit time.Time) (int, error) {
 		if err != nil {
 			return 0, err
 		}
-		n, err := x.conn.Read(room)
+		n, err := x.backend.Read(room)
 		switch {
 		case n > 0:
 			return n, nil
@@ -432,7 +433,7 @@ func (x *exchange) receive(room []byte, now, limit time.Time) (int, error) {
 		case !isTimeout(err):
 			return 0, err
 		}
-		x.conn.read.disarm()
+		x.backend.read.disarm()
 		if failed := x.uploadFailed(); failed != nil {
 			return 0, failed
 		}
@@ -455,18 +456,19 @@ func (x *exchange) receive(room []byte, now, limit time.Time) (int, error) {
 	}
 }
 
-// answer makes the response that goes to the client: its head, and its body if that is small and there at once.
+// compose makes the response that goes to the client: its head, and its body if that is small and there at once.
 // Then nothing has reached the client yet if the backend breaks off.
-func (x *exchange) answer() error {
+func (x *exchange) compose() error {
 	c, r, res := x.c, &x.c.req, &x.res
-	if x.spare && x.p().failing[res.status] {
+	if x.covered && x.p().failing[res.status] {
 		return statusError(res.status)
 	}
 	bodyless := res.bodyless(string(r.Method) == "HEAD")
 	whole := !bodyless && res.length >= 0 && res.length <= maxWhole
 	c.out = c.out[:0]
-	if whole && int(res.length)+len(res.lines)+1024 > cap(c.out) {
-		c.out = x.borrow(1, maxWhole+2*firstBuffer)[:0]
+	if whole && x.own[outBuffer] == nil && int(res.length)+len(res.lines)+1024 > cap(c.out) {
+		x.own[outBuffer] = c.out
+		c.out = x.borrow(outBuffer)[:0]
 	}
 	x.keep = (r.minor == 1 || r.keepAlive) && !r.close && x.uploaded() && !x.p().closing.Load()
 	x.chunks = !bodyless && res.length < 0 && r.minor == 1
@@ -503,14 +505,14 @@ func (x *exchange) answer() error {
 	data, done, _ := x.resBody.next(&x.back, maxWhole)
 	c.out = append(c.out, data...)
 	if !done {
-		x.conn.read.disarm()
-		if err := x.conn.SetReadDeadline(time.Now().Add(wholeTimeout)); err != nil {
+		x.backend.read.disarm()
+		if err := x.backend.SetReadDeadline(time.Now().Add(wholeTimeout)); err != nil {
 			return errIncomplete
 		}
 	}
 	for !done {
 		at := len(c.out)
-		n, err := x.conn.Read(c.out[at : at+int(x.resBody.left)])
+		n, err := x.backend.Read(c.out[at : at+int(x.resBody.left)])
 		c.out = c.out[:at+n]
 		x.resBody.left -= int64(n)
 		done = x.resBody.left == 0
@@ -563,7 +565,11 @@ func (x *exchange) finish() (keep bool) {
 // relay streams the response: what has come in is passed on before it waits for more.
 func (x *exchange) relay() error {
 	c := x.c
-	x.back.b = x.replace(2, x.back.b)
+	if len(x.back.b) < relaySize {
+		x.own[backBuffer] = x.back.b
+		x.back.b = x.borrow(backBuffer)
+		copy(x.back.b, x.own[backBuffer])
+	}
 	x.back.base = 0 // the head is done with
 	var total int64
 	for {
@@ -600,7 +606,7 @@ func (x *exchange) relay() error {
 			return errClientGone
 		}
 		now := time.Now()
-		if x.open && (total >= settledBytes || now.Sub(x.sent) >= settledTime) {
+		if x.running && (total >= settledBytes || now.Sub(x.sent) >= settledTime) {
 			x.settle()
 		}
 		n, err := x.receive(x.back.space(relaySize), now, now.Add(silenceTimeout))
@@ -626,7 +632,7 @@ func (x *exchange) relay() error {
 // drop closes the connection of an attempt that failed.
 func (x *exchange) drop() {
 	if x.lease != nil {
-		x.conn.Close() // an upload that still writes is woken
+		x.backend.Close() // an upload that still writes is woken
 		x.endUpload()
 		x.upstream.release(x.lease, false)
 		x.lease = nil
@@ -640,167 +646,28 @@ func (x *exchange) abandon() {
 	x.giveBack()
 }
 
-// upload sends the rest of a request body while the response is awaited, in a goroutine of its own: a backend may answer
-// before it has read all, and both may stream at once.
-type upload struct {
-	done     chan struct{}
-	ended    atomic.Bool
-	whole    bool                  // all was sent; valid once done is closed
-	stopped  atomic.Bool           // nobody waits for it any more
-	failed   atomic.Pointer[error] // a refusal or errClientGone, which ends the exchange
-	progress atomic.Int64          // Unix nanoseconds of the last byte that went on
-}
+// What a pooled buffer is for.
+const (
+	heldBuffer = iota // the request body that is held
+	outBuffer         // in the place of conn.out
+	backBuffer        // in the place of exchange.back
+)
 
-func (x *exchange) startUpload() {
-	x.upload = &upload{done: make(chan struct{})}
-	x.upload.progress.Store(time.Now().UnixNano())
-	go x.upload.run(x.c, x.conn, &x.body)
-}
-
-// run moves the body from the client to the backend. While it runs it alone reads from the client and writes to the
-// backend.
-func (up *upload) run(c *conn, backend *backendConn, b *body) {
-	defer close(up.done)
-	err := up.copy(c, backend, b)
-	up.whole = err == nil
-	up.ended.Store(true)
-	if err != nil && isOwn(err) && !up.stopped.Load() {
-		up.failed.Store(&err)
-		backend.SetReadDeadline(time.Unix(1, 0)) // wakes the exchange, which waits for the response
+// borrow returns the pooled buffer for a use.
+func (x *exchange) borrow(use int) []byte {
+	if x.buffers[use] == nil {
+		x.buffers[use] = x.p().large.Get().(*[]byte)
 	}
-}
-
-func (up *upload) copy(c *conn, backend *backendConn, b *body) error {
-	c.in.grow(c.in.base + relaySize)
-	var framed []byte
-	for {
-		data, done, err := b.next(&c.in, relaySize)
-		if err != nil {
-			return errChunk
-		}
-		if b.chunked {
-			framed = framed[:0]
-			if len(data) > 0 {
-				framed = appendChunk(framed, data)
-			}
-			if done {
-				framed = appendLastChunk(framed, b.trailers)
-			}
-			data = framed
-		}
-		if len(data) > 0 {
-			if err := backend.write.arm(backend.SetWriteDeadline, time.Now(), uploadTimeout); err != nil {
-				return err
-			}
-			if up.stopped.Load() { // endUpload sets the deadline behind stopped: one of the two is seen
-				return errClientGone
-			}
-			if _, err := backend.Write(data); err != nil {
-				if isTimeout(err) {
-					return errWriteTimeout
-				}
-				return err // the exchange reads what the backend had to say
-			}
-			up.progress.Store(time.Now().UnixNano())
-		}
-		if done {
-			return nil
-		}
-		if len(data) > 0 {
-			continue
-		}
-		if err := c.read.arm(c.nc.SetReadDeadline, time.Now(), bodyTimeout); err != nil {
-			return errClientGone
-		}
-		if up.stopped.Load() {
-			return errClientGone
-		}
-		n, err := c.nc.Read(c.in.space(relaySize))
-		c.in.w += n
-		switch {
-		case n > 0:
-		case isTimeout(err):
-			return errBodyTimeout
-		default:
-			return errClientGone
-		}
-	}
-}
-
-// uploaded reports whether all of the request body was sent. A backend may answer to its last byte before the goroutine
-// that sent it gets to say so.
-func (x *exchange) uploaded() bool {
-	if x.upload == nil {
-		return x.complete
-	}
-	select {
-	case <-x.upload.done:
-		return x.upload.whole
-	case <-time.After(uploadGrace):
-		return false
-	}
-}
-
-// uploadFailed returns why the upload ended the exchange, or nil.
-func (x *exchange) uploadFailed() error {
-	if x.upload == nil {
-		return nil
-	}
-	if failed := x.upload.failed.Load(); failed != nil {
-		return *failed
-	}
-	return nil
-}
-
-// endUpload stops an upload that the response has overtaken, and waits for its goroutine.
-func (x *exchange) endUpload() {
-	up := x.upload
-	if up == nil {
-		return
-	}
-	if !up.ended.Load() {
-		up.stopped.Store(true)
-		x.c.nc.SetReadDeadline(time.Unix(1, 0))
-		x.conn.SetWriteDeadline(time.Unix(1, 0))
-	}
-	<-up.done
-	x.bodyRead, x.unread = up.whole, !up.whole
-	x.upload = nil
-	x.c.read.disarm()
-}
-
-// borrow returns the i-th pooled buffer of the exchange, at least size bytes long.
-func (x *exchange) borrow(i, size int) []byte {
-	if x.buffers[i] == nil {
-		x.buffers[i] = x.p().large.Get().(*[]byte)
-	}
-	if len(*x.buffers[i]) < size {
-		*x.buffers[i] = make([]byte, size)
-	}
-	if i == 1 && x.small[0] == nil {
-		x.small[0] = x.c.out[:0]
-	}
-	return *x.buffers[i]
-}
-
-// replace puts a pooled buffer in the place of b, with the same bytes in it.
-func (x *exchange) replace(i int, b []byte) []byte {
-	if len(b) >= relaySize {
-		return b
-	}
-	next := x.borrow(i, relaySize)
-	copy(next, b)
-	x.small[1] = b
-	return next
+	return *x.buffers[use]
 }
 
 // giveBack returns the pooled buffers and drops others that have grown: a connection may wait long for its next request.
 func (x *exchange) giveBack() {
-	if x.small[0] != nil {
-		x.c.out, x.small[0] = x.small[0], nil
+	if x.own[outBuffer] != nil {
+		x.c.out, x.own[outBuffer] = x.own[outBuffer], nil
 	}
-	if x.small[1] != nil {
-		x.back.b, x.small[1] = x.small[1], nil
+	if x.own[backBuffer] != nil {
+		x.back.b, x.own[backBuffer] = x.own[backBuffer], nil
 	}
 	if len(x.back.b) > 4*firstBuffer {
 		x.back.b = nil
@@ -818,35 +685,4 @@ func (x *exchange) giveBack() {
 		}
 	}
 	x.held = nil
-}
-
-// blame says whose fault an error is: the instance's, or not.
-func blame(err error) outcome {
-	switch {
-	case errors.Is(err, errClientGone), err == errBodyTimeout, err == errChunk, errors.Is(err, errStale), err == errNoInstance, err == errNoSocket:
-		return ignored
-	}
-	return failure
-}
-
-// isOwn reports whether an error is one of ours, not one of a connection.
-func isOwn(err error) bool {
-	var r *refusal
-	return errors.Is(err, errClientGone) || errors.As(err, &r)
-}
-
-// reset makes the next close of the client connection a reset.
-func (c *conn) reset() {
-	if tcp, ok := c.nc.(*net.TCPConn); ok {
-		tcp.SetLinger(0)
-	}
-}
-
-// send writes data, and nothing else, to the client.
-func (c *conn) send(data []byte) error {
-	err := c.write.arm(c.nc.SetWriteDeadline, time.Now(), writeTimeout)
-	if err == nil {
-		_, err = c.nc.Write(data)
-	}
-	return err
 }

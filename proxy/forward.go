@@ -55,14 +55,12 @@ func parseNode(b []byte) (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
-// constantFields are the fields that every request of a connection gets: where it came from, and our Via.
-func (p *Proxy) constantFields(dst []byte, peer netip.Addr) []byte {
-	dst = append(dst, "X-Forwarded-For: "...)
-	dst = peer.AppendTo(dst)
-	dst = append(dst, "\r\nX-Real-IP: "...)
-	dst = peer.AppendTo(dst)
-	dst = append(dst, "\r\nX-Forwarded-Proto: http\r\n"...)
-	return dst
+// forwardingFields are the fields that every request of a connection gets, unless its peer is trusted: they say where it
+// came from.
+func forwardingFields(peer netip.Addr) []byte {
+	fields := peer.AppendTo([]byte("X-Forwarded-For: "))
+	fields = peer.AppendTo(append(fields, "\r\nX-Real-IP: "...))
+	return append(fields, "\r\nX-Forwarded-Proto: http\r\n"...)
 }
 
 // appendHead appends the head as the backend gets it: the request line with the base path of its addr, the client's field
@@ -108,7 +106,7 @@ func (c *conn) appendHead(dst []byte, r *Request, t *registry.Target) []byte {
 		dst = append(dst, host...)
 		dst = append(dst, '\r', '\n')
 	}
-	if !c.p.cfg.NoVia {
+	if c.p.pseudonym != nil {
 		dst = append(dst, "Via: 1."...)
 		dst = append(dst, '0'+r.minor, ' ')
 		dst = append(dst, c.p.pseudonym...)

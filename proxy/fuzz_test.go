@@ -94,7 +94,7 @@ func unconnected(t testing.TB) *conn {
 	}
 	t.Cleanup(p.Close)
 	c := &conn{p: p, peer: netip.MustParseAddr("192.0.2.1")}
-	c.constant = p.constantFields(nil, c.peer)
+	c.constant = forwardingFields(c.peer)
 	return c
 }
 
@@ -107,7 +107,7 @@ func checkRequestHead(t *testing.T, c *conn, data []byte, trusted bool) bool {
 	}
 	head := data[:end+len(headEnd)]
 	r := &Request{}
-	if r.parse(head, c.p.loopMark, trusted) != nil || is(r.Method, "connect") {
+	if r.parse(head, c.p.pseudonym, trusted) != nil || is(r.Method, "connect") {
 		return false // CONNECT is answered with 405, whatever its target means
 	}
 	want, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(head)))
@@ -123,7 +123,7 @@ func checkRequestHead(t *testing.T, c *conn, data []byte, trusted bool) bool {
 	c.trusted = trusted
 	sent := c.appendHead(nil, r, &registry.Target{Authority: "backend:80"})
 	again := &Request{}
-	if err := again.parse(sent, "", false); err != nil {
+	if err := again.parse(sent, nil, false); err != nil {
 		t.Fatalf("%q goes on as %q, which we would not take: %v", head, sent, err)
 	}
 	if want, err = http.ReadRequest(bufio.NewReader(bytes.NewReader(sent))); err != nil {
@@ -341,6 +341,7 @@ func FuzzChunks(f *testing.F) {
 	for _, seed := range []string{
 		"0\r\n\r\n", "5\r\nhello\r\n0\r\n\r\nGET / HTTP/1.1", "00a;x=\"y\"\r\n0123456789\r\n0;z\r\nX-A: 1\r\nHost: a\r\nx_forwarded_for: 1\r\n\r\n",
 		"5\r\nhello\n0\r\n\r\n", "5\nhello\r\n0\r\n\r\n", "-1\r\n", "fffffffffffffff\r\nx", "10000000000000000\r\nx", "5 \r\nhello\r\n0\r\n X: 1\r\n\r\n", "3\r\nabcd\r\n0\r\n\r\n",
+		"51\nhello\r\n0\r\n\r\n", "0;\nX\r\n\r\n",
 	} {
 		f.Add([]byte(seed), []byte{0}, uint16(1))
 		f.Add([]byte(seed), []byte{3, 0, 7}, uint16(2))

@@ -37,7 +37,7 @@ type Request struct {
 	nominated     bool   // Connection names fields of its own
 	hasHost       bool   // the lines that are sent on hold a Host
 	looped        bool   // a Via line has our own name
-	unclear       bool   // the path has bytes that a backend may read in another way, see ambiguous
+	unclear       bool   // the path has bytes that a backend may read in another way, see canonical
 	hasProto      bool   // the lines that are sent on hold an X-Forwarded-Proto
 	hasFwdHost    bool   // ... an X-Forwarded-Host
 	lengthDropped bool   // Content-Length is written anew
@@ -302,9 +302,9 @@ func visibleBytes(b []byte) bool {
 	return true
 }
 
-// parse reads a whole request head, from the request line to the empty line. via is our own pseudonym; trusted says
+// parse reads a whole request head, from the request line to the empty line. via is our own name there, nil if we have none; trusted says
 // whether the peer's forwarding fields are believed. The errors are the answers that the client gets.
-func (r *Request) parse(b []byte, via string, trusted bool) *refusal {
+func (r *Request) parse(b, via []byte, trusted bool) *refusal {
 	*r = Request{drops: r.drops[:0], xff: r.xff[:0], reading: r.reading[:0], framing: framing{length: -1}, maxForwards: -1}
 	nl := bytes.IndexByte(b, '\n')
 	if nl < 1 || b[nl-1] != '\r' {
@@ -370,9 +370,9 @@ func (r *Request) parse(b []byte, via string, trusted bool) *refusal {
 				r.websocket = r.websocket || is(protocol, "websocket")
 			}
 		case fieldVia:
-			r.looped = r.looped || via != "" && bytes.Contains(f.value, unsafe.Slice(unsafe.StringData(via), len(via)))
+			r.looped = r.looped || via != nil && bytes.Contains(f.value, via)
 		case fieldMaxForwards:
-			if is(r.Method, "options") {
+			if string(r.Method) == "OPTIONS" {
 				hops, ok := parseLength(f.value)
 				if !ok {
 					return errMaxForwards
@@ -610,4 +610,20 @@ func digits(b []byte) bool {
 		}
 	}
 	return len(b) <= 5
+}
+
+var headEnd = []byte("\r\n\r\n")
+
+// bareLF reports whether a head that is not complete can never be: one of its lines ends without CR.
+func bareLF(b []byte) bool {
+	for {
+		nl := bytes.IndexByte(b, '\n')
+		if nl < 0 {
+			return false
+		}
+		if nl == 0 || b[nl-1] != '\r' {
+			return true
+		}
+		b = b[nl+1:]
+	}
 }

@@ -16,7 +16,6 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -98,6 +97,11 @@ func (cfg Config) withDefaults() (Config, error) {
 	if cfg.BreakerStatuses == nil {
 		cfg.BreakerStatuses = []int{502, 503, 504}
 	}
+	for _, status := range cfg.BreakerStatuses {
+		if status < 100 || status > 599 {
+			return cfg, fmt.Errorf("proxy: Config.BreakerStatuses has %d: a status is 100 to 599", status)
+		}
+	}
 	gate, err := cb.New(cfg.Breaker, nil)
 	if err != nil {
 		return cfg, fmt.Errorf("proxy: Config.Breaker: %w", err)
@@ -117,22 +121,22 @@ type Proxy struct {
 	cfg        Config
 	log        *slog.Logger
 	route      RouteFunc
-	pseudonym  []byte // our name in Via, unique to the process: RFC 9110 section 7.6.3
-	loopMark   string // the same, or "" if we add no Via
-	failing    [600]bool
+	pseudonym  []byte    // our name in Via, unique to the process (RFC 9110 section 7.6.3); nil if we add none
+	failing    [600]bool // by status: Config.BreakerStatuses
 	services   sync.Map  // name -> *service
 	large      sync.Pool // of *[]byte, for bodies
 	workspaces sync.Pool // of *workspace
 	date       atomic.Pointer[dateLine]
 
+	closing    atomic.Bool    // Shutdown has begun
+	background sync.WaitGroup // what Close waits for
+
 	mu         sync.Mutex // guards what follows
 	listeners  []net.Listener
 	conns      map[*conn]struct{} // open client connections
-	empties    *sync.Cond         // conns has become empty
-	empty      []departure        // services without instances, the oldest first
+	noConns    *sync.Cond         // conns has become empty
+	departures []departure        // services that lost their last instance, the oldest first
 	stopped    bool               // Close has begun
-	closing    atomic.Bool        // Shutdown has begun
-	background sync.WaitGroup     // what Close waits for
 }
 
 // New makes a Proxy for a Registry; route nil means cfg.Routes, and if there are none FirstSegment.
@@ -144,14 +148,11 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 	}
 	var id [6]byte
 	rand.Read(id[:]) // never fails
-	p := &Proxy{cfg: cfg, log: cfg.Log, route: route, pseudonym: []byte("kerberos-" + hex.EncodeToString(id[:]))}
+	p := &Proxy{cfg: cfg, log: cfg.Log, route: route}
 	if !cfg.NoVia {
-		p.loopMark = string(p.pseudonym)
+		p.pseudonym = []byte("kerberos-" + hex.EncodeToString(id[:]))
 	}
 	for _, status := range cfg.BreakerStatuses {
-		if status < 100 || status > 599 {
-			return nil, fmt.Errorf("proxy: Config.BreakerStatuses has %d: a status is 100 to 599", status)
-		}
 		p.failing[status] = true
 	}
 	p.large.New = func() any {
@@ -164,10 +165,10 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 		return w
 	}
 	p.conns = map[*conn]struct{}{}
-	p.empties = sync.NewCond(&p.mu)
+	p.noConns = sync.NewCond(&p.mu)
 	if route == nil {
 		p.route = FirstSegment
-		table, err := newPrefixTable(cfg.Routes, registry.ValidName)
+		table, err := newPrefixTable(cfg.Routes)
 		if err != nil {
 			return nil, err
 		}
@@ -196,17 +197,16 @@ func (c *conn) handle() (keep bool) {
 		return keep
 	}
 	s, err := p.find(r)
-	if err == nil && s.view.Load().nobody() {
-		err = errNoInstance // before the body is asked for: 100-continue is not sent for nothing
-	}
 	if err != nil {
-		return c.noRoute(s, err)
+		return c.noRoute(err)
+	}
+	x.service = s
+	if s.view.Load().nobody() { // before the body is asked for: 100-continue is not sent for nothing
+		return c.fail(errNoInstance)
 	}
 	if err := x.hold(false); err != nil {
 		return c.fail(err)
 	}
-
-	x.service = s
 	for {
 		u := x.pick()
 		if u == nil {
@@ -243,19 +243,11 @@ func (p *Proxy) find(r *Request) (*service, *refusal) {
 			return nil, errPath
 		}
 	}
-	if s == nil || !s.pinned && s.emptied.Load() != 0 && !s.known(time.Now()) {
+	if s == nil || !s.known() {
 		return nil, errNoRoute
 	}
 	return s, nil
 }
-
-// statusError is a response status that counts as a failure of the instance.
-type statusError int
-
-func (e statusError) Error() string { return "status " + strconv.Itoa(int(e)) }
-
-// nobody says that no instance could be asked, not even for a probe.
-func (v *view) nobody() bool { return len(v.ready) == 0 && len(v.probing) == 0 }
 
 // pick chooses the instance to ask next and passes its breaker; nil if nobody is left. Balancers hold ready instances
 // only. A free probe of a half-open instance goes to a request that a ready one could still answer, so that no client
@@ -265,7 +257,7 @@ func (x *exchange) pick() *upstream {
 		return nil
 	}
 	v := x.service.view.Load()
-	x.look(v)
+	x.use(v)
 	if len(v.probing) > 0 {
 		if u := x.probe(v, false); u != nil {
 			return u
@@ -277,51 +269,54 @@ func (x *exchange) pick() *upstream {
 			break
 		}
 		x.tried.Add(i)
-		if u := x.admit(v.ready[i]); u != nil {
+		if u := v.ready[i]; x.admit(u) {
 			return u
 		}
 	}
 	// Breakers that opened a moment ago, before the next view, are in the way: look at all.
 	for _, u := range v.ready {
-		if !x.asked.has(u) {
-			if u := x.admit(u); u != nil {
-				return u
-			}
+		if !x.asked.has(u) && x.admit(u) {
+			return u
 		}
 	}
 	return x.probe(v, true)
 }
 
-// probe takes a free probe of a half-open instance that was not asked yet. x.spare is set if a ready instance can make
-// up for its failure.
+// probe takes a free probe of a half-open instance that was not asked yet.
 func (x *exchange) probe(v *view, nobodyElse bool) *upstream {
 	for _, u := range v.probing {
 		if u.gate.FreeProbes() == 0 || x.asked.has(u) {
 			continue
 		}
-		spare := !nobodyElse && x.tried.Len() < len(v.ready) && x.asked.n+1 < lb.MaxTried && x.p().cfg.Retries > 0 && x.repeatable() &&
-			(v.ipHash == nil || v.ipHash.WouldOwn(x.key, u.id))
-		if !spare && !nobodyElse && x.now.Sub(u.gate.Status().Since) < probePatience {
-			continue
-		}
-		if u := x.admit(u); u != nil {
-			x.spare = spare
+		covered := !nobodyElse && x.canCover(v, u)
+		late := x.began.Sub(u.gate.Status().Since) >= probePatience
+		if (covered || nobodyElse || late) && x.admit(u) {
+			x.covered = covered
 			return u
 		}
 	}
 	return nil
 }
 
-// admit passes the breaker of u; nil if that blocks.
-func (x *exchange) admit(u *upstream) *upstream {
+// canCover reports whether a ready instance can make up for a probe of u that fails: the request may be sent again (not
+// with retries off: then it is sent once, whatever comes), and somebody is left to send it to. With ip-hash only the
+// clients of u probe it.
+func (x *exchange) canCover(v *view, u *upstream) bool {
+	return x.p().cfg.Retries > 0 && x.repeatable() &&
+		x.tried.Len() < len(v.ready) && x.asked.n+1 < lb.MaxTried &&
+		(v.ipHash == nil || v.ipHash.WouldOwn(x.key, u.id))
+}
+
+// admit passes the breaker of u; false if that blocks.
+func (x *exchange) admit(u *upstream) bool {
 	token, ok := u.gate.Allow()
 	if !ok {
-		return nil
+		return false
 	}
 	x.asked.add(u)
-	x.upstream, x.token, x.open, x.settled, x.spare = u, token, true, false, false
+	x.upstream, x.token, x.running, x.settled, x.covered = u, token, true, false, false
 	u.inFlight.Add(1)
-	return u
+	return true
 }
 
 // again decides whether another instance is asked after a failed attempt. Nothing written: always. Otherwise if the
@@ -331,13 +326,13 @@ func (x *exchange) again(err error) bool {
 	x.err = err
 	x.end(blame(err), err)
 	switch {
-	case blame(err) == ignored && err != errNoSocket: // another instance may have a connection to spare
+	case x.timeLeft() <= 0:
 		return false
 	case !x.written:
 		return true
-	case !x.repeatable() || x.timeLeft() <= 0:
+	case blame(err) == ignored || !x.repeatable():
 		return false
-	case x.spare:
+	case x.covered:
 		return true
 	case x.retries == 0 || !x.service.budget.take(x.service, time.Now()):
 		return false
@@ -351,7 +346,7 @@ func (c *conn) logRequest() {
 	r, x := &c.req, &c.x
 	attrs := []slog.Attr{
 		slog.String("client", r.Client.String()), slog.String("method", string(r.Method)), slog.String("target", string(r.target)),
-		slog.Int("status", x.status), slog.Int("attempts", x.attempts), slog.Duration("took", time.Since(x.now)),
+		slog.Int("status", x.status), slog.Int("attempts", x.attempts), slog.Duration("took", time.Since(x.began)),
 	}
 	if x.service != nil {
 		attrs = append(attrs, slog.String("service", x.service.name))

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"strings"
 	"unsafe"
+
+	"kerberos/registry"
 )
 
 // A RouteFunc names the service that a request goes to; "" answers 404. It runs for every request, at the same time on
@@ -38,7 +40,7 @@ type prefixTable struct {
 	firstSegment bool
 }
 
-func newPrefixTable(routes []RoutePrefix, validName func(string) error) (*prefixTable, error) {
+func newPrefixTable(routes []RoutePrefix) (*prefixTable, error) {
 	t := &prefixTable{services: make(map[string]string, len(routes))}
 	for _, r := range routes {
 		if r.Prefix == firstSegmentRule && r.Service == "" {
@@ -48,7 +50,7 @@ func newPrefixTable(routes []RoutePrefix, validName func(string) error) (*prefix
 		if !strings.HasPrefix(r.Prefix, "/") || strings.ContainsAny(r.Prefix, "?#*% \\") {
 			return nil, fmt.Errorf("route %s=%s: a prefix is a path such as /api, or /* alone", r.Prefix, r.Service)
 		}
-		if err := validName(r.Service); err != nil {
+		if err := registry.ValidName(r.Service); err != nil {
 			return nil, fmt.Errorf("route %s=%s: %w", r.Prefix, r.Service, err)
 		}
 		prefix := strings.TrimSuffix(r.Prefix, "/")
@@ -130,16 +132,6 @@ func unhex(hi, lo byte) (byte, bool) {
 	h, okH := hexDigit(hi)
 	l, okL := hexDigit(lo)
 	return h<<4 | l, okH && okL
-}
-
-func hexDigit(c byte) (byte, bool) {
-	switch {
-	case c >= '0' && c <= '9':
-		return c - '0', true
-	case c|0x20 >= 'a' && c|0x20 <= 'f':
-		return c | 0x20 - 'a' + 10, true
-	}
-	return 0, false
 }
 
 // unreserved: RFC 3986 section 2.3.

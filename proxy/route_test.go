@@ -158,7 +158,7 @@ func TestPrefixRouting(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			table, err := newPrefixTable(parseRoutes(tt.routes), registry.ValidName)
+			table, err := newPrefixTable(parseRoutes(tt.routes))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -211,7 +211,7 @@ func FuzzPrefixTable(f *testing.F) {
 	f.Add("/a//b", "/a/=c /a/b=d")
 	f.Fuzz(func(t *testing.T, path, list string) {
 		routes := parseRoutes(list)
-		table, err := newPrefixTable(routes, registry.ValidName)
+		table, err := newPrefixTable(routes)
 		if err != nil || !strings.HasPrefix(path, "/") {
 			return
 		}
@@ -441,10 +441,10 @@ func TestRoutesInNotFound(t *testing.T) {
 	tests := []struct {
 		name, routes, services, want string
 	}{
-		{"first segments", "", "echo users", "no service has this path; there are /echo, /users\n"},
-		{"none", "", "", "no service has this path; none is registered\n"},
-		{"a table", "/api=backend /img=pictures", "backend", "no service has this path; there are /api, /img\n"},
-		{"a table and first segments", "/api=backend /*=", "backend users", "no service has this path; there are /api, /*\n"},
+		{"first segments", "", "echo users", "no service is at this path; known: /echo, /users\n"},
+		{"none", "", "", "no service is at this path; none is registered\n"},
+		{"a table", "/api=backend /img=pictures", "backend", "no service is at this path; known: /api, /img\n"},
+		{"a table and first segments", "/api=backend /*=", "backend users", "no service is at this path; known: /api, /*\n"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -456,7 +456,7 @@ func TestRoutesInNotFound(t *testing.T) {
 			if m := c.get("/nowhere", "X-Key: right").refused(t, errNoRoute); m.body != "404 Not Found: "+tt.want {
 				t.Errorf("who may read is told %q", m.body)
 			}
-			if m := c.get("/nowhere", "X-Key: wrong").refused(t, errNoRoute); m.body != "404 Not Found: no service has this path\n" {
+			if m := c.get("/nowhere", "X-Key: wrong").refused(t, errNoRoute); m.body != "404 Not Found: no service is at this path\n" {
 				t.Errorf("who may not read is told %q", m.body)
 			}
 		})

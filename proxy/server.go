@@ -46,7 +46,7 @@ type conn struct {
 	peeked   int
 	peer     netip.Addr
 	trusted  bool
-	constant []byte // see constantFields
+	constant []byte // see forwardingFields
 	state    atomic.Int32
 	read     alarm
 	write    alarm
@@ -130,7 +130,7 @@ func (p *Proxy) accepted(nc net.Conn) {
 		c.peer = addr.AddrPort().Addr().Unmap().WithZone("")
 	}
 	c.trusted = p.trusts(c.peer)
-	c.constant = p.constantFields(nil, c.peer)
+	c.constant = forwardingFields(c.peer)
 	if sc, ok := nc.(syscall.Conn); ok {
 		c.raw, _ = sc.SyscallConn()
 		c.peek = func(fd uintptr) { c.peeked = peekSocket(fd) }
@@ -165,7 +165,7 @@ func (c *conn) serve() {
 		c.p.mu.Lock()
 		delete(c.p.conns, c)
 		if len(c.p.conns) == 0 {
-			c.p.empties.Broadcast()
+			c.p.noConns.Broadcast()
 		}
 		c.p.mu.Unlock()
 	}()
@@ -177,7 +177,7 @@ func (c *conn) serve() {
 		head, err := c.readHead(first)
 		if err == nil && head != nil {
 			c.head = head
-			err = c.req.parse(head, c.p.loopMark, c.trusted)
+			err = c.req.parse(head, c.p.pseudonym, c.trusted)
 		} else {
 			c.req = Request{} // not the one before: the answer would be made for its method
 		}
@@ -246,7 +246,7 @@ func (c *conn) turn(fd uintptr) (done bool) {
 		}
 		w := b.waiting()
 		end := bytes.Index(w, headEnd) + len(headEnd)
-		c.slow = end < len(headEnd) || w[0] == '\r' || c.req.parse(w[:end], c.p.loopMark, c.trusted) != nil ||
+		c.slow = end < len(headEnd) || w[0] == '\r' || c.req.parse(w[:end], c.p.pseudonym, c.trusted) != nil ||
 			c.req.chunked || c.req.length > int64(len(w)-end)
 		if c.slow {
 			return true
@@ -268,26 +268,6 @@ func (c *conn) turn(fd uintptr) (done bool) {
 			return false
 		}
 	}
-}
-
-// next forgets the request that was served; what came in behind it moves to the front.
-func (b *buffer) next() {
-	b.base = 0
-	if len(b.b) > 4*firstBuffer {
-		b.shrink()
-		return
-	}
-	if b.r == b.w {
-		b.r, b.w = 0, 0
-	}
-}
-
-// shrink goes back to a small buffer after a large head or body, if nothing that is still needed is in it.
-func (b *buffer) shrink() {
-	rest := b.waiting()
-	next := make([]byte, max(firstBuffer, len(rest)))
-	b.r, b.w = 0, copy(next, rest)
-	b.b = next
 }
 
 // readHead waits for a request head and returns it whole; it stays in the buffer until the request is done. nil without
@@ -350,22 +330,6 @@ func (c *conn) readHead(first bool) ([]byte, *refusal) {
 			}
 			return nil, nil
 		}
-	}
-}
-
-var headEnd = []byte("\r\n\r\n")
-
-// bareLF reports whether a head that is not complete can never be: one of its lines ends without CR.
-func bareLF(b []byte) bool {
-	for {
-		nl := bytes.IndexByte(b, '\n')
-		if nl < 0 {
-			return false
-		}
-		if nl == 0 || b[nl-1] != '\r' {
-			return true
-		}
-		b = b[nl+1:]
 	}
 }
 
@@ -435,12 +399,12 @@ func (p *Proxy) Shutdown(ctx context.Context) (cut int) {
 	})
 	defer stop()
 	for len(p.conns) > 0 {
-		p.empties.Wait()
+		p.noConns.Wait()
 	}
 	return cut
 }
 
-// cut ends a connection whatever it is doing. Its request finds out when it looks after its client, within 2 s; Close
+// cut ends a connection whatever it is doing. Its request finds out when it checks on its client, within 2 s; Close
 // would wait for that.
 func (c *conn) cut() {
 	if tcp, ok := c.nc.(*net.TCPConn); ok {
@@ -473,10 +437,18 @@ func (p *Proxy) spawn(f func()) {
 	}
 }
 
-func (s *service) close() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, u := range s.view.Load().all {
-		u.close()
+// reset makes the next close of the client connection a reset.
+func (c *conn) reset() {
+	if tcp, ok := c.nc.(*net.TCPConn); ok {
+		tcp.SetLinger(0)
 	}
+}
+
+// send writes data, and nothing else, to the client.
+func (c *conn) send(data []byte) error {
+	err := c.write.arm(c.nc.SetWriteDeadline, time.Now(), writeTimeout)
+	if err == nil {
+		_, err = c.nc.Write(data)
+	}
+	return err
 }

@@ -52,19 +52,10 @@ type upstream struct {
 	_        [128]byte
 }
 
-// outcome is what an attempt says of an instance.
-type outcome uint8
-
-const (
-	success outcome = iota
-	failure
-	ignored // nothing: the client's fault or ours
-)
-
 // addresses is where an upstream may be dialled now. It never changes.
 type addresses struct {
 	list []netip.AddrPort // the last good one first
-	err  error            // why list is empty
+	err  error            // why one that was found is not in list
 }
 
 // pool is the part of fasthttp.HostClient that we use; lease stands for its unexported connection type.
@@ -166,7 +157,7 @@ func (u *upstream) resolve() {
 		u.setAddresses(list)
 	} else if before := u.addresses.Load(); len(before.list) == 0 {
 		u.addresses.Store(&addresses{err: errors.New("unresolved: the name has no address")})
-		u.fail("resolve: " + err.Error())
+		u.noteError("resolve: " + err.Error())
 		u.service.touch()
 	}
 	u.resolver.mu.Lock()
@@ -309,7 +300,7 @@ func (u *upstream) ready() (bool, string) {
 	return true, ""
 }
 
-func (u *upstream) fail(reason string) { u.lastError.Store(&reason) }
+func (u *upstream) noteError(reason string) { u.lastError.Store(&reason) }
 
 // breakerChanged is told every change of the breaker's state.
 func (u *upstream) breakerChanged(from, to cb.State, reason error) {

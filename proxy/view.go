@@ -160,6 +160,9 @@ func (s *service) upstreams(have []*upstream, instances []*registry.Instance) (a
 	return all, append(gone, have...)
 }
 
+// nobody says that no instance could be asked, not even for a probe.
+func (v *view) nobody() bool { return len(v.ready) == 0 && len(v.probing) == 0 }
+
 // find returns the index of u among the ready ones, or -1.
 func (v *view) find(u *upstream) int {
 	i, ok := slices.BinarySearchFunc(v.ready, u.id, func(u *upstream, id string) int { return strings.Compare(u.id, id) })
@@ -232,13 +235,13 @@ func (p *Proxy) departed(s *service) {
 	}
 	now := time.Now()
 	p.mu.Lock()
-	p.empty = append(p.empty, departure{s, now})
+	p.departures = append(p.departures, departure{s, now})
 	old := 0
-	for old < len(p.empty) && now.Sub(p.empty[old].at) > rememberName {
+	for old < len(p.departures) && now.Sub(p.departures[old].at) > rememberName {
 		old++
 	}
-	due := slices.Clone(p.empty[:old])
-	p.empty = slices.Delete(p.empty, 0, old)
+	due := slices.Clone(p.departures[:old])
+	p.departures = slices.Delete(p.departures, 0, old)
 	p.mu.Unlock()
 	for _, d := range due {
 		if d.service != s {
@@ -256,16 +259,25 @@ type departure struct {
 func (p *Proxy) forget(s *service) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if since := s.emptied.Load(); since != 0 && time.Since(time.Unix(0, since)) > rememberName {
+	if !s.known() {
 		s.forgotten = true
 		p.services.CompareAndDelete(s.name, s)
 	}
 }
 
 // known says whether the service answers 503 without instances, not 404.
-func (s *service) known(now time.Time) bool {
+func (s *service) known() bool {
 	since := s.emptied.Load()
-	return s.pinned || since == 0 || now.Sub(time.Unix(0, since)) < rememberName
+	return s.pinned || since == 0 || time.Since(time.Unix(0, since)) < rememberName
+}
+
+// close ends the service's upstreams.
+func (s *service) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, u := range s.view.Load().all {
+		u.close()
+	}
 }
 
 // DescribeService tells which strategy is in force for a service. It makes Proxy a registry.Describer.

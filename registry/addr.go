@@ -44,7 +44,7 @@ func ParseAddr(s string) (Target, error) {
 	case ok && strings.EqualFold(scheme, "https"):
 		t.Scheme, t.Port = "https", 443
 	default:
-		return Target{}, fmt.Errorf("%s is no URL with http or https: must be like http://10.0.0.5:8080", clip(s))
+		return Target{}, fmt.Errorf("%s is not an http or https URL: it must look like http://10.0.0.5:8080", clip(s))
 	}
 	if strings.ContainsAny(rest, "?#") {
 		return Target{}, fmt.Errorf("%s has a query or a fragment: only scheme, host, port and path are allowed", clip(s))

@@ -105,6 +105,14 @@ func NewHandler(reg *Registry, d Describer) fasthttp.RequestHandler {
 	}
 }
 
+// Serves tells whether a path is the API's.
+func Serves(path string) bool {
+	return path == "/register" || path == "/services" || strings.HasPrefix(path, "/services/")
+}
+
+// ServedNames are the services that the API would stand in the way of, where it answers beside them: Config.Reserved.
+func ServedNames() []string { return []string{"register", "services"} }
+
 // plainTarget tells whether the path that the router is about to read is the one that was sent. They differ where
 // fasthttp takes a target like //host/x?:// for an absolute one, which whoever let the request in did not.
 func plainTarget(ctx *fasthttp.RequestCtx) bool {
@@ -476,7 +484,7 @@ func decodeMembers(body []byte, allowed ...string) (members, error) {
 	}
 	var whole json.RawMessage
 	if err := json.Unmarshal(body, &whole); err != nil { // the syntax, once and for all; what follows only walks it
-		return bad("", "the body is no JSON: %v; must be %s", err, expected)
+		return bad("", "the body is not JSON: %v; must be %s", err, expected)
 	}
 	dec := json.NewDecoder(bytes.NewReader(body))
 	dec.UseNumber()

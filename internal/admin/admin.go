@@ -77,7 +77,7 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 		s.answer(ctx, true)
 	case path == "/readyz":
 		s.answer(ctx, s.cfg.Ready())
-	case s.cfg.API != nil && (path == "/register" || path == "/services" || strings.HasPrefix(path, "/services/")):
+	case s.cfg.API != nil && registry.Serves(path):
 		s.cfg.API(ctx)
 	default:
 		registry.Problem(ctx, fasthttp.StatusNotFound, "", "nothing is served at this path; there are "+s.paths())

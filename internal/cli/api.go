@@ -40,7 +40,7 @@ func (p *problem) Error() string {
 }
 
 // errNotTheAPI is an answer that no gateway gives: something else listens there.
-var errNotTheAPI = errors.New("this is no answer of the API")
+var errNotTheAPI = errors.New("this is not an answer from the API of a gateway")
 
 // maxAnswer bounds what is read of an answer: about 100,000 instances.
 const maxAnswer = 64 << 20
@@ -186,7 +186,7 @@ func (c *Services) Run(p *Process) error {
 		return err
 	}
 	if len(services) == 0 {
-		_, err := fmt.Fprintln(p.Out, "no service has an instance")
+		_, err := fmt.Fprintln(p.Out, "no services are registered")
 		return err
 	}
 	return table(p.Out, services)

@@ -76,7 +76,7 @@ func TestCommands(t *testing.T) {
 		out     string
 		err     string // part of it
 	}{
-		{"nothing yet", &Services{API: api}, "no service has an instance\n", ""},
+		{"nothing yet", &Services{API: api}, "no services are registered\n", ""},
 		{"one", &Register{API: api, Service: "echo", ID: "a", Addr: "http://127.0.0.1:8081"}, "registered echo/a at http://127.0.0.1:8081\n", ""},
 		{"weighted", &Register{API: api, Service: "echo", ID: "b", Addr: "http://127.0.0.1:8082", Weight: 20}, "registered echo/b at http://127.0.0.1:8082\n", ""},
 		{"table", &Services{API: api}, `SERVICE  STRATEGY  INSTANCE  ADDR                   WEIGHT  READY  BREAKER  IN FLIGHT  SUCCESS  FAILURE  NOTE

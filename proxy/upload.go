@@ -1,0 +1,135 @@
+package proxy
+
+import (
+	"sync/atomic"
+	"time"
+)
+
+// upload sends the rest of a request body while the response is awaited, in a goroutine of its own: a backend may answer
+// before it has read all, and both may stream at once.
+type upload struct {
+	done     chan struct{}
+	ended    atomic.Bool
+	whole    bool                  // all was sent; valid once done is closed
+	stopped  atomic.Bool           // nobody waits for it any more
+	failed   atomic.Pointer[error] // a refusal or errClientGone, which ends the exchange
+	progress atomic.Int64          // Unix nanoseconds of the last byte that went on
+}
+
+func (x *exchange) startUpload() {
+	x.upload = &upload{done: make(chan struct{})}
+	x.upload.progress.Store(time.Now().UnixNano())
+	go x.upload.run(x.c, x.backend, &x.body)
+}
+
+// run moves the body from the client to the backend. While it runs it alone reads from the client and writes to the
+// backend.
+func (up *upload) run(c *conn, backend *backendConn, b *body) {
+	defer close(up.done)
+	err := up.copy(c, backend, b)
+	up.whole = err == nil
+	up.ended.Store(true)
+	if err != nil && isOwn(err) && !up.stopped.Load() {
+		up.failed.Store(&err)
+		backend.SetReadDeadline(time.Unix(1, 0)) // wakes the exchange, which waits for the response
+	}
+}
+
+func (up *upload) copy(c *conn, backend *backendConn, b *body) error {
+	c.in.grow(c.in.base + relaySize)
+	var framed []byte
+	for {
+		data, done, err := b.next(&c.in, relaySize)
+		if err != nil {
+			return errChunk
+		}
+		if b.chunked {
+			framed = framed[:0]
+			if len(data) > 0 {
+				framed = appendChunk(framed, data)
+			}
+			if done {
+				framed = appendLastChunk(framed, b.trailers)
+			}
+			data = framed
+		}
+		if len(data) > 0 {
+			if err := backend.write.arm(backend.SetWriteDeadline, time.Now(), uploadTimeout); err != nil {
+				return err
+			}
+			if up.stopped.Load() { // endUpload sets the deadline behind stopped: one of the two is seen
+				return errClientGone
+			}
+			if _, err := backend.Write(data); err != nil {
+				if isTimeout(err) {
+					return errWriteTimeout
+				}
+				return err // the exchange reads what the backend had to say
+			}
+			up.progress.Store(time.Now().UnixNano())
+		}
+		if done {
+			return nil
+		}
+		if len(data) > 0 {
+			continue
+		}
+		if err := c.read.arm(c.nc.SetReadDeadline, time.Now(), bodyTimeout); err != nil {
+			return errClientGone
+		}
+		if up.stopped.Load() {
+			return errClientGone
+		}
+		n, err := c.nc.Read(c.in.space(relaySize))
+		c.in.w += n
+		switch {
+		case n > 0:
+		case isTimeout(err):
+			return errBodyTimeout
+		default:
+			return errClientGone
+		}
+	}
+}
+
+// uploaded reports whether all of the request body was sent. A backend may answer to its last byte before the goroutine
+// that sent it gets to say so.
+func (x *exchange) uploaded() bool {
+	if x.upload == nil {
+		return x.complete
+	}
+	select {
+	case <-x.upload.done:
+		return x.upload.whole
+	case <-time.After(uploadGrace):
+		return false
+	}
+}
+
+// uploadFailed returns why the upload ended the exchange, or nil.
+func (x *exchange) uploadFailed() error {
+	if x.upload == nil {
+		return nil
+	}
+	if failed := x.upload.failed.Load(); failed != nil {
+		return *failed
+	}
+	return nil
+}
+
+// endUpload stops an upload that the response has overtaken, and waits for its goroutine.
+func (x *exchange) endUpload() {
+	up := x.upload
+	if up == nil {
+		return
+	}
+	if !up.ended.Load() {
+		up.stopped.Store(true)
+		x.c.nc.SetReadDeadline(time.Unix(1, 0))
+		x.backend.SetWriteDeadline(time.Unix(1, 0))
+	}
+	<-up.done
+	x.bodyRead, x.unread = up.whole, !up.whole
+	x.upload = nil
+	x.c.read.disarm()
+}
