@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -84,6 +85,37 @@ func TestChurn(t *testing.T) {
 		if all := g.service("echo").view.Load().all; len(all) != 1 || all[0].id != "stays" {
 			t.Errorf("%d instances are left", len(all))
 		}
+	}
+}
+
+// A storm of registrations of one service is published in few views, 5 ms apart; Register returns when its own change is.
+func TestStormOfRegistrations(t *testing.T) {
+	g := startGateway(t, nil, nil)
+	const callers, each = 50, 4
+	var mu sync.Mutex
+	views := map[*view]bool{}
+	began := time.Now()
+	var wg sync.WaitGroup
+	for i := range callers {
+		wg.Go(func() {
+			for j := range each {
+				id := fmt.Sprintf("%d-%d", i, j)
+				if err := g.reg.Register("echo", registry.Instance{ID: id, Addr: "http://127.0.0.1:1"}); err != nil {
+					t.Error(err)
+				}
+				v := g.service("echo").view.Load()
+				if !slices.ContainsFunc(v.all, func(u *upstream) bool { return u.id == id }) {
+					t.Errorf("%s is not published when Register returns", id)
+				}
+				mu.Lock()
+				views[v] = true
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	if n, most := len(views), int(time.Since(began)/viewEvery)+2; n > most {
+		t.Errorf("%d registrations were published in %d views, want at most %d", callers*each, n, most)
 	}
 }
 

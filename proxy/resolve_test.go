@@ -13,6 +13,9 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
+
+	"github.com/valyala/fasthttp"
 
 	"kerberos/registry"
 )
@@ -218,13 +221,15 @@ func TestNames(t *testing.T) {
 	}
 
 	// A failed look-up keeps the last addresses, for whatever reason it fails.
-	names.fail(true)
-	g.resolveNow("a")
-	names.fail(false)
-	c.picks(1)
-	names.set("moves.test")
-	g.resolveNow("a")
-	c.picks(1)
+	for _, fail := range []func(){func() { names.fail(true) }, func() { names.set("moves.test") }} {
+		fail()
+		g.resolveNow("a")
+		names.fail(false)
+		if got := g.addresses("a"); !slices.Equal(got, []string{"127.0.0.1"}) {
+			t.Errorf("behind a failed look-up dialled at %v", got)
+		}
+		c.picks(1)
+	}
 
 	// A name that moves is followed, by new connections.
 	names.set("moves.test", "127.0.0.2")
@@ -321,9 +326,33 @@ func TestAddrPolicyAtDial(t *testing.T) {
 		t.Error("a refused address was dialled")
 	default:
 	}
-	if _, err := u.dial(""); !errors.Is(err, errProhibited) {
+	if _, err := u.dial("", time.Second); !errors.Is(err, errProhibited) {
 		t.Errorf("dial: %v", err)
 	}
+}
+
+// Who registered an instance last decides whether its name may lead to the loopback.
+func TestNamesRegisteredFromAfar(t *testing.T) {
+	g := startGateway(t, nil, nil)
+	api := registry.NewHandler(g.reg, g.Proxy)
+	a := startActor(t, says("a"))
+	names.set("local.test", "127.0.0.1")
+	addr := fmt.Sprintf("http://local.test:%d", a.port())
+	var req fasthttp.Request
+	req.Header.SetMethod("POST")
+	req.Header.SetContentType("application/json")
+	req.SetRequestURI("/register")
+	req.SetBodyString(registration("a", addr))
+	ctx := &fasthttp.RequestCtx{}
+	ctx.Init(&req, &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1234}, nil)
+	if api(ctx); ctx.Response.StatusCode() != 204 {
+		t.Fatalf("%d %s", ctx.Response.StatusCode(), ctx.Response.Body())
+	}
+	g.awaitReason(t, "a", "loopback")
+	g.register(t, "echo", "a", addr) // by a local caller
+	g.resolveNow("a")
+	g.awaitReady(t, 1)
+	g.dial(t).picks(1)
 }
 
 // The gateway's own listeners are no instance's address, by name neither.
