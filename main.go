@@ -248,11 +248,14 @@ func (g *gateway) stop() {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), g.cfg.DrainTimeout)
 	defer cancel()
-	if cut := g.proxy.Shutdown(ctx); cut > 0 {
+	cut := g.proxy.Shutdown(ctx)
+	if cut > 0 {
 		g.log.Warn("requests were cut at the drain timeout", "count", cut, "drain_timeout", g.cfg.DrainTimeout.String())
 	}
 	g.serving.Wait()
-	g.proxy.Close()
+	if cut == 0 {
+		g.proxy.Close() // it would wait for those that were cut, which end with the process
+	}
 	g.log.Info("stopped")
 }
 

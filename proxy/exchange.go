@@ -283,7 +283,7 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 	if x.attempts > 1 || !x.complete || len(x.held) > 0 {
 		x.sent = time.Now()
 	}
-	if x.lease, x.backend, reused, err = u.acquire(fresh); err != nil {
+	if x.lease, x.backend, reused, err = u.acquire(fresh, x.timeLeft()); err != nil {
 		x.waited += time.Since(x.sent)
 		return dialFailure(err)
 	}
@@ -440,7 +440,7 @@ func (x *exchange) receive(room []byte, now, limit time.Time) (int, error) {
 		now = time.Now()
 		if x.upload != nil && !x.started {
 			// Time in which an upload makes progress does not count. It may have ended since the last look.
-			if later := time.Unix(0, x.upload.progress.Load()).Add(x.timeLeft()); later.After(limit) {
+			if later := x.upload.since(now).Add(x.timeLeft()); later.After(limit) {
 				limit = later
 			}
 		}

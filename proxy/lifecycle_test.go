@@ -324,6 +324,7 @@ func TestShutdownDeadline(t *testing.T) {
 			t.Errorf("got %q, %v from a request that was cut", rest, err)
 		}
 	}
+	g.Close() // waits for them
 	if s := g.DescribeInstance("echo", "a"); s.Ignored != 3 || s.Failure != 0 || s.InFlight != 0 {
 		t.Errorf("what we cut is not the instance's fault, but counted %+v", s)
 	}

@@ -346,7 +346,7 @@ func (c *conn) logRequest() {
 	r, x := &c.req, &c.x
 	attrs := []slog.Attr{
 		slog.String("client", r.Client.String()), slog.String("method", string(r.Method)), slog.String("target", string(r.target)),
-		slog.Int("status", x.status), slog.Int("attempts", x.attempts), slog.Duration("took", time.Since(x.began)),
+		slog.Int("status", x.status), slog.Int("attempts", x.attempts), slog.String("took", time.Since(x.began).String()),
 	}
 	if x.service != nil {
 		attrs = append(attrs, slog.String("service", x.service.name))

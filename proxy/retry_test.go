@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -512,4 +513,25 @@ func TestThousandClients(t *testing.T) {
 	eventually(t, "all at the backend at once", func() bool { return a.served.Load() == clients })
 	close(all)
 	wg.Wait()
+}
+
+// Instances that do not accept use up the request timeout: it bounds all attempts together, connecting included.
+func TestRequestTimeoutBoundsConnecting(t *testing.T) {
+	g := startGateway(t, func(cfg *Config) { cfg.RequestTimeout, cfg.ConnectTimeout = 400*time.Millisecond, 300*time.Millisecond }, nil)
+	for id := range 6 {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { ln.Close() })
+		// A handshake that nobody answers takes as long as it may; the kernel accepts for the listener.
+		g.register(t, "echo", strconv.Itoa(id), "https://"+ln.Addr().String())
+	}
+	began := time.Now()
+	if m := g.do(t, "GET /echo HTTP/1.1\r\nHost: a\r\n\r\n"); m.status() != 504 {
+		t.Error(m.head)
+	}
+	if took := time.Since(began); took > 1200*time.Millisecond { // six connect timeouts are 1.8 s
+		t.Errorf("took %v", took)
+	}
 }

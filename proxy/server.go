@@ -373,8 +373,8 @@ func (c *conn) linger() {
 	}
 }
 
-// Shutdown closes the listeners and the idle connections, waits for the requests in flight and, when ctx ends, closes
-// what is left. It returns how many requests were cut.
+// Shutdown closes the listeners and the idle connections, waits for the requests in flight and, when ctx ends, cuts those
+// that are left. It returns how many were cut.
 func (p *Proxy) Shutdown(ctx context.Context) (cut int) {
 	p.closing.Store(true)
 	p.mu.Lock()
@@ -387,19 +387,19 @@ func (p *Proxy) Shutdown(ctx context.Context) (cut int) {
 			c.nc.Close()
 		}
 	}
-	stop := context.AfterFunc(ctx, func() {
+	defer context.AfterFunc(ctx, func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		for c := range p.conns {
-			if c.state.Load() == stateActive {
-				cut++
-			}
-			c.cut()
-		}
-	})
-	defer stop()
-	for len(p.conns) > 0 {
+		p.noConns.Broadcast()
+	})()
+	for len(p.conns) > 0 && ctx.Err() == nil {
 		p.noConns.Wait()
+	}
+	for c := range p.conns {
+		if c.state.Load() == stateActive {
+			cut++
+		}
+		c.cut()
 	}
 	return cut
 }
@@ -415,11 +415,14 @@ func (c *conn) cut() {
 	c.nc.Close()
 }
 
-// Close stops what runs beside the requests: timers, resolvers, idle connections to instances. Call it after Shutdown,
-// with no more changes of the registry to come.
+// Close stops what runs beside the requests: timers, resolvers, idle connections to instances. Requests that Shutdown has
+// cut end within 2 s, and it waits for them. Call it after Shutdown, with no more changes of the registry to come.
 func (p *Proxy) Close() {
 	p.mu.Lock()
 	p.stopped = true
+	for len(p.conns) > 0 { // requests that were cut
+		p.noConns.Wait()
+	}
 	p.mu.Unlock()
 	p.services.Range(func(_, s any) bool {
 		s.(*service).close()

@@ -700,3 +700,30 @@ func TestWorkspaceStaysSmall(t *testing.T) {
 		})
 	}
 }
+
+// Time that a client takes for its upload is not the backend's: a breaker must not open for clients that stall.
+func TestStalledUpload(t *testing.T) {
+	for name, start := range map[string]string{
+		"length":  fmt.Sprintf("POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\nabc", 2*maxHeld),
+		"chunked": "POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			o := startOrigin(t, func(_ *origin, c net.Conn, r *bufio.Reader) { io.Copy(io.Discard, r) })
+			g := startGateway(t, func(cfg *Config) { cfg.RequestTimeout = 50 * time.Millisecond; cfg.Breaker.Failures = 1 }, nil)
+			g.register(t, "echo", "1", o.url())
+			c := g.dial(t)
+			c.send(start)
+			eventually(t, "on its way", func() bool { return g.DescribeInstance("echo", "1").InFlight == 1 })
+			began := time.Now()
+			eventually(t, "well past the request timeout, or ended", func() bool {
+				return time.Since(began) > 500*time.Millisecond || g.DescribeInstance("echo", "1").InFlight == 0
+			})
+			c.Close()
+			eventually(t, "ended", func() bool { return g.DescribeInstance("echo", "1").InFlight == 0 })
+			if got := g.DescribeInstance("echo", "1"); got.Ignored != 1 || got.Failure != 0 || !got.Ready {
+				t.Errorf("%+v", got)
+			}
+		})
+	}
+}

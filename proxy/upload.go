@@ -13,7 +13,8 @@ type upload struct {
 	whole    bool                  // all was sent; valid once done is closed
 	stopped  atomic.Bool           // nobody waits for it any more
 	failed   atomic.Pointer[error] // a refusal or errClientGone, which ends the exchange
-	progress atomic.Int64          // Unix nanoseconds of the last byte that went on
+	waiting  atomic.Bool           // for the client: this time is not the backend's
+	progress atomic.Int64          // Unix nanoseconds of when the backend last took something, or the client sent it
 }
 
 func (x *exchange) startUpload() {
@@ -80,7 +81,10 @@ func (up *upload) copy(c *conn, backend *backendConn, b *body) error {
 		if up.stopped.Load() {
 			return errClientGone
 		}
+		up.waiting.Store(true)
 		n, err := c.nc.Read(c.in.space(relaySize))
+		up.progress.Store(time.Now().UnixNano())
+		up.waiting.Store(false)
 		c.in.w += n
 		switch {
 		case n > 0:
@@ -90,6 +94,14 @@ func (up *upload) copy(c *conn, backend *backendConn, b *body) error {
 			return errClientGone
 		}
 	}
+}
+
+// since is when the backend's time to answer began: it does not run while the client is waited for.
+func (up *upload) since(now time.Time) time.Time {
+	if up.waiting.Load() {
+		return now
+	}
+	return time.Unix(0, up.progress.Load())
 }
 
 // uploaded reports whether all of the request body was sent. A backend may answer to its last byte before the goroutine

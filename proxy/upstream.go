@@ -60,7 +60,7 @@ type addresses struct {
 
 // pool is the part of fasthttp.HostClient that we use; lease stands for its unexported connection type.
 type pool interface {
-	acquire() (lease, error)
+	acquire(timeout time.Duration) (lease, error)
 	release(lease)
 	discard(lease)
 	closeIdle()
@@ -82,10 +82,10 @@ func newPool[C lease](take func(time.Duration, bool) (C, error), give, drop func
 	return &hostPool[C]{take, give, drop, idle}
 }
 
-func (p *hostPool[C]) acquire() (lease, error) { return p.take(0, false) }
-func (p *hostPool[C]) release(l lease)         { p.give(l.(C)) }
-func (p *hostPool[C]) discard(l lease)         { p.drop(l.(C)) }
-func (p *hostPool[C]) closeIdle()              { p.idle() }
+func (p *hostPool[C]) acquire(timeout time.Duration) (lease, error) { return p.take(timeout, false) }
+func (p *hostPool[C]) release(l lease)                              { p.give(l.(C)) }
+func (p *hostPool[C]) discard(l lease)                              { p.drop(l.(C)) }
+func (p *hostPool[C]) closeIdle()                                   { p.idle() }
 
 // newUpstream starts an instance: nothing is dialled, but a name begins to be resolved.
 func (s *service) newUpstream(in *registry.Instance) *upstream {
@@ -109,8 +109,8 @@ func (s *service) newUpstream(in *registry.Instance) *upstream {
 		}
 	}
 	hc := &fasthttp.HostClient{
-		Addr:                in.Addr,
-		Dial:                u.dial,
+		Addr:                in.ID, // for its messages; dial knows where to
+		DialTimeout:         u.dial,
 		MaxConns:            math.MaxInt32,
 		MaxIdleConnDuration: cfg.UpstreamIdle,
 		ConnPoolStrategy:    fasthttp.LIFO, // the others grow idle and are closed
@@ -200,13 +200,14 @@ func (u *upstream) setAddresses(found []netip.AddrPort) {
 	}
 }
 
-// dial connects to the first address that answers; it is the Dial of the pool. All refused is one failure: the first one
-// is told, but rather one of a handshake than of another address at which nobody listens.
-func (u *upstream) dial(string) (net.Conn, error) {
+// dial connects to the first address that answers, in timeout all together; it is the DialTimeout of the pool. All refused
+// is one failure: the first one is reported, but rather one of a handshake than of another address at which nobody listens.
+func (u *upstream) dial(_ string, timeout time.Duration) (net.Conn, error) {
+	end := time.Now().Add(timeout)
 	now := u.addresses.Load()
 	var failed error
 	for i, ap := range now.list {
-		conn, err := u.connect(ap)
+		conn, err := u.connect(ap, end)
 		if err == nil {
 			if i > 0 {
 				u.preferAddress(now, i)
@@ -230,12 +231,14 @@ type handshakeError struct{ cause error }
 func (e *handshakeError) Error() string { return e.cause.Error() }
 func (e *handshakeError) Unwrap() error { return e.cause }
 
-// connect dials one address. It has the connect timeout, and a handshake has it again.
-func (u *upstream) connect(ap netip.AddrPort) (net.Conn, error) {
+// connect dials one address, until end at the latest. It has the connect timeout, and a handshake has it again.
+func (u *upstream) connect(ap netip.AddrPort, end time.Time) (net.Conn, error) {
 	if u.check(ap) != nil {
 		return nil, errProhibited
 	}
-	conn, err := u.dialer.Dial("tcp", ap.String())
+	dialer := u.dialer
+	dialer.Deadline = end
+	conn, err := dialer.Dial("tcp", ap.String())
 	if err != nil {
 		return nil, err
 	}
@@ -244,7 +247,7 @@ func (u *upstream) connect(ap netip.AddrPort) (net.Conn, error) {
 		return newBackendConn(conn, tcp)
 	}
 	secure := tls.Client(conn, u.tls)
-	ctx, cancel := context.WithTimeout(context.Background(), u.dialer.Timeout)
+	ctx, cancel := context.WithTimeout(context.Background(), min(u.dialer.Timeout, time.Until(end)))
 	defer cancel()
 	if err := secure.HandshakeContext(ctx); err != nil {
 		conn.Close()
@@ -264,9 +267,11 @@ func (u *upstream) preferAddress(seen *addresses, i int) {
 
 // acquire takes a connection from the pool, or a new one: only a new one if fresh is set. Whether a kept one can still be
 // used is found out with the request, see backendConn.
-func (u *upstream) acquire(fresh bool) (l lease, conn *backendConn, reused bool, err error) {
+//
+// A new connection takes at most timeout to make.
+func (u *upstream) acquire(fresh bool, timeout time.Duration) (l lease, conn *backendConn, reused bool, err error) {
 	for {
-		if l, err = u.pool.acquire(); err != nil {
+		if l, err = u.pool.acquire(timeout); err != nil {
 			return nil, nil, false, err
 		}
 		conn, reused = l.Conn().(*backendConn), !l.LastUseTime().IsZero()
