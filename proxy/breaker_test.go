@@ -85,7 +85,11 @@ func TestWhatOpensABreaker(t *testing.T) {
 			}
 
 			// All open: refused at once, with the time after which it makes sense to come back.
-			m := g.dial(t).get("/echo").refused(t, errNoInstance)
+			c, began := g.dial(t), time.Now()
+			m := c.get("/echo").refused(t, errNoInstance)
+			if took := time.Since(began); took > 50*time.Millisecond {
+				t.Errorf("refused after %v, want less than 5 ms", took)
+			}
 			if seconds, err := strconv.Atoi(m.field("Retry-After")); err != nil || seconds < 20 || seconds > 25 {
 				t.Errorf("Retry-After is %q, want what is left of 25 s", m.field("Retry-After"))
 			}
