@@ -89,14 +89,16 @@ func (c *backendConn) turn(fd uintptr) (done bool) {
 				c.wrote = c.wrote || n > 0
 			}
 		}
-		if err == nil {
+		if err != nil {
+			c.err = err // unless it has answered before it closed
+			if n, _ := readSocket(fd, c.room); n > 0 {
+				c.n, c.err = n, nil
+			}
+			return true
+		}
+		if c.reused { // it was quiet when the poller was armed; a new connection may hold an answer already
 			return false
 		}
-		c.err = err // unless it has answered before it closed
-		if n, _ := readSocket(fd, c.room); n > 0 {
-			c.n, c.err = n, nil
-		}
-		return true
 	}
 	if c.n, c.err = readSocket(fd, c.room); c.err == errAgain {
 		return false

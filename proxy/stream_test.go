@@ -408,6 +408,40 @@ func TestBackPressure(t *testing.T) {
 	}
 }
 
+// A server that has too much to do may answer as soon as it has accepted: that is found although nothing more comes.
+func TestAnswerBeforeRequest(t *testing.T) {
+	const answer = "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
+	for _, ends := range []bool{false, true} {
+		o := startOrigin(t, func(_ *origin, c net.Conn, r *bufio.Reader) {
+			io.WriteString(c, answer)
+			if ends {
+				c.(*net.TCPConn).CloseWrite()
+			}
+			io.Copy(io.Discard, r)
+		})
+		conn, err := net.Dial("tcp", o.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		made, err := newBackendConn(conn, conn.(*net.TCPConn))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := made.(*backendConn)
+		if !c.plain() {
+			t.Skip("nothing is read inside a readiness wait here")
+		}
+		eventually(t, "the answer is there", func() bool { return !c.quiet() })
+		c.SetReadDeadline(time.Now().Add(time.Second))
+		c.ask([]byte(toHTTP11), false)
+		b := make([]byte, 100)
+		if n, err := c.Read(b); string(b[:n]) != answer || err != nil {
+			t.Errorf("ends %v: %q, %v", ends, b[:n], err)
+		}
+	}
+}
+
 // A backend may answer before it has read all of an upload, and may not want the rest: the client gets the answer.
 func TestEarlyAnswer(t *testing.T) {
 	const answer = "HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nno!"
