@@ -68,12 +68,15 @@ func (r *Rule) Check(ctx *fasthttp.RequestCtx) *Refusal {
 	if r.cfg.Token != "" {
 		return r.checkToken(ctx)
 	}
-	why := r.refuse(ctx)
+	why, allow := r.refuse(ctx)
 	if why == "" {
 		return nil
 	}
-	return &Refusal{fasthttp.StatusForbidden, why + "; set a token (--token) and send it as Authorization: Bearer TOKEN, " +
-		"or name the networks that may use the API directly, without a proxy (--api-allow)"}
+	help := "; set a token (--token) and send it as Authorization: Bearer TOKEN"
+	if allow {
+		help += ", or name the networks that may use the API directly, without a proxy (--api-allow)"
+	}
+	return &Refusal{fasthttp.StatusForbidden, why + help}
 }
 
 func (r *Rule) checkToken(ctx *fasthttp.RequestCtx) *Refusal {
@@ -93,21 +96,35 @@ func (r *Rule) checkToken(ctx *fasthttp.RequestCtx) *Refusal {
 	return nil
 }
 
-// refuse returns the rule that keeps a request without a token out, or nothing.
-func (r *Rule) refuse(ctx *fasthttp.RequestCtx) string {
-	if r.cfg.AllowNone {
-		return "nobody may use the API without a token (--api-allow none)"
-	}
+// refuse returns the rule that keeps a request without a token out, or nothing; allow tells whether the same request
+// could be let in by naming networks.
+func (r *Rule) refuse(ctx *fasthttp.RequestCtx) (why string, allow bool) {
 	if r.cfg.TrustedProxies {
-		return "proxies are trusted (--trusted-proxies), so nobody may use the API without a token"
+		return "proxies are trusted (--trusted-proxies), so nobody may use the API without a token", false
 	}
 	peer, ok := addrPort(ctx.RemoteAddr())
 	if !ok {
-		return "the peer has no IP address"
+		return "the peer has no IP address", false
 	}
-	if !slices.ContainsFunc(r.cfg.Allow, func(p netip.Prefix) bool { return p.Contains(peer.Addr()) }) {
-		return fmt.Sprintf("the peer %s is in none of the networks that may use the API", peer.Addr())
+	why = forOthers(ctx, peer.Addr())
+	allow = why == ""
+	switch {
+	case r.cfg.AllowNone:
+		return "nobody may use the API without a token (--api-allow none)", allow
+	case !slices.ContainsFunc(r.cfg.Allow, func(p netip.Prefix) bool { return p.Contains(peer.Addr()) }):
+		return fmt.Sprintf("the peer %s is in none of the networks that may use the API", peer.Addr()), allow
+	case why != "", !peer.Addr().IsLoopback(), r.cfg.AllowSet:
+		return why, false
 	}
+	here, ok := addrPort(ctx.LocalAddr())
+	if !ok {
+		return "the address it came to is unknown", true
+	}
+	return otherUser(peer, here), true
+}
+
+// forOthers says why a request may be somebody else's than its peer's, whom no network vouches for, or nothing.
+func forOthers(ctx *fasthttp.RequestCtx, peer netip.Addr) string {
 	if !ctx.Request.Header.IsHTTP11() {
 		return fmt.Sprintf("the request is %.64s, as proxies send it, and not HTTP/1.1", ctx.Request.Header.Protocol())
 	}
@@ -119,20 +136,13 @@ func (r *Rule) refuse(ctx *fasthttp.RequestCtx) string {
 			return fmt.Sprintf("the request has the field %s, so it may come from a proxy or a browser", name)
 		}
 	}
-	if !peer.Addr().IsLoopback() {
+	if !peer.IsLoopback() {
 		return ""
 	}
 	if host := string(ctx.Request.Header.Host()); !loopbackHost(host) {
 		return fmt.Sprintf("the request comes from this machine, but its Host is %.64q and not localhost or a loopback address", host)
 	}
-	if r.cfg.AllowSet {
-		return ""
-	}
-	here, ok := addrPort(ctx.LocalAddr())
-	if !ok {
-		return "the address it came to is unknown"
-	}
-	return otherUser(peer, here)
+	return ""
 }
 
 // speaksForOthers tells whether a field of that name is one that proxies or browsers add.
