@@ -27,6 +27,7 @@ type backendConn struct {
 	request []byte                // goes out before the next Read waits
 	reused  bool                  // the connection must be quiet before that
 	wrote   bool                  // bytes of the request went out
+	cut     bool                  // not all of them did
 	room    []byte
 	n       int
 	err     error
@@ -53,7 +54,7 @@ func (c *backendConn) plain() bool { return c.ready != nil }
 // the first read is made when something is there, not in vain. If reused is set the connection must be quiet; else Read
 // returns io.EOF, and wrote stays false.
 func (c *backendConn) ask(request []byte, reused bool) {
-	c.request, c.reused, c.wrote = request, reused, false
+	c.request, c.reused, c.wrote, c.cut = request, reused, false, false
 }
 
 // Read reads what has come in, or waits for it until the read deadline.
@@ -90,7 +91,7 @@ func (c *backendConn) turn(fd uintptr) (done bool) {
 			}
 		}
 		if err != nil {
-			c.err = err // unless it has answered before it closed
+			c.err, c.cut = err, true // it may have answered before it closed
 			if n, _ := readSocket(fd, c.room); n > 0 {
 				c.n, c.err = n, nil
 			}

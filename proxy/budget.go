@@ -21,6 +21,7 @@ type retryBudget struct {
 	left     float64
 	at       time.Time // of the last refill
 	requests uint64    // of the service, until then
+	taken    uint64    // retries since then, which are no requests
 }
 
 // take reports whether one more retry is within the budget, and charges it.
@@ -31,15 +32,16 @@ func (b *retryBudget) take(s *service, now time.Time) bool {
 		b.at, b.left, b.requests = now, budgetFloor*budgetWindow.Seconds(), s.requests()
 	} else if gone := now.Sub(b.at); gone >= budgetRefill {
 		requests := s.requests()
-		came := float64(requests - min(b.requests, requests)) // those of instances that left are not counted any more
+		came := float64(requests - min(b.requests+b.taken, requests)) // those of instances that left are not counted any more
 		refill := max(budgetShare*came, budgetFloor*gone.Seconds())
 		limit := refill / gone.Seconds() * budgetWindow.Seconds()
-		b.at, b.left, b.requests = now, min(b.left+refill, limit), requests
+		b.at, b.left, b.requests, b.taken = now, min(b.left+refill, limit), requests, 0
 	}
 	if b.left < 1 {
 		return false
 	}
 	b.left--
+	b.taken++
 	return true
 }
 

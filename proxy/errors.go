@@ -34,6 +34,7 @@ var (
 	errTransferEncoding = &refusal{400, "http_request_error", "Transfer-Encoding must be sent once, with HTTP/1.1"}
 	errTransferCoding   = &refusal{501, "http_request_error", "the only transfer coding understood here is chunked"}
 	errBothLengths      = &refusal{400, "http_request_error", "a request has Content-Length or Transfer-Encoding, not both"}
+	errConnection       = &refusal{400, "http_request_error", "the Connection field names more than 32 fields"}
 	errMaxForwards      = &refusal{400, "http_request_error", "Max-Forwards must be a number"}
 	errHeadTooLarge     = &refusal{431, "http_request_error", "the request head is larger than 32 KiB"}
 	errHeadTimeout      = &refusal{408, "http_request_error", "the request head did not arrive in time"}

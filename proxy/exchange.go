@@ -220,6 +220,8 @@ func (x *exchange) hold(patient bool) error {
 		return nil
 	}
 	held := x.borrow(heldBuffer)[:0]
+	b.grow(b.base + firstBuffer)
+	slowest := time.Now().Add(chunkPatience)
 	for {
 		data, done, err := x.body.next(b, maxHeld-len(held))
 		held = append(held, data...)
@@ -238,7 +240,7 @@ func (x *exchange) hold(patient bool) error {
 		}
 		if r.chunked && !patient {
 			c.read.disarm()
-			if c.nc.SetReadDeadline(time.Now().Add(chunkPatience)) != nil {
+			if c.nc.SetReadDeadline(slowest) != nil {
 				return errClientGone
 			}
 		} else if c.read.arm(c.nc.SetReadDeadline, time.Now(), bodyTimeout) != nil {
@@ -311,6 +313,7 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 		if x.written = x.backend.wrote; err != nil {
 			return err
 		}
+		x.res.close = x.res.close || x.backend.cut
 		return x.compose()
 	}
 	if reused && !x.backend.quiet() {
@@ -444,7 +447,7 @@ func (x *exchange) receive(room []byte, now, limit time.Time) (int, error) {
 				limit = later
 			}
 		}
-		if (x.upload == nil || x.upload.ended.Load()) && x.c.gone() {
+		if x.c.gone() {
 			return 0, errClientGone
 		}
 		if x.started && now.Sub(x.sent) > settledTime {
@@ -531,16 +534,15 @@ func (x *exchange) compose() error {
 func (x *exchange) finish() (keep bool) {
 	c := x.c
 	x.started, x.status = true, x.res.status
-	whole := x.resEnded
-	var err error
-	if whole {
-		err = c.flush()
-		if err != nil {
-			err = errClientGone
-		}
-	} else {
-		err = x.relay()
+	if x.resEnded { // the backend's part is done
+		x.endUpload()
+		x.end(x.verdict())
+		x.release(true)
+		keep = c.flush() == nil && x.keep
+		x.giveBack()
+		return keep
 	}
+	err := x.relay()
 	x.endUpload()
 	switch {
 	case err == nil:
@@ -554,12 +556,15 @@ func (x *exchange) finish() (keep bool) {
 	if err != nil && !x.chunks && x.res.length < 0 {
 		c.reset() // an orderly close would look like the end of the body
 	}
-	reusable := err == nil && !x.res.close && !x.unread && len(x.back.waiting()) == 0 &&
-		(whole || x.res.length >= 0 || x.res.chunked)
-	x.upstream.release(x.lease, reusable)
-	x.lease = nil
+	x.release(err == nil && (x.res.length >= 0 || x.res.chunked))
 	x.giveBack()
 	return err == nil && x.keep
+}
+
+// release gives the connection of an answered request back, if both messages on it have ended and nothing follows them.
+func (x *exchange) release(ended bool) {
+	x.upstream.release(x.lease, ended && !x.res.close && !x.unread && len(x.back.waiting()) == 0)
+	x.lease = nil
 }
 
 // relay streams the response: what has come in is passed on before it waits for more.

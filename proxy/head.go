@@ -12,6 +12,7 @@ const (
 	maxHead      = 32 << 10 // start line and fields, in bytes: 431 past it, 502 when a backend goes past it
 	maxChunkLine = 4 << 10  // a chunk's size with its extensions, or one line of a trailer section
 	maxTrailers  = 16 << 10 // a whole trailer section
+	maxNominated = 32       // fields that Connection names: each is looked for among all others
 )
 
 // Request is what routing may know of a request. Its byte slices are the raw bytes of the wire; they and the Request
@@ -27,23 +28,23 @@ type Request struct {
 	lines  []byte // all field lines, each with its CRLF
 	minor  byte   // the x of HTTP/1.x
 	framing
-	drops         []span // what is not sent on of lines: hop-by-hop fields and those that we set ourselves
-	close         bool   // Connection: close
-	keepAlive     bool   // Connection: keep-alive
-	upgrade       bool   // Connection: upgrade
-	websocket     bool   // Upgrade names websocket
-	expect        bool   // Expect: 100-continue
-	badExpect     bool   // any other expectation
-	nominated     bool   // Connection names fields of its own
-	hasHost       bool   // the lines that are sent on hold a Host
-	looped        bool   // a Via line has our own name
-	unclear       bool   // the path has bytes that a backend may read in another way, see canonical
-	hasProto      bool   // the lines that are sent on hold an X-Forwarded-Proto
-	hasFwdHost    bool   // ... an X-Forwarded-Host
-	lengthDropped bool   // Content-Length is written anew
-	maxForwards   int    // -1: none, or not for us
-	xff           []span // X-Forwarded-For lines of a trusted peer, in order
-	reading       []byte // used again for the other reading of an unclear path
+	drops         []span   // what is not sent on of lines: hop-by-hop fields and those that we set ourselves
+	close         bool     // Connection: close
+	keepAlive     bool     // Connection: keep-alive
+	upgrade       bool     // Connection: upgrade
+	websocket     bool     // Upgrade names websocket
+	expect        bool     // Expect: 100-continue
+	badExpect     bool     // any other expectation
+	nominated     [][]byte // the fields that Connection names
+	hasHost       bool     // the lines that are sent on hold a Host
+	looped        bool     // a Via line has our own name
+	unclear       bool     // the path has bytes that a backend may read in another way, see canonical
+	hasProto      bool     // the lines that are sent on hold an X-Forwarded-Proto
+	hasFwdHost    bool     // ... an X-Forwarded-Host
+	lengthDropped bool     // Content-Length is written anew
+	maxForwards   int      // -1: none, or not for us
+	xff           []span   // X-Forwarded-For lines of a trusted peer, in order
+	reading       []byte   // used again for the other reading of an unclear path
 }
 
 // span is a part of Request.lines.
@@ -305,7 +306,7 @@ func visibleBytes(b []byte) bool {
 // parse reads a whole request head, from the request line to the empty line. via is our own name there, nil if we have none; trusted says
 // whether the peer's forwarding fields are believed. The errors are the answers that the client gets.
 func (r *Request) parse(b, via []byte, trusted bool) *refusal {
-	*r = Request{drops: r.drops[:0], xff: r.xff[:0], reading: r.reading[:0], framing: framing{length: -1}, maxForwards: -1}
+	*r = Request{drops: r.drops[:0], xff: r.xff[:0], nominated: r.nominated[:0], reading: r.reading[:0], framing: framing{length: -1}, maxForwards: -1}
 	nl := bytes.IndexByte(b, '\n')
 	if nl < 1 || b[nl-1] != '\r' {
 		return errBareLF
@@ -406,8 +407,11 @@ func (r *Request) parse(b, via []byte, trusted bool) *refusal {
 	if absolute {
 		r.hasHost = false
 	}
-	if r.nominated {
-		r.drops = dropNominated(r.lines, r.drops)
+	if len(r.nominated) > maxNominated {
+		return errConnection
+	}
+	if len(r.nominated) > 0 {
+		r.drops = dropNominated(r.lines, r.drops, r.nominated)
 	}
 	return nil
 }
@@ -500,7 +504,7 @@ func (r *Request) connection(value []byte) {
 			r.upgrade = true
 		case is(option, "te"):
 		default:
-			r.nominated = true
+			r.nominated = append(r.nominated, option)
 		}
 	}
 }
@@ -522,10 +526,10 @@ func list(value []byte) func(yield func([]byte) bool) {
 	}
 }
 
-// dropNominated adds to drops the lines that a Connection field among them names. What frames or addresses the message
+// dropNominated adds to drops the lines that a Connection field names. What frames or addresses the message
 // is never dropped that way: a client would take it from the backend, RFC 9110 section 7.6.1. Nor is Date, which a
 // response must have.
-func dropNominated(lines []byte, drops []span) []span {
+func dropNominated(lines []byte, drops []span, names [][]byte) []span {
 	more := make([]span, 0, len(drops)+4)
 	for at := 0; at < len(lines); {
 		f, n, err := readField(lines[at:])
@@ -537,7 +541,7 @@ func dropNominated(lines []byte, drops []span) []span {
 		}
 		dropped := len(drops) > 0 && at >= drops[0].from
 		id := identify(f.name)
-		if dropped || id != fieldHost && id != fieldContentLength && id != fieldDate && nominated(lines, f.name) {
+		if dropped || id != fieldHost && id != fieldContentLength && id != fieldDate && nominated(names, f.name) {
 			more = appendSpan(more, at, at+n)
 		}
 		at += n
@@ -545,21 +549,11 @@ func dropNominated(lines []byte, drops []span) []span {
 	return more
 }
 
-// nominated reports whether a Connection field among lines names name.
-func nominated(lines, name []byte) bool {
-	for len(lines) > 0 {
-		f, n, err := readField(lines)
-		if err != nil {
-			return false
-		}
-		lines = lines[n:]
-		if identify(f.name) != fieldConnection {
-			continue
-		}
-		for option := range list(f.value) {
-			if bytes.EqualFold(option, name) {
-				return true
-			}
+// nominated reports whether name is among names.
+func nominated(names [][]byte, name []byte) bool {
+	for _, n := range names {
+		if len(n) == len(name) && bytes.EqualFold(n, name) {
+			return true
 		}
 	}
 	return false

@@ -31,7 +31,8 @@ func (r *response) parse(b []byte) bool {
 	}
 	r.status, r.line = int(code), b[8:nl+1]
 	r.lines = b[nl+1 : len(b)-2]
-	keepAlive, named := false, false
+	keepAlive := false
+	var named [][]byte
 	for at := 0; at < len(r.lines); {
 		f, n, err := readField(r.lines[at:])
 		if err != nil {
@@ -60,7 +61,7 @@ func (r *response) parse(b []byte) bool {
 				case is(option, "keep-alive"):
 					keepAlive = true
 				default:
-					named = true
+					named = append(named, option)
 				}
 			}
 		case fieldHopByHop, fieldUpgrade:
@@ -77,8 +78,11 @@ func (r *response) parse(b []byte) bool {
 		return false
 	}
 	r.close = r.close || r.minor == 0 && !keepAlive
-	if named {
-		r.drops = dropNominated(r.lines, r.drops)
+	if len(named) > maxNominated {
+		return false
+	}
+	if len(named) > 0 {
+		r.drops = dropNominated(r.lines, r.drops, named)
 	}
 	return true
 }

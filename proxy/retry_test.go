@@ -307,7 +307,7 @@ func TestRetryBudgetRefills(t *testing.T) {
 		{time.Second, 0, 10, "10 a second without requests"},
 		{100 * time.Millisecond, 0, 1, "1 in a tenth of a second"},
 		{50 * time.Millisecond, 1000, 0, "nothing in less than a tenth"},
-		{950 * time.Millisecond, 9000, 2000, "20 % of 10,000"},
+		{950 * time.Millisecond, 9001, 2000, "20 % of 10,000, the retry before among the outcomes not counted"},
 		{time.Hour, 0, 100, "never more than 10 s save up"},
 		{time.Second, 40, 10, "20 % of few is less than 10 a second"},
 	} {

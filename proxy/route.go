@@ -37,6 +37,7 @@ func FirstSegment(r *Request) string {
 // prefixTable is an immutable table of prefixes. A match probes one map for each segment of the path, the longest first.
 type prefixTable struct {
 	services     map[string]string // prefix without its last "/" -> service
+	longest      int               // of the prefixes
 	firstSegment bool
 }
 
@@ -58,13 +59,18 @@ func newPrefixTable(routes []RoutePrefix) (*prefixTable, error) {
 			return nil, fmt.Errorf("route %s=%s: the prefix leads to %s already", r.Prefix, r.Service, other)
 		}
 		t.services[prefix] = r.Service
+		t.longest = max(t.longest, len(prefix))
 	}
 	return t, nil
 }
 
 // route is a RouteFunc.
 func (t *prefixTable) route(r *Request) string {
-	for end := len(r.Path); end >= 0; end = bytes.LastIndexByte(r.Path[:end], '/') {
+	end := len(r.Path)
+	if end > t.longest {
+		end = bytes.LastIndexByte(r.Path[:t.longest+1], '/')
+	}
+	for ; end >= 0; end = bytes.LastIndexByte(r.Path[:end], '/') {
 		if service, ok := t.services[string(r.Path[:end])]; ok {
 			return service
 		}

@@ -50,8 +50,9 @@ type conn struct {
 	state    atomic.Int32
 	read     alarm
 	write    alarm
-	fd       uintptr // the socket while turn runs, else 0
-	slow     bool    // turn has left a request to the slow way
+	fd       uintptr       // the socket while turn runs, else 0
+	slow     bool          // turn has left a request to the slow way
+	patience time.Duration // for the next request to begin
 
 	*workspace // nil between requests
 }
@@ -156,6 +157,7 @@ func (c *conn) serve() {
 			c.x.abandon()
 			if !c.x.started {
 				c.refuse(errInternal, true)
+				c.linger()
 			}
 			c.workspace = nil // nobody knows what state it is in
 		}
@@ -207,15 +209,14 @@ func (c *conn) serveOne() bool {
 }
 
 // serveReady serves requests as they come in, all in one wait for readiness: turn runs whenever the socket has something to
-// read, and what comes in while it runs makes it run again. So hardly a read is made in vain, where Conn.Read begins each
-// time with one that mostly finds nothing. A request for which more must be read than is there (the rest of a head, a
+// read, and what comes in while it runs makes it run again. So a connection needs no workspace while it waits. A request for which more must be read than is there (the rest of a head, a
 // body) is left to the slow way: then serveReady returns true. It returns false when the connection is over.
 func (c *conn) serveReady(first bool) bool {
-	patience := idleTimeout
+	c.patience = idleTimeout
 	if first {
-		patience = firstByteTimeout
+		c.patience = firstByteTimeout
 	}
-	if c.read.arm(c.nc.SetReadDeadline, time.Now(), patience) != nil {
+	if c.read.arm(c.nc.SetReadDeadline, time.Now(), c.patience) != nil {
 		return false
 	}
 	c.slow = false
@@ -227,26 +228,23 @@ func (c *conn) turn(fd uintptr) (done bool) {
 	c.occupy()
 	b := &c.in
 	for {
-		full := false
-		if b.r == b.w {
-			room := b.space(maxHead)
-			n, err := readSocket(fd, room)
+		if b.r == b.w { // also when it has just been emptied: one event may tell of a request and of the end behind it
+			n, err := readSocket(fd, b.space(maxHead))
 			if err == errAgain {
 				c.vacate()
-				return false
+				return c.read.arm(c.nc.SetReadDeadline, time.Now(), c.patience) != nil
 			}
 			if err != nil || n == 0 {
 				return true
 			}
 			b.w += n
-			full = n == len(room)
-		}
-		if !c.activate() {
-			return true
 		}
 		w := b.waiting()
+		if c.slow = w[0] == '\r'; c.slow || !c.activate() { // an empty line is no request yet
+			return true
+		}
 		end := bytes.Index(w, headEnd) + len(headEnd)
-		c.slow = end < len(headEnd) || w[0] == '\r' || c.req.parse(w[:end], c.p.pseudonym, c.trusted) != nil ||
+		c.slow = end < len(headEnd) || c.req.parse(w[:end], c.p.pseudonym, c.trusted) != nil ||
 			c.req.chunked || c.req.length > int64(len(w)-end)
 		if c.slow {
 			return true
@@ -260,13 +258,7 @@ func (c *conn) turn(fd uintptr) (done bool) {
 		if !keep {
 			return true
 		}
-		if b.r == b.w && !full { // the socket is empty, or turn runs again
-			if c.read.arm(c.nc.SetReadDeadline, time.Now(), idleTimeout) != nil {
-				return true
-			}
-			c.vacate()
-			return false
-		}
+		c.patience = idleTimeout
 	}
 }
 
@@ -281,7 +273,7 @@ func (c *conn) readHead(first bool) ([]byte, *refusal) {
 			b.r += 2 // RFC 9112 section 2.2: empty lines before a request are skipped
 		}
 		w := b.waiting()
-		if len(w) > 0 && !c.activate() {
+		if len(w) > 0 && string(w) != "\r" && !c.activate() { // half an empty line is no request yet
 			return nil, nil
 		}
 		if end := bytes.Index(w[scanned:], headEnd); end >= 0 {

@@ -38,16 +38,22 @@ func (up *upload) run(c *conn, backend *backendConn, b *body) {
 
 func (up *upload) copy(c *conn, backend *backendConn, b *body) error {
 	c.in.grow(c.in.base + relaySize)
-	var framed []byte
+	var parts, framed []byte
 	for {
 		data, done, err := b.next(&c.in, relaySize)
 		if err != nil {
 			return errChunk
 		}
-		if b.chunked {
-			framed = framed[:0]
-			if len(data) > 0 {
-				framed = appendChunk(framed, data)
+		if b.chunked { // what has come in goes on as one chunk
+			parts, framed = parts[:0], framed[:0]
+			for len(data) > 0 {
+				parts = append(parts, data...)
+				if data, done, err = b.next(&c.in, relaySize); err != nil {
+					return errChunk
+				}
+			}
+			if len(parts) > 0 {
+				framed = appendChunk(framed, parts)
 			}
 			if done {
 				framed = appendLastChunk(framed, b.trailers)
@@ -123,10 +129,11 @@ func (x *exchange) uploadFailed() error {
 	if x.upload == nil {
 		return nil
 	}
-	if failed := x.upload.failed.Load(); failed != nil {
-		return *failed
+	failed := x.upload.failed.Load()
+	if failed == nil || x.started && *failed == errBodyTimeout { // who only reads a response that has begun may go on
+		return nil
 	}
-	return nil
+	return *failed
 }
 
 // endUpload stops an upload that the response has overtaken, and waits for its goroutine.
@@ -144,4 +151,5 @@ func (x *exchange) endUpload() {
 	x.bodyRead, x.unread = up.whole, !up.whole
 	x.upload = nil
 	x.c.read.disarm()
+	x.backend.write.disarm() // the connection may serve others yet
 }
