@@ -6,10 +6,14 @@ package config
 import (
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"net/netip"
+	"slices"
+	"strings"
 	"time"
 
 	"kerberos/lb"
+	"kerberos/registry"
 )
 
 // Gateway is the configuration of one gateway, as flags. Every flag --x-y is read from KERBEROS_X_Y too, then from the
@@ -27,13 +31,13 @@ type Gateway struct {
 	Token          string         `type:"token" placeholder:"SECRET" group:"access" help:"Whoever uses the API must send it as a bearer token."`
 	AddrAllow      []netip.Prefix `placeholder:"NETWORK" group:"access" help:"Where registered addresses may point, loopback included; all others are refused."`
 	AddrDeny       []netip.Prefix `placeholder:"NETWORK" group:"access" help:"Where registered addresses may not point."`
-	TrustedProxies []netip.Prefix `placeholder:"NETWORK" group:"access" help:"Proxies in front whose X-Forwarded-* and Forwarded fields are believed."`
+	TrustedProxies []netip.Prefix `placeholder:"NETWORK" group:"access" help:"Proxies in front whose X-Forwarded-* and Forwarded fields are believed. The API then needs a --token."`
 
 	Strategy       lb.Strategy   `default:"round-robin" also:"BALANCER_STRATEGY" group:"traffic" help:"How requests spread: ${strategies}."`
 	Route          []Route       `placeholder:"PREFIX=SERVICE" group:"traffic" help:"Send paths under PREFIX to SERVICE; repeatable. '/*' keeps the rule without routes, that the first path segment names the service, as the last resort."`
 	RequestTimeout time.Duration `default:"30s" min:"1ms" also:"REQUEST_TIMEOUT" group:"traffic" help:"From the last byte of a request to the head of its response, all attempts together."`
 	ConnectTimeout time.Duration `default:"2s" min:"1ms" group:"traffic" help:"For one connection to one address."`
-	Retries        int           `default:"2" min:"0" also:"RETRY_MAX" group:"traffic" help:"Further attempts of a request that failed and may be sent again."`
+	Retries        int           `default:"2" min:"0" also:"RETRY_MAX" group:"traffic" help:"Further attempts once an instance may have seen the request. What was not written at all is always tried elsewhere, at up to ${most_tried} instances."`
 
 	BreakerFailures int           `default:"5" min:"1" also:"BREAKER_FAILURES" group:"traffic" help:"Failures in a row that open the breaker of an instance."`
 	BreakerOpen     time.Duration `default:"30s" min:"1ms" also:"BREAKER_OPEN" group:"traffic" help:"How long a breaker stays open before it is probed."`
@@ -42,7 +46,7 @@ type Gateway struct {
 
 	UpstreamCA       *x509.CertPool `placeholder:"FILE" group:"traffic" help:"PEM file of the certificate authorities for https backends, instead of the system's."`
 	UpstreamInsecure Switch         `default:"off" group:"traffic" help:"Do not verify https backends. For trials only."`
-	Via              Switch         `default:"on" negatable:"" group:"traffic" help:"Add Via to what is passed on."`
+	Via              Switch         `default:"on" negatable:"" group:"traffic" help:"Add Via to what is passed on, so that loops are found."`
 }
 
 // AfterApply checks what no single flag can know.
@@ -52,6 +56,24 @@ func (g *Gateway) AfterApply() error {
 	}
 	if g.UpstreamCA != nil && g.UpstreamInsecure {
 		return errors.New("--upstream-ca and --upstream-insecure exclude each other: drop one of them")
+	}
+	if slices.ContainsFunc(g.Route, Route.isAll) && slices.Contains(g.Route, Route{Prefix: FirstSegment}) {
+		return fmt.Errorf("--route: beside / nothing is left for %s: drop one of them", FirstSegment)
+	}
+	if !g.API.OnData() {
+		return nil
+	}
+	const why = "which the API answers on --listen: choose another, or --api=admin"
+	if registry.Serves(g.HealthPath) {
+		return fmt.Errorf("--health-path: %q is a path %s", g.HealthPath, why)
+	}
+	for _, route := range g.Route {
+		if registry.Serves(strings.TrimSuffix(route.Prefix, "/")) {
+			return fmt.Errorf("--route: %q is a prefix of paths %s", route.Prefix, why)
+		}
+		if slices.Contains(registry.ServedNames(), route.Service) {
+			return fmt.Errorf("--route: %q cannot be a service: its name is that of a path %s", route.Service, why)
+		}
 	}
 	return nil
 }

@@ -77,9 +77,20 @@ func TestValues(t *testing.T) {
 			g.APIAllow = Allow{Networks: prefixes("127.0.0.0/8", "::1/128", "10.0.0.0/8", "192.0.2.1/32"), Set: true}
 		}},
 		{"api access for nobody", "--api-allow none", nil, func(g *Gateway) { g.APIAllow = Allow{None: true, Set: true} }},
-		{"routes", "--route /=web --route /api/v1=api,/*", nil, func(g *Gateway) {
-			g.Route = []Route{{"/", "web"}, {"/api/v1", "api"}, {"/*", ""}}
+		{"routes", "--route /web/=web --route /api/v1=api,/*", nil, func(g *Gateway) {
+			g.Route = []Route{{"/web/", "web"}, {"/api/v1", "api"}, {"/*", ""}}
 		}},
+		{"a route for all", "--route /=web", nil, func(g *Gateway) { g.Route = []Route{{"/", "web"}} }},
+		{"without the API on the data listener", "--api admin --health-path /register --route /services/x=services", nil, func(g *Gateway) {
+			g.API, g.HealthPath, g.Route = APIAdmin, "/register", []Route{{"/services/x", "services"}}
+		}},
+		{"paths beside those of the API", "--health-path /services2 --route /registered=r", nil, func(g *Gateway) {
+			g.HealthPath, g.Route = "/services2", []Route{{"/registered", "r"}}
+		}},
+		{"dots in segments", "--health-path /.well-known/up.. --route /a.b/...=a", nil, func(g *Gateway) {
+			g.HealthPath, g.Route = "/.well-known/up..", []Route{{"/a.b/...", "a"}}
+		}},
+		{"a comma in a prefix", `--route /a\,b=a`, nil, func(g *Gateway) { g.Route = []Route{{"/a,b", "a"}} }},
 		{"a prefix with =", "--route /a=b=c", nil, func(g *Gateway) { g.Route = []Route{{"/a=b", "c"}} }},
 		{"statuses", "--breaker-statuses 500,503", nil, func(g *Gateway) { g.BreakerStatuses = []int{500, 503} }},
 		{"no retries", "--retries 0", nil, func(g *Gateway) { g.Retries = 0 }},
@@ -145,7 +156,15 @@ func TestRefused(t *testing.T) {
 		{"--listen :65536", nil, []string{"--listen", `":65536"`, "65535"}},
 		{"--admin on", nil, []string{"--admin", `"on"`, "HOST:PORT", "off"}},
 		{"--health-path up", nil, []string{"--health-path", `"up"`, "starts with /"}},
-		{"--health-path /up?x", nil, []string{"--health-path", `"/up?x"`}},
+		{"--health-path /up?x", nil, []string{"--health-path", `"/up?x"`, "visible ASCII without"}},
+		{"--health-path /%75p", nil, []string{"--health-path", `"/%75p"`, "visible ASCII without"}},
+		{"--health-path /up;x", nil, []string{"--health-path", `"/up;x"`, "visible ASCII without"}},
+		{"--health-path /a/../up", nil, []string{"--health-path", `"/a/../up"`, "the segment .."}},
+		{"--health-path /.", nil, []string{"--health-path", `"/."`, "the segment ."}},
+		{"--health-path //up", nil, []string{"--health-path", `"//up"`, "empty segment"}},
+		{"--health-path /register", nil, []string{"--health-path", `"/register"`, "API", "--api=admin"}},
+		{"--health-path /services --api data", nil, []string{"--health-path", `"/services"`, "API"}},
+		{"--health-path /services/up", nil, []string{"--health-path", `"/services/up"`, "API"}},
 		{"--api all", nil, []string{"--api", `"all"`, "data, admin, both"}},
 		{"--api admin --admin off", nil, []string{"--api=admin", "--admin=off"}},
 		{"--api-allow everyone", nil, []string{"--api-allow", `"everyone"`, "10.0.0.0/8", "loopback", "none"}},
@@ -157,6 +176,24 @@ func TestRefused(t *testing.T) {
 		{"--route /echo", nil, []string{"--route", `"/echo"`, "PREFIX=SERVICE"}},
 		{"--route /echo=", nil, []string{"--route", `"/echo="`, "service"}},
 		{"", map[string]string{"KERBEROS_ROUTE": "/a=a,b"}, []string{"--route", "KERBEROS_ROUTE", `"b"`, "PREFIX=SERVICE"}},
+		{"--route=", nil, []string{"--route", `""`, "PREFIX=SERVICE"}},
+		{"--addr-allow=", nil, []string{"--addr-allow", `""`, "network"}},
+		{"--route /a/../b=b", nil, []string{"--route", `"/a/../b=b"`, "the segment .."}},
+		{"--route /./=b", nil, []string{"--route", `"/./=b"`, "the segment ."}},
+		{"--route /a//b=b", nil, []string{"--route", `"/a//b=b"`, "empty segment"}},
+		{"--route //=b", nil, []string{"--route", `"//=b"`, "empty segment"}},
+		{"--route /%61=b", nil, []string{"--route", `"/%61=b"`, "visible ASCII without"}},
+		{"--route /a;b=b", nil, []string{"--route", `"/a;b=b"`, "visible ASCII without"}},
+		{"--route /ä=b", nil, []string{"--route", `"/ä=b"`, "visible ASCII without"}},
+		{"--route /register=b", nil, []string{"--route", `"/register"`, "API", "--api=admin"}},
+		{"--route /register/=b", nil, []string{"--route", `"/register/"`, "API"}},
+		{"--route /services/x=b --api data", nil, []string{"--route", `"/services/x"`, "API"}},
+		{"--route /a=services", nil, []string{"--route", `"services"`, "cannot be a service", "--api=admin"}},
+		{"--route /*,/=a", nil, []string{"--route", "/*", "beside /"}},
+		{"--request-timeout -1s", nil, []string{"--request-timeout", `"-1s"`, "at least 1ms"}},
+		{"--retries -1", nil, []string{"--retries", `"-1"`, "at least 0"}},
+		{"--log-requests on", nil, []string{"--log-requests=on"}},
+		{"--via off", nil, []string{"--via=off"}},
 		{"--request-timeout 5", nil, []string{"--request-timeout", `"5"`, "30s"}},
 		{"--request-timeout 0s", nil, []string{"--request-timeout", `"0s"`, "at least 1ms"}},
 		{"--shutdown-delay=-1s", nil, []string{"--shutdown-delay", `"-1s"`, "at least 0s"}},

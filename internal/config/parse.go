@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"reflect"
+	"strconv"
 	"strings"
 	"time"
 
@@ -18,7 +19,7 @@ import (
 func Parse(grammar any, args []string, env func(string) (string, bool), options ...kong.Option) (*kong.Context, error) {
 	parser, err := kong.New(grammar, append([]kong.Option{
 		kong.Name("kerberos"),
-		kong.Vars{"strategies": list(lb.Strategies())},
+		kong.Vars{"strategies": list(lb.Strategies()), "most_tried": strconv.Itoa(lb.MaxTried)},
 		kong.Resolvers(environment(env)),
 		kong.Help(help),
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, FlagsLast: true, WrapUpperBound: 120}),
@@ -32,12 +33,13 @@ func Parse(grammar any, args []string, env func(string) (string, bool), options 
 		kong.TypeMapper(reflect.TypeFor[time.Duration](), kong.MapperFunc(duration)),
 		kong.TypeMapper(reflect.TypeFor[lb.Strategy](), text(lb.ParseStrategy)),
 		kong.TypeMapper(reflect.TypeFor[API](), text(parseAPI)),
-		kong.TypeMapper(reflect.TypeFor[Route](), text(parseRoute)),
-		kong.TypeMapper(reflect.TypeFor[netip.Prefix](), text(parseNetwork)),
+		kong.TypeMapper(reflect.TypeFor[[]Route](), each(parseRoute)),
+		kong.TypeMapper(reflect.TypeFor[[]netip.Prefix](), each(parseNetwork)),
 		kong.TypeMapper(reflect.TypeFor[*x509.CertPool](), text(readPool)),
 		kong.NamedMapper("listen", text(parseListen)),
 		kong.NamedMapper("listen-or-off", text(parseListenOrOff)),
 		kong.NamedMapper("path", text(parsePath)),
+		kong.NamedMapper("name", text(parseName)),
 		kong.NamedMapper("url", text(parseURL)),
 		kong.NamedMapper("token", text(parseToken)),
 		kong.NamedMapper("status", text(parseStatuses)),
@@ -127,6 +129,29 @@ func text[T any](parse func(string) (T, error)) kong.MapperFunc {
 			return err
 		}
 		target.Set(reflect.ValueOf(v).Convert(target.Type()))
+		return nil
+	}
+}
+
+// each makes a mapper of a function that parses one value of a list separated by commas. An empty list is none of the
+// values, and not what leaving out the flag means: who writes --addr-allow "$NETWORKS" wants to know that there are none.
+func each[T any](parse func(string) (T, error)) kong.MapperFunc {
+	return func(ctx *kong.DecodeContext, target reflect.Value) error {
+		var s string
+		if err := ctx.Scan.PopValueInto("value", &s); err != nil {
+			return err
+		}
+		words := kong.SplitEscaped(s, ',')
+		if len(words) == 0 {
+			words = []string{""}
+		}
+		for _, word := range words {
+			v, err := parse(word)
+			if err != nil {
+				return err
+			}
+			target.Set(reflect.Append(target, reflect.ValueOf(v)))
+		}
 		return nil
 	}
 }

@@ -73,21 +73,33 @@ type Switch bool
 // IsBool lets the flag stand without a value.
 func (*Switch) IsBool() bool { return true }
 
-// Decode reads --x, --no-x and --x=off.
+// Decode reads --x, --no-x and --x=off. What follows without a = is another argument, and a mistake if it says on or off.
 func (s *Switch) Decode(ctx *kong.DecodeContext) error {
-	if ctx.Scan.Peek().Type != kong.FlagValueToken {
-		*s = true
-		return nil
-	}
-	switch value := fmt.Sprint(ctx.Scan.Pop().Value); strings.ToLower(value) {
-	case "on", "true", "yes", "1":
-		*s = true
-	case "off", "false", "no", "0":
-		*s = false
+	next := ctx.Scan.Peek()
+	word := fmt.Sprint(next.Value)
+	on, known := onOrOff(word)
+	switch {
+	case next.Type == kong.FlagValueToken && !known:
+		return fmt.Errorf("%q is neither on nor off", word)
+	case next.Type == kong.FlagValueToken:
+		ctx.Scan.Pop()
+		*s = Switch(on)
+	case known:
+		return fmt.Errorf("its value needs a =: --%s=%s", ctx.Value.Name, word)
 	default:
-		return fmt.Errorf("%q is neither on nor off", value)
+		*s = true
 	}
 	return nil
+}
+
+func onOrOff(word string) (on, known bool) {
+	switch strings.ToLower(word) {
+	case "on", "true", "yes", "1":
+		return true, true
+	case "off", "false", "no", "0":
+		return false, true
+	}
+	return false, false
 }
 
 // Route sends the paths under Prefix to Service. Service is empty for the prefix "/*", which stands for the rule that the
@@ -96,6 +108,9 @@ type Route struct{ Prefix, Service string }
 
 // FirstSegment is the prefix of the route without a service.
 const FirstSegment = "/*"
+
+// isAll tells whether no path is left for another prefix.
+func (r Route) isAll() bool { return r.Prefix == "/" }
 
 func parseRoute(s string) (Route, error) {
 	if s == FirstSegment {
@@ -106,6 +121,9 @@ func parseRoute(s string) (Route, error) {
 		return Route{}, fmt.Errorf("%q is not PREFIX=SERVICE with a PREFIX that starts with /, nor %s", s, FirstSegment)
 	}
 	route := Route{Prefix: s[:i], Service: s[i+1:]}
+	if err := plainPath(route.Prefix); err != nil {
+		return Route{}, fmt.Errorf("%q: its prefix %w", s, err)
+	}
 	if err := registry.ValidName(route.Service); err != nil {
 		return Route{}, fmt.Errorf("%q: its service %w", s, err)
 	}
@@ -160,11 +178,33 @@ func parseListenOrOff(s string) (string, error) {
 }
 
 func parsePath(s string) (string, error) {
-	if !strings.HasPrefix(s, "/") || strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' || r == '?' || r == '#' }) {
-		return "", fmt.Errorf("%q is not a path: it starts with / and is visible ASCII without ? and #", s)
+	if !strings.HasPrefix(s, "/") {
+		return "", fmt.Errorf("%q is not a path: it starts with /", s)
+	}
+	if err := plainPath(s); err != nil {
+		return "", fmt.Errorf("%q %w", s, err)
 	}
 	return s, nil
 }
+
+// plainPath refuses a path that no request has, or that could be read in another way: those requests are refused.
+func plainPath(s string) error {
+	const without = "?#%;*\\"
+	if strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' || strings.ContainsRune(without, r) }) {
+		return fmt.Errorf("is not plain: it is visible ASCII without any of %s", without)
+	}
+	for segment := range strings.SplitSeq(strings.Trim(s, "/"), "/") {
+		if segment == "." || segment == ".." {
+			return fmt.Errorf("has the segment %s: write the path that it leads to", segment)
+		}
+	}
+	if strings.Contains(s, "//") {
+		return errors.New("has an empty segment: write one /")
+	}
+	return nil
+}
+
+func parseName(s string) (string, error) { return s, registry.ValidName(s) }
 
 func parseURL(s string) (string, error) {
 	u, err := url.Parse(s)
@@ -208,8 +248,8 @@ func readPool(file string) (*x509.CertPool, error) {
 
 // count reads a whole number that is at least what its flag's min tag says.
 func count(ctx *kong.DecodeContext, target reflect.Value) error {
-	var s string
-	if err := ctx.Scan.PopValueInto("number", &s); err != nil {
+	s, err := popNumber(ctx, "number")
+	if err != nil {
 		return err
 	}
 	least, err := strconv.Atoi(ctx.Value.Tag.Get("min"))
@@ -226,8 +266,8 @@ func count(ctx *kong.DecodeContext, target reflect.Value) error {
 
 // duration reads a time that is at least what its flag's min tag says.
 func duration(ctx *kong.DecodeContext, target reflect.Value) error {
-	var s string
-	if err := ctx.Scan.PopValueInto("duration", &s); err != nil {
+	s, err := popNumber(ctx, "duration")
+	if err != nil {
 		return err
 	}
 	least, err := time.ParseDuration(ctx.Value.Tag.Get("min"))
@@ -240,6 +280,17 @@ func duration(ctx *kong.DecodeContext, target reflect.Value) error {
 	}
 	target.SetInt(int64(d))
 	return nil
+}
+
+// popNumber takes the next argument, a negative number too: no flag starts with a digit.
+func popNumber(ctx *kong.DecodeContext, what string) (s string, err error) {
+	next, _ := ctx.Scan.Peek().Value.(string)
+	if len(next) > 1 && next[0] == '-' && next[1] >= '0' && next[1] <= '9' {
+		ctx.Scan.Pop()
+		return next, nil
+	}
+	err = ctx.Scan.PopValueInto(what, &s)
+	return s, err
 }
 
 // list writes alternatives for people: a, b, c.
