@@ -139,6 +139,11 @@ func (s *service) build(snapshot *registry.Snapshot) {
 func (s *service) upstreams(have []*upstream, instances []*registry.Instance) (all, gone []*upstream) {
 	all = make([]*upstream, 0, len(instances))
 	for _, in := range instances {
+		if len(have) > 0 && have[0].instance.Load() == in { // nearly all: spare the comparison of ids
+			all = append(all, have[0])
+			have = have[1:]
+			continue
+		}
 		for len(have) > 0 && have[0].id < in.ID {
 			gone = append(gone, have[0])
 			have = have[1:]
@@ -146,10 +151,8 @@ func (s *service) upstreams(have []*upstream, instances []*registry.Instance) (a
 		if len(have) > 0 && have[0].id == in.ID {
 			u := have[0]
 			have = have[1:]
-			if old := u.instance.Load(); old == in || old.Addr == in.Addr {
-				if old != in {
-					u.instance.Store(in)
-				}
+			if u.instance.Load().Addr == in.Addr {
+				u.instance.Store(in)
 				all = append(all, u)
 				continue
 			}
