@@ -606,6 +606,20 @@ func TestPipelining(t *testing.T) {
 	}
 }
 
+// Requests that fill the buffer to its last byte don't hide those behind them.
+func TestPipeliningFillsBuffer(t *testing.T) {
+	const size = firstBuffer / 32
+	g := startGateway(t, nil, nil)
+	g.register(t, "echo", "1", naming(t, "ok").url())
+	c := g.dial(t)
+	c.send(strings.Repeat(sized(size), 200))
+	for range 200 {
+		if m := c.read(false); m.body != "ok" {
+			t.Fatal(m.head)
+		}
+	}
+}
+
 // A client may take its time, and its segments may end anywhere.
 func TestHeadInPieces(t *testing.T) {
 	g := startGateway(t, nil, nil)
