@@ -71,16 +71,13 @@ func (c *conn) appendHead(dst []byte, r *Request, t *registry.Target) []byte {
 	dst = append(dst, t.BasePath...)
 	dst = append(dst, r.target...)
 	dst = append(dst, " HTTP/1.1\r\n"...)
-	host := r.Host
 	if !r.hasHost {
 		dst = append(dst, "Host: "...)
-		at := len(dst)
-		if len(host) > 0 {
-			dst = append(dst, host...) // of an absolute-form target
+		if len(r.Host) > 0 {
+			dst = append(dst, r.Host...) // of an absolute-form target
 		} else {
 			dst = append(dst, t.Authority...)
 		}
-		host = dst[at:]
 		dst = append(dst, '\r', '\n')
 	}
 	dst = appendLines(dst, r.lines, r.drops)
@@ -101,9 +98,9 @@ func (c *conn) appendHead(dst []byte, r *Request, t *registry.Target) []byte {
 			dst = append(dst, "X-Forwarded-Proto: http\r\n"...)
 		}
 	}
-	if !r.hasFwdHost {
+	if !r.hasFwdHost && len(r.Host) > 0 {
 		dst = append(dst, "X-Forwarded-Host: "...)
-		dst = append(dst, host...)
+		dst = append(dst, r.Host...)
 		dst = append(dst, '\r', '\n')
 	}
 	if c.p.pseudonym != nil {

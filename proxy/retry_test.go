@@ -485,7 +485,7 @@ func TestStaleConnections(t *testing.T) {
 // No limit on connections per instance: a thousand clients at once see no error.
 func TestThousandClients(t *testing.T) {
 	const clients = 1000
-	g := startGateway(t, nil, nil)
+	g := startGateway(t, func(cfg *Config) { cfg.ConnectTimeout = 20 * time.Second }, nil)
 	all := make(chan struct{})
 	a := startActor(t, after(all, says("a")))
 	g.register(t, "echo", "a", a.url())

@@ -44,6 +44,7 @@ type conn struct {
 	ready    func(fd uintptr) bool // turn
 	peek     func(fd uintptr)
 	peeked   int
+	hungUp   bool
 	peer     netip.Addr
 	trusted  bool
 	constant []byte // see forwardingFields
@@ -134,7 +135,7 @@ func (p *Proxy) accepted(nc net.Conn) {
 	c.constant = forwardingFields(c.peer)
 	if sc, ok := nc.(syscall.Conn); ok {
 		c.raw, _ = sc.SyscallConn()
-		c.peek = func(fd uintptr) { c.peeked = peekSocket(fd) }
+		c.peek = func(fd uintptr) { c.peeked, c.hungUp = peekSocket(fd), hungUp(fd) }
 		c.ready = c.turn
 	}
 	p.mu.Lock()
@@ -351,9 +352,10 @@ func (c *conn) flush() error {
 	return err
 }
 
-// gone reports whether the client has closed its side while we work for it. Bytes that wait mean it is there.
+// gone reports whether the client has left while we work for it: it has closed its side and all that it sent was read, or
+// the connection is reset or closed in both directions.
 func (c *conn) gone() bool {
-	return c.raw != nil && (c.raw.Control(c.peek) != nil || c.peeked == 0)
+	return c.raw != nil && (c.raw.Control(c.peek) != nil || c.peeked == 0 || c.hungUp)
 }
 
 // linger reads what a client still sends after an answer that came early, and drops it: closing at once would reset the

@@ -9,3 +9,4 @@ const socketsAreRaw = false
 func readSocket(uintptr, []byte) (int, error)  { return 0, errAgain }
 func writeSocket(uintptr, []byte) (int, error) { return 0, errAgain }
 func peekSocket(uintptr) int                   { return -1 }
+func hungUp(uintptr) bool                      { return false }
