@@ -2,6 +2,7 @@ package cli
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"syscall"
 	"text/tabwriter"
 	"time"
 )
@@ -18,6 +20,8 @@ import (
 type API struct {
 	Gateway string `default:"http://127.0.0.1:9901" type:"url" placeholder:"URL" help:"Where the API is served."`
 	Token   string `type:"token" placeholder:"SECRET" help:"The gateway's --token, where it has one."`
+
+	flag string // that gave Gateway; empty: --gateway
 }
 
 // problem is a refusal of the API (RFC 9457). It names the field that is wrong, if one is.
@@ -68,6 +72,9 @@ func (a *API) call(ctx context.Context, method, path string, body any) ([]byte, 
 		request.Header.Set("Authorization", "Bearer "+a.Token)
 	}
 	response, err := http.DefaultClient.Do(request)
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		return nil, fmt.Errorf("%w: is a gateway running there? see %s", err, cmp.Or(a.flag, "--gateway"))
+	}
 	if err != nil {
 		return nil, err // names method and URL
 	}

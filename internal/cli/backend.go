@@ -17,9 +17,9 @@ import (
 // Backend is something to put behind the gateway: it answers every path with what it saw of the request.
 type Backend struct {
 	Listen   string `default:":8081" type:"listen" placeholder:"ADDR" noenv:"" help:"Where it listens; port 0 takes a free one."`
-	Name     string `default:"backend" noenv:"" help:"What it calls itself, in its answers and as its id."`
+	Name     string `default:"backend" type:"name" noenv:"" help:"What it calls itself, in its answers and as its id."`
 	Register string `type:"url" placeholder:"URL" noenv:"" help:"A gateway's API, to register there and to unregister at the end."`
-	Service  string `default:"echo" noenv:"" help:"The service it registers for."`
+	Service  string `default:"echo" type:"name" noenv:"" help:"The service it registers for."`
 	Token    string `type:"token" placeholder:"SECRET" help:"The gateway's --token, where it has one."`
 }
 
@@ -32,7 +32,7 @@ func (c *Backend) Run(p *Process) error {
 	defer b.stop()
 	fmt.Fprintf(p.Out, "backend %s listens on %s\n", c.Name, b.addr)
 	if c.Register != "" {
-		api := API{Gateway: c.Register, Token: c.Token}
+		api := API{Gateway: c.Register, Token: c.Token, flag: "--register"}
 		addr, err := b.reachable(c.Register)
 		if err != nil {
 			return err

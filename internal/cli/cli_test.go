@@ -147,8 +147,11 @@ func TestNotTheAPI(t *testing.T) {
 		t.Errorf("an answer that is no JSON: %v", err)
 	}
 	other.Close()
-	if _, err := do(t, &Services{API: API{Gateway: other.URL}}); err == nil || !strings.Contains(err.Error(), "refused") {
+	if _, err := do(t, &Services{API: API{Gateway: other.URL}}); err == nil || !strings.Contains(err.Error(), "refused") || !strings.HasSuffix(err.Error(), "is a gateway running there? see --gateway") {
 		t.Errorf("nobody there: %v", err)
+	}
+	if _, err := do(t, &Backend{Listen: "127.0.0.1:0", Name: "a", Register: other.URL, Service: "echo"}); err == nil || !strings.HasSuffix(err.Error(), "is a gateway running there? see --register") {
+		t.Errorf("nobody there to register at: %v", err)
 	}
 }
 
