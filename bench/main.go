@@ -67,7 +67,7 @@ type cli struct {
 
 func main() {
 	var c cli
-	parser, err := kong.New(&c, kong.Name("bench"),
+	parser, err := kong.New(&c, kong.Name("bench"), kong.Help(help),
 		kong.Description("Compares what a request costs: kerberos, nginx and HAProxy in front of the same origin."))
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -89,6 +89,14 @@ func main() {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(exitFailed)
 	}
+}
+
+// help shows the default command's flags on the first page too.
+func help(options kong.HelpOptions, ctx *kong.Context) error {
+	if ctx.Selected() == nil {
+		ctx.Model.Flags = append(ctx.Model.Flags, ctx.Model.DefaultCmd.Flags...)
+	}
+	return kong.DefaultHelpPrinter(options, ctx)
 }
 
 type runCmd struct {

@@ -149,6 +149,18 @@ func TestRun(t *testing.T) {
 	}
 }
 
+func TestHelp(t *testing.T) {
+	out, err := command(t, t.TempDir(), "--help").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, flag := range []string{"--rounds", "--duration", "--warmup", "--quick", "--connections", "--gateways", "--kerberos", "--tool", "--json"} {
+		if strings.Count(string(out), "\n      "+flag) != 1 {
+			t.Errorf("%s is not listed once:\n%s", flag, out)
+		}
+	}
+}
+
 func TestRunFails(t *testing.T) {
 	false_, err := exec.LookPath("false")
 	if err != nil {
