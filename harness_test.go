@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -47,11 +48,13 @@ func environment(extra ...string) []string {
 	return append(append(env, asKerberos+"=1", "GORACE=atexit_sleep_ms=0"), extra...)
 }
 
-// command runs the binary to its end.
+// command runs the binary to its end, which must come within a while.
 func command(t *testing.T, env []string, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
 	var out, errs bytes.Buffer
-	cmd := exec.CommandContext(t.Context(), binary, args...)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, binary, args...)
 	cmd.Env = environment(env...)
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	err := cmd.Run()

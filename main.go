@@ -215,7 +215,11 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		g.ops = admin.New(operation)
 	}
 
-	if cfg.API.OnData() && cfg.Token == "" && !cfg.APIAllow.None && !bound(g.data).Addr().IsLoopback() {
+	switch {
+	case cfg.Token != "" || cfg.APIAllow.None:
+	case len(cfg.TrustedProxies) > 0:
+		log.Warn("nobody may use the API: with --trusted-proxies it needs a token; set --token")
+	case cfg.API.OnData() && !bound(g.data).Addr().IsLoopback():
 		log.Warn("the API is served on the data listener without a token: whoever passes the rule of --api-allow may change where traffic goes; set --token or --api=admin")
 	}
 	g.ready.Store(true)

@@ -107,7 +107,15 @@ func TestExitCodes(t *testing.T) {
 		{"a route twice", nil, []string{"--listen", "127.0.0.1:0", "--admin", "off", "--route", "/a=a", "--route", "/a=b"}, 2, []string{"/a"}},
 		{"data address in use", nil, []string{"--listen", taken.Addr().String(), "--admin", "off"}, 1, []string{"--listen", taken.Addr().String(), "in use"}},
 		{"admin address in use", nil, []string{"--listen", "127.0.0.1:0", "--admin", taken.Addr().String()}, 1, []string{"--admin", taken.Addr().String(), "in use"}},
-		{"nobody to ask", nil, []string{"services", "--gateway", "http://127.0.0.1:1"}, 1, []string{"127.0.0.1:1", "refused"}},
+		{"a health path of the API", nil, []string{"--listen", "127.0.0.1:0", "--admin", "off", "--health-path", "/services"}, 2, []string{"--health-path", "/services"}},
+		{"a route of the API", nil, []string{"--listen", "127.0.0.1:0", "--admin", "off", "--route", "/register=a"}, 2, []string{"--route", "/register"}},
+		{"a route that is empty", nil, []string{"--listen", "127.0.0.1:0", "--admin", "off", "--route", ""}, 2, []string{"--route", "PREFIX=SERVICE"}},
+		{"less than no retries", nil, []string{"--retries", "-1"}, 2, []string{"--retries", "at least 0"}},
+		{"less than no weight", nil, []string{"register", "echo", "a", "http://127.0.0.1:1", "--weight", "-1"}, 2, []string{"--weight", "at least 0"}},
+		{"a demo for less than no time", nil, []string{"demo", "--for", "-1s"}, 2, []string{"--for", "at least 0s"}},
+		{"a switch with its value beside it", nil, []string{"--via", "off"}, 2, []string{"--via=off"}},
+		{"a backend without a name", nil, []string{"backend", "--name", "a/b"}, 2, []string{"--name", "a/b", "A-Z a-z"}},
+		{"nobody to ask", nil, []string{"services", "--gateway", "http://127.0.0.1:1"}, 1, []string{"127.0.0.1:1", "refused", "is a gateway running there? see --gateway"}},
 		{"bad gateway", nil, []string{"services", "--gateway", "localhost"}, 2, []string{"--gateway", "localhost", "http://"}},
 		{"backend's address in use", nil, []string{"backend", "--listen", taken.Addr().String()}, 1, []string{taken.Addr().String(), "in use"}},
 	}
@@ -508,31 +516,38 @@ func TestWhoMayUseTheAPI(t *testing.T) {
 	})
 }
 
-// One warning tells that others may reach the API, where they may.
+// One warning tells that others may reach the API, or that nobody may.
 func TestWarning(t *testing.T) {
+	others := []string{"whoever passes", "--token", "--api=admin"}
+	nobody := []string{"nobody may use the API", "--trusted-proxies", "--token"}
 	for _, test := range []struct {
 		args []string
-		want bool
+		want []string // what the warning has; nil: there is none
 	}{
-		{[]string{"--listen", ":0"}, true},
-		{[]string{"--listen", ":0", "--api=data"}, true},
-		{[]string{"--listen", ":0", "--token=s3cret"}, false},
-		{[]string{"--listen", ":0", "--api=admin"}, false},
-		{[]string{"--listen", "127.0.0.1:0"}, false},
+		{[]string{"--listen", ":0"}, others},
+		{[]string{"--listen", ":0", "--api=data"}, others},
+		{[]string{"--listen", ":0", "--token=s3cret"}, nil},
+		{[]string{"--listen", ":0", "--api=admin"}, nil},
+		{[]string{"--listen", ":0", "--api-allow=none"}, nil},
+		{[]string{"--listen", "127.0.0.1:0"}, nil},
+		{[]string{"--listen", ":0", "--trusted-proxies=10.0.0.1"}, nobody},
+		{[]string{"--listen", "127.0.0.1:0", "--api=admin", "--trusted-proxies=10.0.0.1"}, nobody},
+		{[]string{"--listen", ":0", "--trusted-proxies=10.0.0.1", "--token=s3cret"}, nil},
+		{[]string{"--listen", ":0", "--trusted-proxies=10.0.0.1", "--api-allow=none"}, nil},
 	} {
 		g := launch(t, nil, test.args...)
 		warnings := 0
 		for _, line := range g.log() {
 			if line["level"] == "WARN" {
 				warnings++
-				for _, flag := range []string{"--token", "--api=admin"} {
-					if !strings.Contains(fmt.Sprint(line["msg"]), flag) {
-						t.Errorf("the warning does not name %s: %v", flag, line)
+				for _, want := range test.want {
+					if !strings.Contains(fmt.Sprint(line["msg"]), want) {
+						t.Errorf("%q: the warning does not say %s: %v", test.args, want, line)
 					}
 				}
 			}
 		}
-		if (warnings == 1) != test.want || warnings > 1 {
+		if (warnings == 1) != (test.want != nil) || warnings > 1 {
 			t.Errorf("%q: %d warnings", test.args, warnings)
 		}
 	}
