@@ -331,25 +331,19 @@ func (c *conn) activate() bool {
 	return c.state.Load() == stateActive || c.state.CompareAndSwap(stateIdle, stateActive)
 }
 
-// flush sends what is in out.
+// flush sends what is in out. What the socket has room for needs no deadline.
 func (c *conn) flush() error {
-	if len(c.out) == 0 {
+	rest := c.out
+	c.out = c.out[:0]
+	if c.fd != 0 && len(rest) > 0 {
+		if n, err := writeSocket(c.fd, rest); err == nil {
+			rest = rest[n:]
+		}
+	}
+	if len(rest) == 0 {
 		return nil
 	}
-	err := c.write.arm(c.nc.SetWriteDeadline, time.Now(), writeTimeout)
-	if err == nil {
-		rest := c.out
-		if c.fd != 0 {
-			if n, err := writeSocket(c.fd, rest); err == nil {
-				rest = rest[n:]
-			}
-		}
-		if len(rest) > 0 {
-			_, err = c.nc.Write(rest)
-		}
-	}
-	c.out = c.out[:0]
-	return err
+	return c.send(rest)
 }
 
 // gone reports whether the client has left while we work for it: it has closed its side and all that it sent was read, or
