@@ -346,6 +346,57 @@ func TestUploadThatNobodyTakes(t *testing.T) {
 	}
 }
 
+// What waits unread in the client's socket does not hide that the client was reset or cut while its upload is not taken.
+func TestUnreadUploadThatNobodyTakes(t *testing.T) {
+	for _, how := range []string{"reset", "shutdown"} {
+		t.Run(how, func(t *testing.T) {
+			t.Parallel()
+			over := make(chan struct{})
+			o := startOrigin(t, func(*origin, net.Conn, *bufio.Reader) { <-over })
+			defer close(over)
+			g := startGateway(t, nil, nil)
+			g.register(t, "echo", "1", o.url())
+			c := g.dial(t)
+			c.send("POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n")
+			var written atomic.Int64
+			go func() {
+				block := make([]byte, 64<<10)
+				for {
+					n, err := c.Conn.Write(block)
+					written.Add(int64(n))
+					if err != nil {
+						return
+					}
+				}
+			}()
+			eventually(t, "nobody takes more", func() bool {
+				before := written.Load()
+				time.Sleep(50 * time.Millisecond)
+				return before > 0 && written.Load() == before
+			})
+			began := time.Now()
+			if how == "reset" {
+				c.Conn.(*net.TCPConn).SetLinger(0)
+				c.Close()
+				g.idle(t)
+			} else {
+				ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+				defer cancel()
+				if cut := g.Shutdown(ctx); cut != 1 {
+					t.Errorf("%d requests were cut", cut)
+				}
+				g.Close()
+			}
+			if took := time.Since(began); took > 4*time.Second {
+				t.Errorf("it ended after %v", took)
+			}
+			if s := g.DescribeInstance("echo", "1"); s.Ignored != 1 || s.Failure != 0 || s.InFlight != 0 {
+				t.Errorf("outcomes: %+v", s)
+			}
+		})
+	}
+}
+
 // The answer to a request that failed in us is not lost in a reset although its body was not read.
 func TestPanicBeforeABody(t *testing.T) {
 	g := startGateway(t, nil, func(*Request) string { panic("a bug in a RouteFunc") })
