@@ -330,10 +330,16 @@ func TestReadmeLimits(t *testing.T) {
 		response, _ := exchange(t, g.data, raw)
 		return response.StatusCode
 	}
+	answer := func(size int) int { // with a head of about that many bytes
+		g.register("wide", "a", backend(t, func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("X", strings.Repeat("x", size-200)) }))
+		status, _ := g.get("/wide")
+		return status
+	}
 	for what, test := range map[string]struct {
 		want         string
 		within, past int
 	}{
+		"backend's response head":            {"32 KiB -> 502", answer(32 << 10), answer(33 << 10)},
 		"request head":                       {"32 KiB -> 431", head(32 << 10), head(32<<10 + 1)},
 		"a service's name, an instance's id": {"128 characters of `A-Z a-z 0-9 . _ ~ : -` -> 400", register(strings.Repeat("x", 128), 1, 0), register(strings.Repeat("x", 129), 1, 0)},
 		"weight":                             {fmt.Sprintf("%d -> 400", registry.MaxWeight), register("w", registry.MaxWeight, 0), register("w", registry.MaxWeight+1, 0)},
@@ -355,9 +361,44 @@ func TestReadmeLimits(t *testing.T) {
 			t.Errorf("%s: status %d past the limit, want %s", what, test.past, beyond)
 		}
 	}
+	for what, wait := range map[string]struct{ constant, beyond string }{
+		"request head, from its first byte":         {"headTimeout", "408"},
+		"first byte of a new connection":            {"firstByteTimeout", "closed"},
+		"keep-alive connection without a request":   {"idleTimeout", "closed"},
+		"request body without a byte":               {"bodyTimeout", "408"},
+		"client that takes nothing of its response": {"writeTimeout", "closed"},
+		"backend silent in mid-response":            {"silenceTimeout", "the response breaks off"},
+	} {
+		if want := fixedWait(t, wait.constant) + " -> " + wait.beyond; limits[what] != want {
+			t.Errorf("%s: README %q, real %q", what, limits[what], want)
+		}
+		delete(limits, what)
+	}
 	for what := range limits {
 		t.Errorf("%s: nothing tests this limit", what)
 	}
+}
+
+// fixedWait is a constant of proxy: 10 s to 5 min are too long to wait for here. What clients may take their time for is
+// tested there, on a clock that does not wait.
+func fixedWait(t *testing.T, name string) string {
+	t.Helper()
+	files, err := filepath.Glob("proxy/*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	declared := regexp.MustCompile(`(?m)^\s*(?:const )?` + name + `\s+= (\d+) \* time\.(Second|Minute)\b`)
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if found := declared.FindSubmatch(text); found != nil {
+			return string(found[1]) + map[string]string{"Second": " s", "Minute": " min"}[string(found[2])]
+		}
+	}
+	t.Fatalf("proxy has no constant %s of whole seconds or minutes", name)
+	return ""
 }
 
 func webSocket(g *running) int {
