@@ -3,7 +3,13 @@
 //
 // Client connections are served by a loop of our own, one goroutine each: heads and bodies are taken from and put on the
 // wire as they are, so that fields keep their order and case, and nothing is parsed twice. Connections to instances come
-// from one fasthttp.HostClient an instance. handle, in this file, is a request from top to bottom.
+// from one fasthttp.HostClient an instance.
+//
+// handle, in this file, is a request from top to bottom. Around it: server.go has the client connections, head.go the guard
+// (what is refused), route.go the routes, view.go who is ready; exchange.go is one request with its attempts, upload.go its
+// body where that streams, forward.go what is sent, response.go and body.go what comes back; upstream.go is an instance,
+// backend.go a connection to it, budget.go the bound on retries; errors.go says whose fault it was, answer.go answers where
+// no backend does.
 package proxy
 
 import (
