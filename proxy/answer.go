@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unsafe"
 
 	"github.com/valyala/fasthttp"
 
@@ -181,7 +182,7 @@ func (c *conn) local() (done, keep bool) {
 			return true, c.plain(200, "ready\n")
 		}
 		return true, c.plain(503, "shutting down\n")
-	case p.cfg.API != nil && registry.Serves(string(r.Path)):
+	case p.cfg.API != nil && registry.Serves(unsafe.String(unsafe.SliceData(r.Path), len(r.Path))):
 		return true, c.api()
 	}
 	return false, false
