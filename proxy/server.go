@@ -210,8 +210,9 @@ func (c *conn) serveOne() bool {
 }
 
 // serveReady serves requests as they come in, all in one wait for readiness: turn runs whenever the socket has something to
-// read, and what comes in while it runs makes it run again. So a connection needs no workspace while it waits. A request for which more must be read than is there (the rest of a head, a
-// body) is left to the slow way: then serveReady returns true. It returns false when the connection is over.
+// read, and what comes in while it runs makes it run again. So a connection needs no workspace while it waits. A request
+// for which more must be read than is there (the rest of a head, a body) is left to the slow way: then serveReady returns
+// true. It returns false when the connection is over.
 func (c *conn) serveReady(first bool) bool {
 	c.patience = idleTimeout
 	if first {
