@@ -31,26 +31,28 @@ type Describer interface {
 
 // ServiceStatus is a service as requests see it.
 type ServiceStatus struct {
-	Strategy string // the one configured
-	InForce  string // the one used, which is another if weights are missing
-	Why      string // why it is another, else empty
+	Strategy string `json:"strategy"` // the one configured
+	InForce  string `json:"in_force"` // the one used, which is another if weights are missing
+	Why      string `json:"why"`      // why it is another, else empty
 }
 
 // InstanceStatus is an instance as requests see it.
 type InstanceStatus struct {
-	Ready                     bool
-	Reason                    string // why it is not ready, else empty
-	Breaker                   BreakerStatus
-	InFlight                  int64  // requests now
-	Success, Failure, Ignored uint64 // requests that ended, since the instance came
-	LastError                 string
+	Ready     bool          `json:"ready"`
+	Reason    string        `json:"reason"` // why it is not ready, else empty
+	Breaker   BreakerStatus `json:"breaker"`
+	InFlight  int64         `json:"in_flight"` // requests now
+	Success   uint64        `json:"success"`   // requests that ended, since the instance came
+	Failure   uint64        `json:"failure"`
+	Ignored   uint64        `json:"ignored"`
+	LastError string        `json:"last_error"`
 }
 
 // BreakerStatus is the state of an instance's breaker.
 type BreakerStatus struct {
-	State string     // closed, open, half-open
-	Since time.Time  // when it came to that state
-	Until *time.Time // when an open one will let probes through, else nil
+	State string     `json:"state"` // closed, open, half-open
+	Since time.Time  `json:"since"` // when it came to that state
+	Until *time.Time `json:"until"` // when an open one will let probes through, else nil
 }
 
 // NewHandler returns the registration API:
@@ -251,38 +253,21 @@ type servicesJSON struct {
 }
 
 type serviceJSON struct {
-	Name      string         `json:"name"`
-	Strategy  string         `json:"strategy"`
-	InForce   string         `json:"in_force"`
-	Why       string         `json:"why"`
+	Name string `json:"name"`
+	ServiceStatus
 	Instances []instanceJSON `json:"instances"`
 }
 
 type instanceJSON struct {
-	ID           string      `json:"id"`
-	Addr         string      `json:"addr"`
-	Weight       int         `json:"weight"`
-	Ready        bool        `json:"ready"`
-	Reason       string      `json:"reason"`
-	Breaker      breakerJSON `json:"breaker"`
-	InFlight     int64       `json:"in_flight"`
-	Success      uint64      `json:"success"`
-	Failure      uint64      `json:"failure"`
-	Ignored      uint64      `json:"ignored"`
-	LastError    string      `json:"last_error"`
-	RegisteredAt time.Time   `json:"registered_at"`
-}
-
-type breakerJSON struct {
-	State string     `json:"state"`
-	Since time.Time  `json:"since"`
-	Until *time.Time `json:"until"`
+	ID     string `json:"id"`
+	Addr   string `json:"addr"`
+	Weight int    `json:"weight"`
+	InstanceStatus
+	RegisteredAt time.Time `json:"registered_at"`
 }
 
 func (a *api) service(s *Snapshot) serviceJSON {
-	st := a.d.DescribeService(s.service)
-	out := serviceJSON{Name: s.service, Strategy: st.Strategy, InForce: st.InForce, Why: st.Why,
-		Instances: make([]instanceJSON, len(s.instances))}
+	out := serviceJSON{s.service, a.d.DescribeService(s.service), make([]instanceJSON, len(s.instances))}
 	for i, in := range s.instances {
 		out.Instances[i] = a.instance(s.service, in)
 	}
@@ -291,14 +276,12 @@ func (a *api) service(s *Snapshot) serviceJSON {
 
 func (a *api) instance(service string, in *Instance) instanceJSON {
 	st := a.d.DescribeInstance(service, in.ID)
-	breaker := breakerJSON{State: st.Breaker.State, Since: seconds(st.Breaker.Since)}
+	st.Breaker.Since = seconds(st.Breaker.Since)
 	if st.Breaker.Until != nil {
 		until := seconds(*st.Breaker.Until)
-		breaker.Until = &until
+		st.Breaker.Until = &until
 	}
-	return instanceJSON{ID: in.ID, Addr: in.Addr, Weight: in.Weight, Ready: st.Ready, Reason: st.Reason, Breaker: breaker,
-		InFlight: st.InFlight, Success: st.Success, Failure: st.Failure, Ignored: st.Ignored, LastError: st.LastError,
-		RegisteredAt: seconds(in.RegisteredAt)}
+	return instanceJSON{in.ID, in.Addr, in.Weight, st, seconds(in.RegisteredAt)}
 }
 
 // seconds makes a time that JSON shows as RFC 3339 in UTC without a fraction.
