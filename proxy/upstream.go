@@ -128,7 +128,7 @@ func (s *service) newUpstream(in *registry.Instance) *upstream {
 		u.addresses.Store(&addresses{err: errors.New("unresolved")})
 		u.resolver.ctx, u.resolver.stop = context.WithCancel(context.Background())
 		u.resolver.mu.Lock()
-		u.resolver.timer = time.AfterFunc(0, u.resolve)
+		u.resolver.timer = time.AfterFunc(0, func() { s.proxy.spawn(u.resolve) }) // so that Close waits for it
 		u.resolver.mu.Unlock()
 	}
 	return u
@@ -284,12 +284,12 @@ func (u *upstream) acquire(fresh bool, timeout time.Duration) (l lease, conn *ba
 
 // release gives a connection back, or closes it if it cannot serve another request or the instance has left.
 func (u *upstream) release(l lease, reusable bool) {
-	if !reusable || u.closed.Load() {
+	if !reusable {
 		u.pool.discard(l)
 		return
 	}
 	u.pool.release(l)
-	if u.closed.Load() {
+	if u.closed.Load() { // after the release: close may have emptied the pool a moment before
 		u.pool.closeIdle()
 	}
 }
