@@ -163,8 +163,6 @@ func (d *body) line(b *buffer) (line []byte, ok bool, err error) {
 		return nil, false, nil
 	case nl < 1 || nl > maxChunkLine || w[nl-1] != '\r':
 		return nil, false, errMalformedBody
-	case d.state == chunkEnd && nl != 1:
-		return nil, false, errMalformedBody
 	}
 	b.r += nl + 1
 	return w[:nl-1], true, nil

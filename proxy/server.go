@@ -280,9 +280,6 @@ func (c *conn) readHead(first bool) ([]byte, *refusal) {
 		}
 		if end := bytes.Index(w[scanned:], headEnd); end >= 0 {
 			end += scanned + len(headEnd)
-			if end > maxHead {
-				return nil, errHeadTooLarge
-			}
 			b.r += end
 			b.base = b.r
 			return w[:end], nil
