@@ -43,9 +43,13 @@ func (p *Proxy) client(r *Request, peer netip.Addr) netip.Addr {
 	return peer
 }
 
-// parseNode reads an address as proxies write it: with or without port.
+// parseNode reads an address as proxies write it: with or without port, IPv6 with or without brackets.
 func parseNode(b []byte) (netip.Addr, bool) {
 	s := unsafe.String(unsafe.SliceData(b), len(b))
+	if n := len(s); n > 1 && s[0] == '[' && s[n-1] == ']' {
+		addr, err := netip.ParseAddr(s[1 : n-1])
+		return addr.Unmap(), err == nil && addr.Is6() && addr.Zone() == ""
+	}
 	if addr, err := netip.ParseAddr(s); err == nil && addr.Zone() == "" {
 		return addr.Unmap(), true
 	}

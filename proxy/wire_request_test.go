@@ -494,6 +494,8 @@ func TestForwardingFields(t *testing.T) {
 		{"an empty entry is garbage", "127.0.0.0/8 10.0.0.0/8", "X-Forwarded-For: 1.1.1.1,,10.1.1.1\r\n", trusted("1.1.1.1,,10.1.1.1, ", "10.1.1.1"), "10.1.1.1"},
 		{"ports", "127.0.0.0/8 10.0.0.0/8", "X-Forwarded-For: 9.9.9.9:1234, 10.1.1.1:80\r\n", trusted("9.9.9.9:1234, 10.1.1.1:80, ", "9.9.9.9"), "9.9.9.9"},
 		{"IPv6", "127.0.0.0/8", "X-Forwarded-For: 2001:DB8::1\r\n", trusted("2001:DB8::1, ", "2001:db8::1"), "2001:db8::1"},
+		{"IPv6 in brackets", "127.0.0.0/8", "X-Forwarded-For: [2001:db8::1]\r\n", trusted("[2001:db8::1], ", "2001:db8::1"), "2001:db8::1"},
+		{"IPv4 in brackets", "127.0.0.0/8", "X-Forwarded-For: [192.0.2.1]\r\n", trusted("[192.0.2.1], ", "127.0.0.1"), "127.0.0.1"},
 		{"IPv6 with a port", "127.0.0.0/8", "X-Forwarded-For: [2001:db8::1]:80\r\n", trusted("[2001:db8::1]:80, ", "2001:db8::1"), "2001:db8::1"},
 		{"IPv4-mapped", "127.0.0.0/8 10.0.0.0/8", "X-Forwarded-For: ::ffff:9.9.9.9, ::ffff:10.1.1.1\r\n",
 			trusted("::ffff:9.9.9.9, ::ffff:10.1.1.1, ", "9.9.9.9"), "9.9.9.9"},
