@@ -408,3 +408,43 @@ func TestPanicBeforeABody(t *testing.T) {
 		c.closed()
 	}
 }
+
+// A request that went out only in part is followed by no other, even if an answer to it has come: the connection says so.
+func TestRequestCutHalfWay(t *testing.T) {
+	const answer = "HTTP/1.1 413 x\r\nContent-Length: 0\r\n\r\n"
+	answered := make(chan struct{})
+	o := startOrigin(t, func(o *origin, c net.Conn, _ *bufio.Reader) {
+		io.WriteString(c, answer)
+		close(answered)
+		<-t.Context().Done() // reads nothing
+	})
+	socket, err := net.Dial("tcp", o.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	made, err := newBackendConn(socket, socket.(*net.TCPConn))
+	if err != nil {
+		t.Fatal(err)
+	}
+	backend := made.(*backendConn)
+	if !backend.plain() {
+		t.Skip("requests are not written inside a readiness wait here")
+	}
+	<-answered
+	eventually(t, "the answer here", func() bool { return backend.raw.Control(backend.peek) == nil && backend.peeked > 0 })
+	// A write deadline that has passed, which the alarm takes for one to come: no need to wait for the real one.
+	backend.write.at = time.Now().Add(uploadTimeout + time.Second/2)
+	if err := backend.SetWriteDeadline(time.Unix(1, 0)); err != nil {
+		t.Fatal(err)
+	}
+	backend.ask(make([]byte, 64<<20), false) // more than the socket has room for
+	room := make([]byte, 1<<10)
+	n, err := backend.Read(room)
+	if string(room[:n]) != answer || err != nil {
+		t.Errorf("read %q, %v", room[:n], err)
+	}
+	if !backend.wrote || !backend.cut {
+		t.Errorf("wrote %v, cut %v: want both", backend.wrote, backend.cut)
+	}
+}
