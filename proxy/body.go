@@ -203,11 +203,11 @@ func parseChunkSize(line []byte) (int64, bool) {
 	if i == 0 {
 		return 0, false
 	}
-	rest := trim(line[i:])
-	if len(rest) > 0 && (rest[0] != ';' || !visible(rest)) {
-		return 0, false
+	rest := line[i:] // extensions, or white space that some servers pad the size with, but not both
+	if len(rest) > 0 && rest[0] == ';' {
+		return n, visible(rest)
 	}
-	return n, true
+	return n, len(trim(rest)) == 0
 }
 
 // appendChunk appends data as one chunk.

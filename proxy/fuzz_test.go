@@ -341,7 +341,7 @@ func FuzzChunks(f *testing.F) {
 	for _, seed := range []string{
 		"0\r\n\r\n", "5\r\nhello\r\n0\r\n\r\nGET / HTTP/1.1", "00a;x=\"y\"\r\n0123456789\r\n0;z\r\nX-A: 1\r\nHost: a\r\nx_forwarded_for: 1\r\n\r\n",
 		"5\r\nhello\n0\r\n\r\n", "5\nhello\r\n0\r\n\r\n", "-1\r\n", "fffffffffffffff\r\nx", "10000000000000000\r\nx", "5 \r\nhello\r\n0\r\n X: 1\r\n\r\n", "3\r\nabcd\r\n0\r\n\r\n",
-		"51\nhello\r\n0\r\n\r\n", "0;\nX\r\n\r\n",
+		"51\nhello\r\n0\r\n\r\n", "0;\nX\r\n\r\n", "0 ;\r\n\r\n", "5\t;a\r\nhello\r\n0\r\n\r\n",
 	} {
 		f.Add([]byte(seed), []byte{0}, uint16(1))
 		f.Add([]byte(seed), []byte{3, 0, 7}, uint16(2))
