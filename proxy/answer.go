@@ -162,30 +162,40 @@ func (p *Proxy) routes(text string) string {
 	return text + "; known: " + strings.Join(prefixes, ", ")
 }
 
-// local answers what is not for a backend: methods that are not forwarded, expectations, upgrades, loops, the gateway's
-// own paths.
-func (c *conn) local() (done, keep bool) {
+// isLocal says that a request is not for a backend: methods that are not forwarded, expectations, upgrades, loops, the
+// gateway's own paths.
+func (c *conn) isLocal() bool {
+	r, p := &c.req, c.p
+	return is(r.Method, "connect") || is(r.Method, "trace") || // in any case: a backend may be lenient
+		r.badExpect || r.upgrade && r.websocket || r.looped ||
+		len(r.Path) == 1 && r.Path[0] == '*' || r.maxForwards == 0 || c.isHealthCheck() ||
+		p.cfg.API != nil && registry.Serves(unsafe.String(unsafe.SliceData(r.Path), len(r.Path)))
+}
+
+func (c *conn) isHealthCheck() bool {
+	return c.p.cfg.HealthPath != "" && string(c.req.Path) == c.p.cfg.HealthPath
+}
+
+// local answers such a request.
+func (c *conn) local() (keep bool) {
 	r, p := &c.req, c.p
 	switch {
-	case is(r.Method, "connect"), is(r.Method, "trace"): // in any case: a backend may be lenient
-		return true, c.refuse(errMethod, !c.persistent())
+	case is(r.Method, "connect"), is(r.Method, "trace"):
+		return c.refuse(errMethod, !c.persistent())
 	case r.badExpect:
-		return true, c.refuse(errExpect, !c.persistent())
+		return c.refuse(errExpect, !c.persistent())
 	case r.upgrade && r.websocket:
-		return true, c.refuse(errUpgrade, !c.persistent())
+		return c.refuse(errUpgrade, !c.persistent())
 	case r.looped:
-		return true, c.refuse(errLoop, !c.persistent())
+		return c.refuse(errLoop, !c.persistent())
 	case len(r.Path) == 1 && r.Path[0] == '*', r.maxForwards == 0:
-		return true, c.plain(200, "")
-	case p.cfg.HealthPath != "" && string(r.Path) == p.cfg.HealthPath:
-		if p.cfg.Ready() {
-			return true, c.plain(200, "ready\n")
-		}
-		return true, c.plain(503, "shutting down\n")
-	case p.cfg.API != nil && registry.Serves(unsafe.String(unsafe.SliceData(r.Path), len(r.Path))):
-		return true, c.api()
+		return c.plain(200, "")
+	case !c.isHealthCheck():
+		return c.api()
+	case p.cfg.Ready():
+		return c.plain(200, "ready\n")
 	}
-	return false, false
+	return c.plain(503, "shutting down\n")
 }
 
 // apiContext is the request as fasthttp's handlers read it.

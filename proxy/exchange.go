@@ -61,7 +61,9 @@ type exchange struct {
 	// one attempt
 	lease    lease
 	backend  *backendConn
-	written  bool // the backend may have seen something of the request
+	reused   bool   // the connection had served another request
+	unsent   []byte // what a loop could not write of the request
+	written  bool   // the backend may have seen something of the request
 	sent     time.Time
 	back     buffer // what comes from the backend
 	backOut  []byte // the head that goes to it
@@ -108,9 +110,7 @@ func (x *exchange) begin(now time.Time) {
 	if len(r.xff) > 0 {
 		r.Client = x.p().client(r, x.c.peer)
 	}
-	if x.back.b == nil {
-		x.back.b = make([]byte, firstBuffer)
-	}
+	x.back.base, x.back.r, x.back.w = 0, 0, 0
 	x.began, x.service, x.key, x.retries, x.waited = now, nil, 0, x.p().cfg.Retries, 0
 	x.view, x.asked.n, x.upstream, x.running, x.covered, x.err, x.attempts = nil, 0, nil, false, false, nil, 0
 	x.held, x.complete, x.upload, x.unread = nil, true, nil, false
@@ -264,9 +264,18 @@ func (x *exchange) hold(patient bool) error {
 // send makes one attempt, up to a response head; a small body is read with it. Where a kept-alive connection turns out to
 // be closed, the attempt is made again on a new one, unless the backend may have seen a request that must not be sent
 // twice.
-func (x *exchange) send(u *upstream) error {
-	x.attempts++
-	err := x.attempt(u, false)
+//
+// If asked is set a loop has sent the request, but for what is in unsent.
+func (x *exchange) send(u *upstream, asked bool) error {
+	var err error
+	if asked {
+		_, err = x.write(x.unsent)
+		x.unsent = nil
+		err = x.answer(err)
+	} else {
+		x.attempts++
+		err = x.attempt(u, false)
+	}
 	if errors.Is(err, errStale) && (!x.written || x.repeatable()) {
 		err = x.attempt(u, true)
 	}
@@ -279,17 +288,19 @@ func (x *exchange) send(u *upstream) error {
 func (x *exchange) attempt(u *upstream, fresh bool) error {
 	x.written = false
 	x.drop()
-	var reused bool
 	var err error
 	x.sent = x.began
 	if x.attempts > 1 || !x.complete || len(x.held) > 0 {
 		x.sent = time.Now()
 	}
-	if x.lease, x.backend, reused, err = u.acquire(fresh, x.timeLeft()); err != nil {
+	if x.lease, x.backend, x.reused, err = u.acquire(x.c.pool(), fresh, x.timeLeft()); err != nil {
 		x.waited += time.Since(x.sent)
 		return dialFailure(err)
 	}
-	if !reused {
+	if x.reused && !x.backend.quiet() {
+		return errStale
+	}
+	if !x.reused {
 		x.sent = time.Now()
 	}
 	out := x.c.appendHead(x.backOut[:0], &x.c.req, &u.target)
@@ -307,42 +318,43 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 		out = appendLastChunk(out, x.body.trailers)
 	}
 	x.back.base, x.back.r, x.back.w = 0, 0, 0
-	if x.complete && len(rest) == 0 && x.backend.plain() {
-		x.backend.ask(out, reused)
-		err = x.await(reused)
-		if x.written = x.backend.wrote; err != nil {
-			return err
-		}
-		x.res.close = x.res.close || x.backend.cut
+	if _, err = x.write(out); err == nil {
+		_, err = x.write(rest)
+	}
+	return x.answer(err)
+}
+
+// write sends a part of the request.
+func (x *exchange) write(data []byte) (int, error) {
+	if len(data) == 0 {
+		return 0, nil
+	}
+	if err := x.backend.write.arm(x.backend.SetWriteDeadline, x.sent, uploadTimeout); err != nil {
+		return 0, err
+	}
+	n, err := x.backend.Write(data)
+	x.written = x.written || n > 0
+	return n, err
+}
+
+// answer takes the answer to a request whose writing ended with err.
+func (x *exchange) answer(err error) error {
+	switch {
+	case err == nil:
+	case isTimeout(err):
+		return errWriteTimeout
+	case x.written && x.await(x.reused) == nil: // it answered before it had all, and closed
+		x.res.close = true
 		return x.compose()
-	}
-	if reused && !x.backend.quiet() {
+	case x.reused:
 		return errStale
-	}
-	if err = x.backend.write.arm(x.backend.SetWriteDeadline, x.sent, uploadTimeout); err == nil {
-		var n int
-		n, err = x.backend.Write(out)
-		x.written = n > 0
-		if err == nil && len(rest) > 0 {
-			_, err = x.backend.Write(rest)
-		}
-	}
-	if err != nil {
-		switch {
-		case isTimeout(err):
-			return errWriteTimeout
-		case reused:
-			return errStale
-		case x.written && x.await(false) == nil: // it answered before it had all, and closed
-			x.res.close = true
-			return x.compose()
-		}
+	default:
 		return errTerminated
 	}
 	if !x.complete {
 		x.startUpload()
 	}
-	if err = x.await(reused); err != nil {
+	if err := x.await(x.reused); err != nil {
 		return err
 	}
 	return x.compose()
@@ -351,6 +363,7 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 // await reads the response head, over interim responses (RFC 9110 section 15.2).
 func (x *exchange) await(reused bool) error {
 	b := &x.back
+	b.grow(firstBuffer)
 	began := x.sent
 	limit := x.timeLeft()
 	if x.covered {
@@ -473,25 +486,7 @@ func (x *exchange) compose() error {
 		x.own[outBuffer] = c.out
 		c.out = x.borrow(outBuffer)[:0]
 	}
-	x.keep = (r.minor == 1 || r.keepAlive) && !r.close && x.uploaded() && !x.p().closing.Load()
-	x.chunks = !bodyless && res.length < 0 && r.minor == 1
-	if !bodyless && res.length < 0 && r.minor == 0 {
-		x.keep = false // the end of the connection is the end of the body
-	}
-	out := res.append(c.out)
-	if !res.hasDate {
-		out = x.p().appendDate(out)
-	}
-	if x.chunks {
-		out = append(out, "Transfer-Encoding: chunked\r\n"...)
-	}
-	switch {
-	case !x.keep:
-		out = append(out, "Connection: close\r\n"...)
-	case r.minor == 0:
-		out = append(out, "Connection: keep-alive\r\n"...)
-	}
-	c.out = append(out, '\r', '\n')
+	c.out = x.appendResponse(c.out)
 	if whole {
 		c.out = slices.Grow(c.out, int(res.length))
 	}
@@ -530,6 +525,37 @@ func (x *exchange) compose() error {
 	return nil
 }
 
+// whole says that a response of which so much has come in behind its head is all here, if it is one to wait for.
+func (x *exchange) whole(have int) bool {
+	return x.res.bodyless(string(x.c.req.Method) == "HEAD") ||
+		x.res.length >= 0 && x.res.length <= maxWhole && x.res.length <= int64(have)
+}
+
+// appendResponse appends the head that goes to the client.
+func (x *exchange) appendResponse(dst []byte) []byte {
+	r, res := &x.c.req, &x.res
+	bodyless := res.bodyless(string(r.Method) == "HEAD")
+	x.keep = (r.minor == 1 || r.keepAlive) && !r.close && x.uploaded() && !x.p().closing.Load()
+	x.chunks = !bodyless && res.length < 0 && r.minor == 1
+	if !bodyless && res.length < 0 && r.minor == 0 {
+		x.keep = false // the end of the connection is the end of the body
+	}
+	out := res.append(dst)
+	if !res.hasDate {
+		out = x.p().appendDate(out)
+	}
+	if x.chunks {
+		out = append(out, "Transfer-Encoding: chunked\r\n"...)
+	}
+	switch {
+	case !x.keep:
+		out = append(out, "Connection: close\r\n"...)
+	case r.minor == 0:
+		out = append(out, "Connection: keep-alive\r\n"...)
+	}
+	return append(out, '\r', '\n')
+}
+
 // finish sends the response and ends the exchange. What has not come in yet is passed on as it comes.
 func (x *exchange) finish() (keep bool) {
 	c := x.c
@@ -563,7 +589,7 @@ func (x *exchange) finish() (keep bool) {
 
 // release gives the connection of an answered request back, if both messages on it have ended and nothing follows them.
 func (x *exchange) release(ended bool) {
-	x.upstream.release(x.lease, ended && !x.res.close && !x.unread && len(x.back.waiting()) == 0)
+	x.upstream.release(x.c.pool(), x.lease, ended && !x.res.close && !x.unread && len(x.back.waiting()) == 0)
 	x.lease = nil
 }
 
@@ -639,7 +665,7 @@ func (x *exchange) drop() {
 	if x.lease != nil {
 		x.backend.Close() // an upload that still writes is woken
 		x.endUpload()
-		x.upstream.release(x.lease, false)
+		x.upstream.release(x.c.pool(), x.lease, false)
 		x.lease = nil
 	}
 }

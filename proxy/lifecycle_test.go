@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"slices"
@@ -123,6 +124,7 @@ func TestStormOfRegistrations(t *testing.T) {
 func TestNothingStaysBehind(t *testing.T) {
 	g := startGateway(t, nil, nil)
 	g.register(t, "echo", "stays", startActor(t, says("stays")).url())
+	g.dial(t).picks(1) // what starts late has started
 	before := goleak.IgnoreCurrent()
 	a := startActor(t, says("guest"))
 	c := g.dial(t)
@@ -168,7 +170,7 @@ func TestNothingStaysBehind(t *testing.T) {
 // An instance that leaves in the middle of a request keeps that connection until the request ends, and no longer; its idle
 // ones go at once, long before their idle time.
 func TestLeavingInMidRequest(t *testing.T) {
-	g := startGateway(t, func(cfg *Config) { cfg.UpstreamIdle = long }, nil)
+	g := startGateway(t, func(cfg *Config) { cfg.UpstreamIdle, cfg.Loops = long, 1 }, nil)
 	a := startActor(t, says("first"))
 	g.register(t, "slow", "1", a.url())
 	gate := make(chan struct{})
@@ -178,10 +180,14 @@ func TestLeavingInMidRequest(t *testing.T) {
 		c.get("/slow").want(t, 200)
 		busy = append(busy, c)
 	}
-	a.does(after(gate, says("last words")))
+	var there atomic.Int64
+	a.does(func(c net.Conn, m *message) bool {
+		there.Add(1)
+		return after(gate, says("last words"))(c, m)
+	})
 	for i, c := range busy {
 		c.send("GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
-		eventually(t, "under way", func() bool { return g.DescribeInstance("slow", "1").InFlight == int64(i+1) })
+		eventually(t, "at the backend", func() bool { return there.Load() == int64(i+1) })
 	}
 	a.does(says("idle"))
 	idle := g.dial(t)
@@ -424,8 +430,8 @@ func TestOutOfFileDescriptors(t *testing.T) {
 		}
 		holders = append(holders, f)
 	}
-	at := g.listeners[0].Addr().(*net.TCPAddr)
-	if err := syscall.Connect(late, &syscall.SockaddrInet4{Port: at.Port, Addr: [4]byte(at.IP.To4())}); err != nil {
+	at := netip.MustParseAddrPort(g.addr)
+	if err := syscall.Connect(late, &syscall.SockaddrInet4{Port: int(at.Port()), Addr: at.Addr().As4()}); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "a line that says so", func() bool { return g.logged("accepting pauses", "too many open files") == 1 })

@@ -19,9 +19,10 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
-	"net"
 	"net/netip"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -30,6 +31,7 @@ import (
 
 	"kerberos/cb"
 	"kerberos/lb"
+	"kerberos/proxy/loop"
 	"kerberos/registry"
 )
 
@@ -62,6 +64,8 @@ type Config struct {
 
 	API     fasthttp.RequestHandler         // nil: the registration API is not served here
 	MayRead func(*fasthttp.RequestCtx) bool // who is told which services there are when a path has none; nil: nobody
+
+	Loops int // GOMAXPROCS: how many goroutines serve what needs no waiting; each has its own connections to instances
 
 	LogRequests bool         // one line a request
 	Log         *slog.Logger // nil: slog.Default()
@@ -113,6 +117,12 @@ func (cfg Config) withDefaults() (Config, error) {
 		return cfg, fmt.Errorf("proxy: Config.Breaker: %w", err)
 	}
 	gate.Close()
+	if cfg.Loops < 0 {
+		return cfg, fmt.Errorf("proxy: Config.Loops is %d: it must be at least 1, or 0 for GOMAXPROCS", cfg.Loops)
+	}
+	if cfg.Loops == 0 {
+		cfg.Loops = runtime.GOMAXPROCS(0)
+	}
 	if cfg.Ready == nil {
 		cfg.Ready = func() bool { return true }
 	}
@@ -133,12 +143,19 @@ type Proxy struct {
 	large      sync.Pool // of *[]byte, for bodies
 	workspaces sync.Pool // of *workspace
 	date       atomic.Pointer[dateLine]
+	workers    []*worker     // one for each loop
+	turns      atomic.Uint64 // the worker of the next connection
+	slowAfter  time.Duration // see the constant; less with a short request timeout
+
+	loops    sync.Once // starts what follows
+	group    *loop.Group
+	loopsErr error
 
 	closing    atomic.Bool    // Shutdown has begun
 	background sync.WaitGroup // what Close waits for
 
 	mu         sync.Mutex // guards what follows
-	listeners  []net.Listener
+	listeners  []io.Closer
 	conns      map[*conn]struct{} // open client connections
 	noConns    *sync.Cond         // conns has become empty
 	departures []departure        // services that lost their last instance, the oldest first
@@ -170,6 +187,11 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 		w.in.b = make([]byte, firstBuffer)
 		return w
 	}
+	p.workers = make([]*worker, cfg.Loops)
+	for i := range p.workers {
+		p.workers[i] = &worker{}
+	}
+	p.slowAfter = min(slowAfter, cfg.RequestTimeout/8)
 	p.conns = map[*conn]struct{}{}
 	p.noConns = sync.NewCond(&p.mu)
 	if route == nil {
@@ -196,11 +218,8 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 func (c *conn) handle() (keep bool) {
 	p, r, x := c.p, &c.req, &c.x
 	x.begin(time.Now())
-	if p.cfg.LogRequests {
-		defer c.logRequest()
-	}
-	if done, keep := c.local(); done {
-		return keep
+	if c.isLocal() {
+		return c.local()
 	}
 	s, err := p.find(r)
 	if err != nil {
@@ -213,19 +232,27 @@ func (c *conn) handle() (keep bool) {
 	if err := x.hold(false); err != nil {
 		return c.fail(err)
 	}
+	return x.run(stageReading)
+}
+
+// run asks one instance after the other until one has answered. The first attempt may have come to a stage on the loop.
+func (x *exchange) run(s stage) (keep bool) {
 	for {
-		u := x.pick()
-		if u == nil {
-			if x.err == nil {
-				x.err = errNoInstance
+		u := x.upstream
+		if s == stageReading {
+			if u = x.pick(); u == nil {
+				if x.err == nil {
+					x.err = errNoInstance
+				}
+				return x.c.fail(x.err)
 			}
-			return c.fail(x.err)
 		}
-		if err := x.send(u); err == nil {
+		if err := x.send(u, s == stageAsked); err == nil {
 			return x.finish()
 		} else if !x.again(err) {
-			return c.fail(x.err)
+			return x.c.fail(x.err)
 		}
+		s = stageReading
 	}
 }
 

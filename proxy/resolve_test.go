@@ -326,7 +326,7 @@ func TestAddrPolicyAtDial(t *testing.T) {
 		t.Error("a refused address was dialled")
 	default:
 	}
-	if _, err := u.dial("", time.Second); !errors.Is(err, errProhibited) {
+	if _, err := u.dial(0, time.Second); !errors.Is(err, errProhibited) {
 		t.Errorf("dial: %v", err)
 	}
 }

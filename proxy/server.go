@@ -9,10 +9,11 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"runtime/debug"
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"kerberos/proxy/loop"
 )
 
 // What a client may take its time for.
@@ -36,24 +37,27 @@ const (
 	stateClosed
 )
 
-// conn is one client connection: it serves one request after the other in a goroutine of its own.
+// conn is one client connection: it serves one request after the other, on its loop or, where that would have to wait, in
+// a goroutine.
 type conn struct {
 	p        *Proxy
-	nc       net.Conn
-	raw      syscall.RawConn       // nil: not a socket, so it cannot be looked at
-	ready    func(fd uintptr) bool // turn
-	peek     func(fd uintptr)
-	peeked   int
-	hungUp   bool
+	nc       net.Conn     // for a goroutine
+	sock     *loop.Socket // the same; nil if no loop watches it
 	peer     netip.Addr
 	trusted  bool
 	constant []byte // see forwardingFields
 	state    atomic.Int32
 	read     alarm
 	write    alarm
-	fd       uintptr       // the socket while turn runs, else 0
-	slow     bool          // turn has left a request to the slow way
-	patience time.Duration // for the next request to begin
+
+	// What follows belongs to the loop.
+	worker  *worker // nil: there is none
+	more    bool    // the socket may hold something
+	ending  bool    // the client may have ended its stream: it has if the socket holds nothing and does not say ErrAgain
+	slot    int     // in worker.waiting; -1: no request is at a backend
+	bucket  int     // in worker.wheel,
+	place   int     // and there; -1: not in it
+	expires int64   // the second of the wheel in which it is closed, unless something comes
 
 	*workspace // nil between requests
 }
@@ -70,10 +74,11 @@ type workspace struct {
 
 // occupy takes a workspace, and vacate gives it back.
 func (c *conn) occupy() {
-	if c.workspace == nil {
-		c.workspace = c.p.workspaces.Get().(*workspace)
-		c.x.c = c
+	if c.workspace != nil {
+		return
 	}
+	c.workspace = c.p.workspaces.Get().(*workspace)
+	c.x.c = c
 }
 
 func (c *conn) vacate() {
@@ -88,22 +93,30 @@ func (c *conn) vacate() {
 	}
 }
 
-// Serve accepts connections until Shutdown, which makes it return nil. Running out of file descriptors pauses it.
+// Serve accepts connections until Shutdown, which makes it return nil. It takes over the listener. Running out of file
+// descriptors pauses it.
 func (p *Proxy) Serve(ln net.Listener) error {
-	p.mu.Lock()
-	if p.closing.Load() {
-		p.mu.Unlock()
+	accept, closer, err := p.acceptor(ln)
+	if p.closing.Load() && err != nil {
 		ln.Close()
 		return nil
 	}
-	p.listeners = append(p.listeners, ln)
+	if err != nil {
+		return fmt.Errorf("serve %s: %w", ln.Addr(), err)
+	}
+	p.mu.Lock()
+	if p.closing.Load() {
+		p.mu.Unlock()
+		closer.Close()
+		return nil
+	}
+	p.listeners = append(p.listeners, closer)
 	p.mu.Unlock()
 	const shortest, longest = 5 * time.Millisecond, time.Second
 	for pause := shortest; ; {
-		nc, err := ln.Accept()
+		err := accept()
 		if err == nil {
 			pause = shortest
-			p.accepted(nc)
 			continue
 		}
 		if p.closing.Load() {
@@ -120,60 +133,117 @@ func (p *Proxy) Serve(ln net.Listener) error {
 	}
 }
 
+// acceptor returns what takes the next connection of a listener, and what ends that: connections of TCP go to the loops in
+// turn, any other is served by a goroutine.
+func (p *Proxy) acceptor(ln net.Listener) (accept func() error, _ io.Closer, _ error) {
+	tcp, ok := ln.(*net.TCPListener)
+	if !ok || !loop.Supported {
+		return func() error {
+			nc, err := ln.Accept()
+			if err == nil {
+				p.accepted(nc)
+			}
+			return err
+		}, ln, nil
+	}
+	if err := p.startLoops(); err != nil {
+		return nil, nil, err
+	}
+	l, err := loop.NewListener(tcp)
+	if err != nil {
+		return nil, nil, err
+	}
+	return func() error {
+		fd, remote, err := l.Accept()
+		if err == nil {
+			w := p.workers[p.turns.Add(1)%uint64(len(p.workers))]
+			w.loop.Do(func() { w.adopt(fd, remote) })
+		}
+		return err
+	}, l, nil
+}
+
 // temporary errors of accept pass: a limit of ours is reached, or the client left before it was accepted.
 func temporary(err error) bool {
 	return ownLimit(err) || errors.Is(err, syscall.ECONNABORTED) || errors.Is(err, syscall.EINTR)
 }
 
-// accepted starts a connection.
+// accepted starts a connection that no loop watches.
 func (p *Proxy) accepted(nc net.Conn) {
-	c := &conn{p: p, nc: nc}
+	var peer netip.Addr
 	if addr, ok := nc.RemoteAddr().(*net.TCPAddr); ok {
-		c.peer = addr.AddrPort().Addr().Unmap().WithZone("")
+		peer = addr.AddrPort().Addr()
 	}
-	c.trusted = p.trusts(c.peer)
-	c.constant = forwardingFields(c.peer)
-	if sc, ok := nc.(syscall.Conn); ok {
-		c.raw, _ = sc.SyscallConn()
-		c.peek = func(fd uintptr) { c.peeked, c.hungUp = peekSocket(fd), hungUp(fd) }
-		c.ready = c.turn
-	}
-	p.mu.Lock()
-	if p.closing.Load() {
-		p.mu.Unlock()
+	c := p.newConn(peer)
+	c.nc = nc
+	if !p.add(c) {
 		nc.Close()
 		return
 	}
-	p.conns[c] = struct{}{}
-	p.mu.Unlock()
-	go c.serve()
+	go c.serve(stageReading)
 }
 
-// serve runs the requests of a connection until one side closes it. A panic costs the request, not the process.
-func (c *conn) serve() {
+func (p *Proxy) newConn(peer netip.Addr) *conn {
+	peer = peer.Unmap().WithZone("")
+	return &conn{p: p, peer: peer, trusted: p.trusts(peer), constant: forwardingFields(peer), slot: -1, place: -1}
+}
+
+// add notes a connection, unless Shutdown has begun.
+func (p *Proxy) add(c *conn) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closing.Load() {
+		return false
+	}
+	p.conns[c] = struct{}{}
+	return true
+}
+
+func (p *Proxy) remove(c *conn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.conns, c)
+	if len(p.conns) == 0 {
+		p.noConns.Broadcast()
+	}
+}
+
+// serve runs requests of a connection in a goroutine: first the one that its loop has brought to a stage, then those that
+// have come in behind it. It ends by giving the connection back to the loop, if there is one, or when one side closes it. A
+// panic costs the request, not the process.
+func (c *conn) serve(s stage) {
+	rejoins := false
 	defer func() {
 		if failure := recover(); failure != nil {
-			c.p.log.Error("panic in a request", slog.Any("panic", failure), slog.String("stack", string(debug.Stack())))
-			c.fd = 0
-			c.x.abandon()
-			if !c.x.started {
-				c.refuse(errInternal, true)
-				c.linger()
-			}
-			c.workspace = nil // nobody knows what state it is in
+			c.logPanic(failure)
+			c.afterPanic()
+		}
+		if rejoins {
+			c.rejoin()
+			return
 		}
 		c.vacate()
 		c.state.Store(stateClosed)
 		c.nc.Close()
-		c.p.mu.Lock()
-		delete(c.p.conns, c)
-		if len(c.p.conns) == 0 {
-			c.p.noConns.Broadcast()
+		c.p.remove(c)
+		if c.worker != nil {
+			c.worker.loop.Do(func() { c.worker.forget(c) })
 		}
-		c.p.mu.Unlock()
 	}()
+	switch s {
+	case stageReading:
+	case stagePanicked:
+		c.afterPanic()
+		return
+	default:
+		if !c.after(c.resume(s)) {
+			return
+		}
+	}
 	for first := true; ; first = false {
-		if socketsAreRaw && c.raw != nil && !c.serveReady(first) {
+		if c.sock != nil && (s != stageReading || !first) && len(c.in.waiting()) == 0 {
+			c.vacate()
+			rejoins = true
 			return
 		}
 		c.occupy()
@@ -189,79 +259,50 @@ func (c *conn) serve() {
 			c.linger()
 			return
 		}
-		if head == nil || !c.serveOne() {
+		if head == nil || !c.after(c.handle()) {
 			return
 		}
 	}
 }
 
-// serveOne serves the request in c.req, and reports whether the connection can serve another one.
-func (c *conn) serveOne() bool {
-	keep := c.handle()
+// resume goes on with a request where the loop has left it.
+func (c *conn) resume(s stage) (keep bool) {
+	if s == stageAnswered {
+		return c.flush() == nil && c.x.keep
+	}
+	return c.x.run(s)
+}
+
+// after ends a request, and reports whether the connection can serve another one.
+func (c *conn) after(keep bool) bool {
+	if c.p.cfg.LogRequests {
+		c.logRequest()
+	}
 	if c.x.unread {
 		c.linger()
 	}
+	if !keep || c.p.closing.Load() {
+		return false
+	}
 	// Looked at again when idle: Shutdown may have passed by while the state was active.
-	if !keep || c.p.closing.Load() || !c.state.CompareAndSwap(stateActive, stateIdle) || c.p.closing.Load() {
+	if c.state.Load() == stateActive && (!c.state.CompareAndSwap(stateActive, stateIdle) || c.p.closing.Load()) {
 		return false
 	}
 	c.in.next()
 	return true
 }
 
-// serveReady serves requests as they come in, all in one wait for readiness: turn runs whenever the socket has something to
-// read, and what comes in while it runs makes it run again. So a connection needs no workspace while it waits. A request
-// for which more must be read than is there (the rest of a head, a body) is left to the slow way: then serveReady returns
-// true. It returns false when the connection is over.
-func (c *conn) serveReady(first bool) bool {
-	c.patience = idleTimeout
-	if first {
-		c.patience = firstByteTimeout
+// afterPanic gives up the request, and the workspace: nobody knows what state it is in.
+func (c *conn) afterPanic() {
+	if c.workspace == nil {
+		return
 	}
-	if c.read.arm(c.nc.SetReadDeadline, time.Now(), c.patience) != nil {
-		return false
+	c.x.abandon()
+	if !c.x.started {
+		c.refuse(errInternal, true)
+		c.linger()
 	}
-	c.slow = false
-	return c.raw.Read(c.ready) == nil && c.slow
-}
-
-// turn serves what has come in. It returns false to wait for more.
-func (c *conn) turn(fd uintptr) (done bool) {
-	c.occupy()
-	b := &c.in
-	for {
-		if b.r == b.w { // also when it has just been emptied: one event may tell of a request and of the end behind it
-			n, err := readSocket(fd, b.space(maxHead))
-			if err == errAgain {
-				c.vacate()
-				return c.read.arm(c.nc.SetReadDeadline, time.Now(), c.patience) != nil
-			}
-			if err != nil || n == 0 {
-				return true
-			}
-			b.w += n
-		}
-		w := b.waiting()
-		if c.slow = w[0] == '\r'; c.slow || !c.activate() { // an empty line is no request yet
-			return true
-		}
-		end := bytes.Index(w, headEnd) + len(headEnd)
-		c.slow = end < len(headEnd) || c.req.parse(w[:end], c.p.pseudonym, c.trusted) != nil ||
-			c.req.chunked || c.req.length > int64(len(w)-end)
-		if c.slow {
-			return true
-		}
-		c.head = w[:end]
-		b.r += end
-		b.base = b.r
-		c.fd = fd
-		keep := c.serveOne()
-		c.fd = 0
-		if !keep {
-			return true
-		}
-		c.patience = idleTimeout
-	}
+	c.workspace = nil
 }
 
 // readHead waits for a request head and returns it whole; it stays in the buffer until the request is done. nil without
@@ -329,31 +370,23 @@ func (c *conn) activate() bool {
 	return c.state.Load() == stateActive || c.state.CompareAndSwap(stateIdle, stateActive)
 }
 
-// flush sends what is in out. What the socket has room for needs no deadline.
+// flush sends what is in out.
 func (c *conn) flush() error {
 	rest := c.out
 	c.out = c.out[:0]
-	if c.fd != 0 && len(rest) > 0 {
-		if n, err := writeSocket(c.fd, rest); err == nil {
-			rest = rest[n:]
-		}
-	}
 	if len(rest) == 0 {
 		return nil
 	}
 	return c.send(rest)
 }
 
-// gone reports whether the client has left while we work for it: it has closed its side and all that it sent was read, or
-// the connection is reset or closed in both directions.
-func (c *conn) gone() bool {
-	return c.raw != nil && (c.raw.Control(c.peek) != nil || c.peeked == 0 || c.hungUp)
-}
+// gone reports whether the client has left while we work for it.
+func (c *conn) gone() bool { return c.sock != nil && c.sock.Gone() }
 
 // linger reads what a client still sends after an answer that came early, and drops it: closing at once would reset the
 // connection, and the answer could be lost on its way.
 func (c *conn) linger() {
-	if half, ok := c.nc.(interface{ CloseWrite() error }); ok && half.CloseWrite() == nil &&
+	if half, ok := c.nc.(halfCloser); ok && half.CloseWrite() == nil &&
 		c.nc.SetReadDeadline(time.Now().Add(lingerTimeout)) == nil {
 		_, _ = io.CopyN(io.Discard, c.nc, lingerBytes) // whatever ends it, the connection is closed next
 	}
@@ -369,10 +402,17 @@ func (p *Proxy) Shutdown(ctx context.Context) (cut int) {
 		ln.Close()
 	}
 	for c := range p.conns {
-		if c.state.CompareAndSwap(stateIdle, stateClosed) {
+		if c.worker == nil && c.state.CompareAndSwap(stateIdle, stateClosed) {
 			c.nc.Close()
 		}
 	}
+	p.mu.Unlock()
+	if p.noMoreLoops(); p.group != nil {
+		for _, w := range p.workers {
+			w.loop.Call(w.shutdown)
+		}
+	}
+	p.mu.Lock()
 	defer context.AfterFunc(ctx, func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
@@ -390,12 +430,19 @@ func (p *Proxy) Shutdown(ctx context.Context) (cut int) {
 	return cut
 }
 
+// halfCloser is a *net.TCPConn or a *loop.Socket.
+type halfCloser interface {
+	CloseRead() error
+	CloseWrite() error
+	SetLinger(seconds int) error
+}
+
 // cut ends a connection whatever it is doing. Its request finds out when it checks on its client, within 2 s; Close
 // would wait for that.
 func (c *conn) cut() {
-	if tcp, ok := c.nc.(*net.TCPConn); ok {
-		_ = tcp.CloseRead()
-		_ = tcp.CloseWrite()
+	if half, ok := c.nc.(halfCloser); ok {
+		_ = half.CloseRead()
+		_ = half.CloseWrite()
 		return
 	}
 	c.nc.Close()
@@ -415,6 +462,9 @@ func (p *Proxy) Close() {
 		return true
 	})
 	p.background.Wait()
+	if p.noMoreLoops(); p.group != nil {
+		p.group.Close()
+	}
 }
 
 // spawn runs f in a goroutine that Close waits for, unless Close has begun.
@@ -428,8 +478,8 @@ func (p *Proxy) spawn(f func()) {
 
 // reset makes the next close of the client connection a reset.
 func (c *conn) reset() {
-	if tcp, ok := c.nc.(*net.TCPConn); ok {
-		tcp.SetLinger(0)
+	if tcp, ok := c.nc.(halfCloser); ok {
+		_ = tcp.SetLinger(0)
 	}
 }
 
@@ -440,4 +490,12 @@ func (c *conn) send(data []byte) error {
 		_, err = c.nc.Write(data)
 	}
 	return err
+}
+
+// pool says whose connections to instances it uses.
+func (c *conn) pool() int {
+	if c.worker == nil {
+		return 0
+	}
+	return c.worker.index
 }

@@ -419,25 +419,10 @@ func TestAnswerBeforeRequest(t *testing.T) {
 			}
 			io.Copy(io.Discard, r)
 		})
-		conn, err := net.Dial("tcp", o.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		made, err := newBackendConn(conn, conn.(*net.TCPConn))
-		if err != nil {
-			t.Fatal(err)
-		}
-		c := made.(*backendConn)
-		if !c.plain() {
-			t.Skip("nothing is read inside a readiness wait here")
-		}
-		eventually(t, "the answer is there", func() bool { return !c.quiet() })
-		c.SetReadDeadline(time.Now().Add(time.Second))
-		c.ask([]byte(toHTTP11), false)
-		b := make([]byte, 100)
-		if n, err := c.Read(b); string(b[:n]) != answer || err != nil {
-			t.Errorf("ends %v: %q, %v", ends, b[:n], err)
+		g := startGateway(t, nil, nil)
+		g.register(t, "echo", "a", o.url())
+		if m := g.do(t, toHTTP11).want(t, 503); m.field("Proxy-Status") != "" {
+			t.Errorf("ends %v: %q", ends, m.head)
 		}
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/valyala/fasthttp"
 
 	"kerberos/cb"
+	"kerberos/proxy/loop"
 	"kerberos/registry"
 )
 
@@ -31,8 +32,8 @@ type upstream struct {
 	id      string
 	target  registry.Target
 	gate    *cb.Gate
-	pool    pool
-	tls     *tls.Config // nil: http
+	pools   []atomic.Pointer[pool] // one for each loop, made when it is first needed
+	tls     *tls.Config            // nil: http
 	dialer  net.Dialer
 
 	addresses atomic.Pointer[addresses]
@@ -58,8 +59,11 @@ type addresses struct {
 	err  error            // why one that was found is not in list
 }
 
-// pool is the part of fasthttp.HostClient that we use; lease stands for its unexported connection type.
-type pool interface {
+// pool is one HostClient, and the part of it that we use. Loops share none: a connection is watched by the loop that uses it.
+type pool struct{ connPool }
+
+// lease stands for the unexported connection type of HostClient.
+type connPool interface {
 	acquire(timeout time.Duration) (lease, error)
 	release(lease)
 	discard(lease)
@@ -78,8 +82,8 @@ type hostPool[C lease] struct {
 	idle       func()
 }
 
-func newPool[C lease](take func(time.Duration, bool) (C, error), give, drop func(C), idle func()) pool {
-	return &hostPool[C]{take, give, drop, idle}
+func newPool[C lease](take func(time.Duration, bool) (C, error), give, drop func(C), idle func()) *pool {
+	return &pool{&hostPool[C]{take, give, drop, idle}}
 }
 
 func (p *hostPool[C]) acquire(timeout time.Duration) (lease, error) { return p.take(timeout, false) }
@@ -108,14 +112,7 @@ func (s *service) newUpstream(in *registry.Instance) *upstream {
 			MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, ClientSessionCache: tls.NewLRUClientSessionCache(8),
 		}
 	}
-	hc := &fasthttp.HostClient{
-		Addr:                in.ID, // for its messages; dial knows where to
-		DialTimeout:         u.dial,
-		MaxConns:            math.MaxInt32,
-		MaxIdleConnDuration: cfg.UpstreamIdle,
-		ConnPoolStrategy:    fasthttp.LIFO, // the others grow idle and are closed
-	}
-	u.pool = newPool(hc.AcquireConn, hc.ReleaseConn, hc.CloseConn, hc.CloseIdleConnections)
+	u.pools = make([]atomic.Pointer[pool], len(s.proxy.workers))
 	switch {
 	case u.target.IP.IsValid():
 		u.setAddresses([]netip.AddrPort{netip.AddrPortFrom(u.target.IP, u.target.Port)})
@@ -202,15 +199,18 @@ func (u *upstream) setAddresses(found []netip.AddrPort) {
 
 // dial connects to the first address that answers, in timeout all together; it is the DialTimeout of the pool. All refused
 // is one failure: the first one is reported, but rather one of a handshake than of another address at which nobody listens.
-func (u *upstream) dial(_ string, timeout time.Duration) (net.Conn, error) {
+func (u *upstream) dial(i int, timeout time.Duration) (net.Conn, error) {
+	if timeout < 0 {
+		return nil, errNoIdle
+	}
 	end := time.Now().Add(timeout)
 	now := u.addresses.Load()
 	var failed error
-	for i, ap := range now.list {
-		conn, err := u.connect(ap, end)
+	for n, ap := range now.list {
+		conn, err := u.connect(i, ap, end)
 		if err == nil {
-			if i > 0 {
-				u.preferAddress(now, i)
+			if n > 0 {
+				u.preferAddress(now, n)
 			}
 			return conn, nil
 		}
@@ -232,7 +232,7 @@ func (e *handshakeError) Error() string { return e.cause.Error() }
 func (e *handshakeError) Unwrap() error { return e.cause }
 
 // connect dials one address, until end at the latest. It has the connect timeout, and a handshake has it again.
-func (u *upstream) connect(ap netip.AddrPort, end time.Time) (net.Conn, error) {
+func (u *upstream) connect(i int, ap netip.AddrPort, end time.Time) (net.Conn, error) {
 	if u.check(ap) != nil {
 		return nil, errProhibited
 	}
@@ -242,18 +242,37 @@ func (u *upstream) connect(ap netip.AddrPort, end time.Time) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	tcp := conn.(*net.TCPConn)
-	if u.tls == nil {
-		return newBackendConn(conn, tcp)
+	b, err := u.service.proxy.watch(i, conn.(*net.TCPConn))
+	if err != nil || u.tls == nil {
+		return b, err
 	}
-	secure := tls.Client(conn, u.tls)
+	secure := tls.Client(b.Conn, u.tls)
 	ctx, cancel := context.WithTimeout(context.Background(), min(u.dialer.Timeout, time.Until(end)))
 	defer cancel()
 	if err := secure.HandshakeContext(ctx); err != nil {
 		conn.Close()
 		return nil, &handshakeError{err}
 	}
-	return newBackendConn(secure, tcp)
+	b.Conn = secure
+	return b, nil
+}
+
+// watch has a loop watch a new connection.
+func (p *Proxy) watch(i int, tcp *net.TCPConn) (*backendConn, error) {
+	if !loop.Supported {
+		return &backendConn{Conn: tcp}, nil
+	}
+	if err := p.startLoops(); err != nil {
+		tcp.Close()
+		return nil, err
+	}
+	sock, err := p.group.Loops[i].Take(tcp)
+	if err != nil {
+		return nil, err
+	}
+	b := &backendConn{Conn: sock, sock: sock}
+	sock.SetHandler(b)
+	return b, nil
 }
 
 // preferAddress puts the i-th address first; a change that came in between wins.
@@ -265,32 +284,77 @@ func (u *upstream) preferAddress(seen *addresses, i int) {
 	u.addresses.CompareAndSwap(seen, next)
 }
 
-// acquire takes a connection from the pool, or a new one: only a new one if fresh is set. Whether a kept one can still be
-// used is found out with the request, see backendConn.
+// noDial is a timeout for AcquireConn that says: an idle connection or none.
+const noDial = -1
+
+// errNoIdle is what the dial function answers to that.
+var errNoIdle = errors.New("no connection is idle")
+
+// pool returns the pool of a loop.
+func (u *upstream) pool(i int) *pool {
+	if p := u.pools[i].Load(); p != nil {
+		return p
+	}
+	hc := &fasthttp.HostClient{
+		Addr:                u.id, // for its messages; dial knows where to
+		DialTimeout:         func(_ string, timeout time.Duration) (net.Conn, error) { return u.dial(i, timeout) },
+		MaxConns:            math.MaxInt32,
+		MaxIdleConnDuration: u.service.proxy.cfg.UpstreamIdle,
+		ConnPoolStrategy:    fasthttp.LIFO, // the others grow idle and are closed
+	}
+	u.pools[i].CompareAndSwap(nil, newPool(hc.AcquireConn, hc.ReleaseConn, hc.CloseConn, hc.CloseIdleConnections))
+	return u.pools[i].Load()
+}
+
+// acquire takes a connection from the pool of a loop, or a new one: only a new one if fresh is set. Whether a kept one can
+// still be used is for the caller to find out. The connection is held by the calling goroutine.
 //
 // A new connection takes at most timeout to make.
-func (u *upstream) acquire(fresh bool, timeout time.Duration) (l lease, conn *backendConn, reused bool, err error) {
+func (u *upstream) acquire(i int, fresh bool, timeout time.Duration) (l lease, conn *backendConn, reused bool, err error) {
 	for {
-		if l, err = u.pool.acquire(timeout); err != nil {
+		if l, err = u.pool(i).acquire(max(timeout, 0)); err != nil {
 			return nil, nil, false, err
 		}
 		conn, reused = l.Conn().(*backendConn), !l.LastUseTime().IsZero()
 		if !fresh || !reused {
+			if conn.sock != nil {
+				conn.sock.Hold()
+			}
 			return l, conn, reused, nil
 		}
-		u.pool.discard(l)
+		u.pool(i).discard(l)
+	}
+}
+
+// idle takes an idle connection for the loop that asks; nil if there is none that it can use.
+func (u *upstream) idle(i int) (lease, *backendConn) {
+	if u.tls != nil {
+		return nil, nil
+	}
+	for {
+		l, err := u.pool(i).acquire(noDial)
+		if err != nil {
+			return nil, nil
+		}
+		if conn := l.Conn().(*backendConn); conn.plain() && conn.quiet() {
+			return l, conn
+		}
+		u.pool(i).discard(l)
 	}
 }
 
 // release gives a connection back, or closes it if it cannot serve another request or the instance has left.
-func (u *upstream) release(l lease, reusable bool) {
+func (u *upstream) release(i int, l lease, reusable bool) {
 	if !reusable {
-		u.pool.discard(l)
+		u.pool(i).discard(l)
 		return
 	}
-	u.pool.release(l)
+	if conn := l.Conn().(*backendConn); conn.sock != nil {
+		conn.sock.Let()
+	}
+	u.pool(i).release(l)
 	if u.closed.Load() { // after the release: close may have emptied the pool a moment before
-		u.pool.closeIdle()
+		u.pool(i).closeIdle()
 	}
 }
 
@@ -335,5 +399,9 @@ func (u *upstream) close() {
 		u.resolver.stop()
 	}
 	u.resolver.mu.Unlock()
-	u.pool.closeIdle()
+	for i := range u.pools {
+		if p := u.pools[i].Load(); p != nil {
+			p.closeIdle()
+		}
+	}
 }

@@ -34,7 +34,7 @@ func scripted(t testing.TB, response string, closes bool) (*origin, *atomic.Int3
 }
 
 // steady keeps breakers closed, for tests that fail on purpose.
-func steady(cfg *Config) { cfg.Breaker = cb.Config{Failures: 1 << 20} }
+func steady(cfg *Config) { cfg.Breaker, cfg.Loops = cb.Config{Failures: 1 << 20}, 1 }
 
 const (
 	toHTTP11 = "GET /echo HTTP/1.1\r\nHost: a\r\n\r\n"

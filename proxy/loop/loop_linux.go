@@ -1,0 +1,330 @@
+package loop
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Supported says whether there are loops on this system.
+const Supported = true
+
+// The events of a Socket.
+const (
+	Readable Events = unix.EPOLLIN
+	HangUp   Events = unix.EPOLLRDHUP | unix.EPOLLHUP | unix.EPOLLERR // the peer has ended its stream, or all is over
+
+	writable Events = unix.EPOLLOUT
+	watched         = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLET&(1<<32-1)
+)
+
+const (
+	maxEvents = 256 // taken from the kernel at a time
+
+	// yieldEvery is how long a busy loop keeps its CPU from other goroutines: of API calls, streams, timers.
+	yieldEvery = 200 * time.Microsecond
+
+	// nap is how long a loop with nothing to do waits before it tells the scheduler. Its CPU is free for other programs at
+	// once, for other goroutines only after that; most waits of a loop with traffic are shorter, and cost a fifth.
+	nap = 50 * time.Microsecond
+)
+
+// Group is the loops of a program.
+type Group struct {
+	Loops []*Loop
+	table table
+	last  atomic.Uint32 // generation of a socket
+}
+
+// New starts n loops. Their sockets are told apart by tick's argument and Handler: tick, if not nil, is called on a loop
+// when the time that its last call returned, or an earlier one given to Within, has passed.
+func New(n int, tick func(loop int, now time.Time) time.Duration) (*Group, error) {
+	g := &Group{}
+	for i := range n {
+		l, err := g.newLoop(i, tick)
+		if err != nil {
+			g.Close()
+			return nil, err
+		}
+		g.Loops = append(g.Loops, l)
+		go l.run()
+	}
+	return g, nil
+}
+
+// Close ends the loops and waits for them. Sockets stay as they are, unwatched: close them before.
+func (g *Group) Close() {
+	for _, l := range g.Loops {
+		l.Do(func() { l.stopping = true })
+		<-l.ended
+	}
+}
+
+// Loop is one epoll instance and the goroutine that waits on it.
+type Loop struct {
+	group    *Group
+	epoll    int
+	eventfd  int
+	events   [maxEvents]unix.EpollEvent
+	now      time.Time
+	yielded  time.Time // when other goroutines last had a chance
+	woken    bool      // a goroutine was made ready
+	stopping bool
+	tick     func(now time.Time) time.Duration
+	tickAt   time.Time // zero: never
+	running  Handler   // whose Ready is running
+	ended    chan struct{}
+
+	parked  atomic.Bool // waits, or is about to: who leaves something in the inbox must wake it
+	pending atomic.Bool // the inbox is not empty
+	mu      sync.Mutex  // guards what follows
+	inbox   []func()
+	over    bool
+}
+
+func (g *Group) newLoop(i int, tick func(int, time.Time) time.Duration) (*Loop, error) {
+	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("epoll_create1: %w", err)
+	}
+	eventfd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		unix.Close(epoll)
+		return nil, fmt.Errorf("eventfd: %w", err)
+	}
+	l := &Loop{group: g, epoll: epoll, eventfd: eventfd, ended: make(chan struct{}), now: time.Now()}
+	if tick != nil {
+		l.tick = func(now time.Time) time.Duration { return tick(i, now) }
+	}
+	ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET&(1<<32-1), Fd: int32(eventfd)}
+	if err := unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, eventfd, &ev); err != nil {
+		l.release()
+		return nil, fmt.Errorf("epoll_ctl: %w", err)
+	}
+	return l, nil
+}
+
+func (l *Loop) release() {
+	unix.Close(l.epoll)
+	unix.Close(l.eventfd)
+}
+
+// Now is when the events at hand were taken from the kernel: a clock for what runs on the loop.
+func (l *Loop) Now() time.Time { return l.now }
+
+// Within has the next tick come after d at the latest. Call it on the loop.
+func (l *Loop) Within(d time.Duration) {
+	if at := l.now.Add(d); l.tickAt.IsZero() || at.Before(l.tickAt) {
+		l.tickAt = at
+	}
+}
+
+// Do has f run on the loop, soon. It reports false, and f does not run, if the loop has ended.
+func (l *Loop) Do(f func()) bool {
+	l.mu.Lock()
+	if l.over {
+		l.mu.Unlock()
+		return false
+	}
+	l.inbox = append(l.inbox, f)
+	l.mu.Unlock()
+	l.pending.Store(true)
+	if l.parked.Swap(false) {
+		one := [8]byte{1}
+		unix.Write(l.eventfd, one[:]) // cannot fail: the counter is far from full
+	}
+	return true
+}
+
+// Call has f run on the loop and waits for it; not to be called on the loop.
+func (l *Loop) Call(f func()) bool {
+	done := make(chan struct{})
+	if !l.Do(func() { defer close(done); f() }) {
+		return false
+	}
+	<-done
+	return true
+}
+
+func (l *Loop) run() {
+	defer close(l.ended)
+	for !l.stopping {
+		n := l.wait()
+		l.now = time.Now()
+		for done := 0; done < n; {
+			done = l.dispatch(done, n)
+		}
+		if l.pending.Load() {
+			l.runInbox()
+		}
+		if !l.tickAt.IsZero() && !l.now.Before(l.tickAt) {
+			l.tickAt = time.Time{}
+			l.safely(func() {
+				if d := l.tick(l.now); d != Never {
+					l.Within(d)
+				}
+			})
+		}
+		if l.woken || l.now.Sub(l.yielded) > yieldEvery {
+			l.yield()
+		}
+	}
+	l.mu.Lock()
+	l.over = true
+	l.mu.Unlock()
+	l.runInbox() // what came before over
+	l.release()
+}
+
+func (l *Loop) yield() {
+	l.woken, l.yielded = false, l.now
+	runtime.Gosched()
+}
+
+// wait takes events from the kernel; it returns none when there is something else to do.
+func (l *Loop) wait() int {
+	n, _ := l.poll(0)
+	if n > 0 || l.pending.Load() {
+		return n
+	}
+	l.yield()
+	rest := Never
+	if !l.tickAt.IsZero() {
+		if rest = time.Until(l.tickAt); rest <= 0 {
+			return 0
+		}
+	}
+	l.parked.Store(true)
+	if !l.pending.Load() {
+		n = l.sleep(rest)
+	}
+	l.parked.Store(false)
+	return n
+}
+
+func (l *Loop) sleep(rest time.Duration) int {
+	n, errno := l.poll(min(nap, rest))
+	if n > 0 || errno == unix.EINTR {
+		return n
+	}
+	ms := -1
+	if rest != Never {
+		ms = int((rest + time.Millisecond - 1) / time.Millisecond)
+	}
+	n, err := unix.EpollWait(l.epoll, l.events[:], ms)
+	if err != nil { // EINTR: nothing else can be wrong with these arguments
+		return 0
+	}
+	return n
+}
+
+// poll takes events, within d, without telling the scheduler that it waits.
+func (l *Loop) poll(d time.Duration) (int, syscall.Errno) {
+	ts := unix.NsecToTimespec(int64(d))
+	n, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_PWAIT2, uintptr(l.epoll), uintptr(unsafe.Pointer(&l.events[0])),
+		maxEvents, uintptr(unsafe.Pointer(&ts)), 0, 0)
+	if errno != 0 { // EINTR, or ENOSYS before Linux 5.11: then wait has EpollWait do it
+		return 0, errno
+	}
+	return int(n), 0
+}
+
+// dispatch hands out the events from i on, and returns how far it came: to n, unless a handler panicked.
+func (l *Loop) dispatch(i, n int) (done int) {
+	defer l.recover()
+	for done = i; done < n; {
+		ev := &l.events[done]
+		done++
+		if int(ev.Fd) == l.eventfd {
+			continue // its counter is never read: each write is an edge
+		}
+		s := l.group.table.find(int(ev.Fd))
+		if s == nil || s.generation != uint32(ev.Pad) {
+			continue // closed since
+		}
+		e := Events(ev.Events)
+		if s.held.Load() {
+			s.waits.wake(e)
+			l.woken = true
+			continue
+		}
+		l.running = s.handler
+		s.handler.Ready(e)
+		l.running = nil
+	}
+	return done
+}
+
+// Blame has Failed of h called, instead of that of the handler whose Ready is running, if that panics.
+func (l *Loop) Blame(h Handler) { l.running = h }
+
+// Guard runs f on the loop as if it were called by the handler's Ready: if it panics, Failed is called.
+func (l *Loop) Guard(h Handler, f func()) {
+	defer l.recover()
+	l.running = h
+	f()
+	l.running = nil
+}
+
+// recover is deferred; it tells the handler that was running of its panic.
+func (l *Loop) recover() {
+	if h := l.running; h != nil {
+		l.running = nil
+		failure := recover()
+		l.safely(func() { h.Failed(failure) })
+	}
+}
+
+// safely runs f; a panic there is told to nobody, because f is what would tell it.
+func (l *Loop) safely(f func()) {
+	defer func() {
+		if failure := recover(); failure != nil {
+			fmt.Fprintf(os.Stderr, "panic on a loop: %v\n", failure)
+		}
+	}()
+	f()
+}
+
+func (l *Loop) runInbox() {
+	l.mu.Lock()
+	fs := l.inbox
+	l.inbox = nil
+	l.pending.Store(false)
+	l.mu.Unlock()
+	for _, f := range fs {
+		l.safely(f)
+	}
+	l.woken = true // who left something there may be waiting for it
+}
+
+// table finds sockets by descriptor. Its parts are made when needed.
+type table [1 << 10]atomic.Pointer[[1 << 10]atomic.Pointer[Socket]]
+
+func (t *table) find(fd int) *Socket {
+	part := t[fd>>10].Load()
+	if part == nil {
+		return nil
+	}
+	return part[fd&(1<<10-1)].Load()
+}
+
+// set is called by whoever owns the descriptor. It reports false for one beyond the table (1,048,575).
+func (t *table) set(fd int, s *Socket) bool {
+	if fd>>10 >= len(t) {
+		return false
+	}
+	part := t[fd>>10].Load()
+	if part == nil {
+		t[fd>>10].CompareAndSwap(nil, new([1 << 10]atomic.Pointer[Socket]))
+		part = t[fd>>10].Load()
+	}
+	part[fd&(1<<10-1)].Store(s)
+	return true
+}

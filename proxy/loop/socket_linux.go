@@ -1,0 +1,460 @@
+package loop
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrAgain says that a socket is not ready.
+var ErrAgain = errors.New("not ready")
+
+// Socket is a TCP connection that a loop watches. It is a net.Conn for the goroutine that holds it.
+type Socket struct {
+	fd         int
+	generation uint32 // tells it from others that had its descriptor
+	loop       *Loop
+	handler    Handler
+	remote     netip.AddrPort
+	held       atomic.Bool // by a goroutine
+	waits      *waits      // nil until first held
+
+	closed   atomic.Bool
+	users    atomic.Int32 // calls that use the descriptor now, and one until it is closed
+	released atomic.Bool  // the descriptor is closed
+}
+
+// Watch makes a Socket of a non-blocking descriptor, which it owns from then on, and watches it. It is held if held is set:
+// its handler may still be nil then, and hears nothing before Give or Let.
+func (l *Loop) Watch(fd int, remote netip.AddrPort, h Handler, held bool) (*Socket, error) {
+	s := &Socket{fd: fd, generation: l.group.last.Add(1), loop: l, handler: h, remote: remote}
+	s.users.Store(1)
+	if held {
+		s.Hold()
+	}
+	if !l.group.table.set(fd, s) {
+		unix.Close(fd)
+		return nil, fmt.Errorf("descriptor %d: %w", fd, unix.EMFILE)
+	}
+	ev := unix.EpollEvent{Events: watched, Fd: int32(fd), Pad: int32(s.generation)}
+	if err := unix.EpollCtl(l.epoll, unix.EPOLL_CTL_ADD, fd, &ev); err != nil {
+		s.Close()
+		return nil, os.NewSyscallError("epoll_ctl", err)
+	}
+	return s, nil
+}
+
+// Take makes a Socket of a connection, which is closed: its descriptor lives on in the socket. The socket is held.
+func (l *Loop) Take(conn *net.TCPConn) (*Socket, error) {
+	defer conn.Close()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	fd := -1
+	if err := raw.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
+		return nil, err
+	}
+	if err != nil {
+		return nil, os.NewSyscallError("fcntl", err)
+	}
+	return l.Watch(fd, conn.RemoteAddr().(*net.TCPAddr).AddrPort(), nil, true)
+}
+
+// SetHandler says who is told; only while the socket is held.
+func (s *Socket) SetHandler(h Handler) { s.handler = h }
+
+// Hold takes the socket from its loop, for a goroutine: the handler is told nothing any more. The caller must own it.
+func (s *Socket) Hold() {
+	if s.waits == nil {
+		s.waits = newWaits()
+	}
+	s.held.Store(true)
+}
+
+// Let leaves the socket to its loop, from any goroutine. What happened on it before that the handler is not told.
+func (s *Socket) Let() { s.held.Store(false) }
+
+// Held says whether a goroutine has it. On its loop.
+func (s *Socket) Held() bool { return s.held.Load() }
+
+// Forget is Let on the loop, where nobody else holds on to the socket; it costs nothing any more then.
+func (s *Socket) Forget() {
+	s.held.Store(false)
+	s.waits.stop()
+	s.waits = nil
+}
+
+// TryRead reads what has come in; ErrAgain if nothing has. 0 without an error is the end of the stream. For the loop.
+func (s *Socket) TryRead(b []byte) (int, error) { return read(s.fd, b) }
+
+// TryWrite writes what there is room for; ErrAgain if there is none. For the loop.
+func (s *Socket) TryWrite(b []byte) (int, error) { return write(s.fd, b) }
+
+// Peek looks at what has come in without taking it: the number of bytes (1 means one or more), 0 at the end of the stream
+// or on an error, -1 if there is nothing.
+func (s *Socket) Peek() int {
+	if !s.enter() {
+		return 0
+	}
+	defer s.leave()
+	return peek(s.fd)
+}
+
+// Gone reports whether the peer has left: it has ended its stream and all of that was read, or the connection is reset or
+// closed in both directions, which bytes that wait to be read hide from a peek.
+func (s *Socket) Gone() bool {
+	if !s.enter() {
+		return true
+	}
+	defer s.leave()
+	if peek(s.fd) == 0 {
+		return true
+	}
+	fds := []unix.PollFd{{Fd: int32(s.fd)}} // POLLERR and POLLHUP are always looked for
+	n, err := unix.Poll(fds, 0)
+	return err == nil && n > 0 && fds[0].Revents&(unix.POLLERR|unix.POLLHUP) != 0
+}
+
+// enter keeps the descriptor open until leave; false if it is closed.
+func (s *Socket) enter() bool {
+	s.users.Add(1)
+	if s.closed.Load() {
+		s.leave()
+		return false
+	}
+	return true
+}
+
+func (s *Socket) leave() {
+	if s.users.Add(-1) == 0 && s.released.CompareAndSwap(false, true) {
+		s.loop.group.table.set(s.fd, nil) // before another connection can get the descriptor
+		unix.Close(s.fd)
+	}
+}
+
+// Close closes the connection. Calls under way in other goroutines return net.ErrClosed.
+func (s *Socket) Close() error {
+	if !s.closed.CompareAndSwap(false, true) {
+		return net.ErrClosed
+	}
+	if s.users.Load() > 1 {
+		unix.Shutdown(s.fd, unix.SHUT_RDWR) // now, not when they have left
+	}
+	if s.held.Load() {
+		s.waits.wake(Readable | writable)
+	}
+	s.leave()
+	return nil
+}
+
+// Read reads what has come in, or waits for it until the read deadline. For who holds the socket, as all that follows.
+func (s *Socket) Read(b []byte) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	if !s.enter() {
+		return 0, net.ErrClosed
+	}
+	defer s.leave()
+	for !s.waits.in.passed() {
+		n, err := read(s.fd, b)
+		switch {
+		case err == ErrAgain:
+		case err != nil:
+			return 0, os.NewSyscallError("read", err)
+		case n == 0:
+			return 0, io.EOF
+		default:
+			return n, nil
+		}
+		if err := s.await(&s.waits.in); err != nil {
+			return 0, err
+		}
+	}
+	return 0, os.ErrDeadlineExceeded
+}
+
+// Write writes all of b, within the write deadline.
+func (s *Socket) Write(b []byte) (n int, err error) {
+	if !s.enter() {
+		return 0, net.ErrClosed
+	}
+	defer s.leave()
+	for !s.waits.out.passed() {
+		m, err := write(s.fd, b[n:])
+		if err != nil && err != ErrAgain {
+			return n, os.NewSyscallError("write", err)
+		}
+		if n += m; n == len(b) {
+			return n, nil
+		}
+		if m > 0 {
+			continue // there may be room for more
+		}
+		if err := s.await(&s.waits.out); err != nil {
+			return n, err
+		}
+	}
+	return n, os.ErrDeadlineExceeded
+}
+
+// await waits for readiness of one side.
+func (s *Socket) await(side *side) error {
+	if err := side.wait(); err != nil {
+		return err
+	}
+	if s.closed.Load() {
+		return net.ErrClosed
+	}
+	return nil
+}
+
+// SetDeadline is both of the following.
+func (s *Socket) SetDeadline(t time.Time) error {
+	if err := s.SetReadDeadline(t); err != nil {
+		return err
+	}
+	return s.SetWriteDeadline(t)
+}
+
+// SetReadDeadline says until when Read waits; zero: for ever.
+func (s *Socket) SetReadDeadline(t time.Time) error { return s.setDeadline(&s.waits.in, t) }
+
+// SetWriteDeadline says until when Write waits; zero: for ever.
+func (s *Socket) SetWriteDeadline(t time.Time) error { return s.setDeadline(&s.waits.out, t) }
+
+func (s *Socket) setDeadline(side *side, t time.Time) error {
+	if s.closed.Load() {
+		return net.ErrClosed
+	}
+	side.set(t)
+	return nil
+}
+
+// CloseRead and CloseWrite end one direction. They may be called by anybody.
+func (s *Socket) CloseRead() error { return s.shutdown(unix.SHUT_RD) }
+
+// CloseWrite ends the stream to the peer.
+func (s *Socket) CloseWrite() error { return s.shutdown(unix.SHUT_WR) }
+
+func (s *Socket) shutdown(how int) error {
+	if !s.enter() {
+		return net.ErrClosed
+	}
+	defer s.leave()
+	return os.NewSyscallError("shutdown", unix.Shutdown(s.fd, how))
+}
+
+// SetLinger is that of net.TCPConn: 0 makes the next close a reset.
+func (s *Socket) SetLinger(seconds int) error {
+	if !s.enter() {
+		return net.ErrClosed
+	}
+	defer s.leave()
+	linger := unix.Linger{Onoff: 1, Linger: int32(seconds)}
+	if seconds < 0 {
+		linger = unix.Linger{}
+	}
+	return os.NewSyscallError("setsockopt", unix.SetsockoptLinger(s.fd, unix.SOL_SOCKET, unix.SO_LINGER, &linger))
+}
+
+// RemoteAddr is the peer's.
+func (s *Socket) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(s.remote) }
+
+// LocalAddr is ours; nil once the socket is closed.
+func (s *Socket) LocalAddr() net.Addr {
+	if !s.enter() {
+		return nil
+	}
+	defer s.leave()
+	name, err := unix.Getsockname(s.fd)
+	if err != nil {
+		return nil
+	}
+	return net.TCPAddrFromAddrPort(addrPort(name))
+}
+
+func addrPort(name unix.Sockaddr) netip.AddrPort {
+	switch a := name.(type) {
+	case *unix.SockaddrInet4:
+		return netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port))
+	case *unix.SockaddrInet6:
+		return netip.AddrPortFrom(netip.AddrFrom16(a.Addr), uint16(a.Port))
+	}
+	return netip.AddrPort{}
+}
+
+// waits is what the goroutines that hold a socket wait for.
+type waits struct{ in, out side }
+
+func newWaits() *waits {
+	w := &waits{}
+	for _, s := range []*side{&w.in, &w.out} {
+		s.ready, s.over = make(chan struct{}, 1), make(chan struct{})
+	}
+	return w
+}
+
+func (w *waits) wake(e Events) {
+	if e&(Readable|HangUp) != 0 {
+		w.in.wake()
+	}
+	if e&(writable|HangUp) != 0 {
+		w.out.wake()
+	}
+}
+
+func (w *waits) stop() {
+	w.in.set(time.Time{})
+	w.out.set(time.Time{})
+}
+
+// side is one direction of a socket.
+type side struct {
+	ready chan struct{} // holds one token if something has happened since the last one was taken
+
+	mu    sync.Mutex    // guards what follows
+	at    time.Time     // the deadline; zero: none
+	over  chan struct{} // closed when it has passed
+	timer *time.Timer
+}
+
+func (s *side) wake() {
+	select {
+	case s.ready <- struct{}{}:
+	default:
+	}
+}
+
+// wait returns when something has happened, or os.ErrDeadlineExceeded.
+func (s *side) wait() error {
+	s.mu.Lock()
+	over := s.over
+	s.mu.Unlock()
+	select {
+	case <-s.ready:
+		return nil
+	case <-over:
+		return os.ErrDeadlineExceeded
+	}
+}
+
+// passed says that the deadline has passed.
+func (s *side) passed() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	select {
+	case <-s.over:
+		return true
+	default:
+		return false
+	}
+}
+
+// set moves the deadline; a wait under way sees it only if it is over, or was not before.
+func (s *side) set(t time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.at = t
+	select {
+	case <-s.over:
+		s.over = make(chan struct{})
+	default:
+	}
+	switch d := time.Until(t); {
+	case t.IsZero():
+		if s.timer != nil {
+			s.timer.Stop()
+		}
+	case d <= 0:
+		close(s.over)
+	case s.timer == nil:
+		s.timer = time.AfterFunc(d, s.fire)
+	default:
+		s.timer.Reset(d)
+	}
+}
+
+func (s *side) fire() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.at.IsZero() || time.Now().Before(s.at) {
+		return // it was moved
+	}
+	select {
+	case <-s.over:
+	default:
+		close(s.over)
+	}
+}
+
+var _ net.Conn = (*Socket)(nil)
+
+// Listener accepts connections as descriptors that Go's own poller does not know.
+type Listener struct {
+	file   *os.File
+	raw    syscall.RawConn
+	accept func(fd uintptr) bool
+	fd     int
+	name   unix.Sockaddr
+	err    error
+}
+
+// NewListener takes over a listener, which is closed: its descriptor lives on in the Listener. Connections inherit their
+// options from it: no delay, and keep-alive probes after 15 s as Go's own have.
+func NewListener(ln *net.TCPListener) (*Listener, error) {
+	defer ln.Close()
+	file, err := ln.File()
+	if err != nil {
+		return nil, err
+	}
+	l := &Listener{file: file}
+	if l.raw, err = file.SyscallConn(); err != nil {
+		file.Close()
+		return nil, err
+	}
+	var failed error
+	err = l.raw.Control(func(fd uintptr) {
+		for _, o := range [][3]int{
+			{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
+			{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+			{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 15},
+			{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15},
+		} {
+			failed = errors.Join(failed, os.NewSyscallError("setsockopt", unix.SetsockoptInt(int(fd), o[0], o[1], o[2])))
+		}
+	})
+	if err = errors.Join(err, failed); err != nil {
+		file.Close()
+		return nil, err
+	}
+	l.accept = func(fd uintptr) bool {
+		l.fd, l.name, l.err = unix.Accept4(int(fd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+		return l.err != unix.EAGAIN
+	}
+	return l, nil
+}
+
+// Accept waits for the next connection. One caller at a time.
+func (l *Listener) Accept() (fd int, remote netip.AddrPort, err error) {
+	if err := l.raw.Read(l.accept); err != nil {
+		return -1, netip.AddrPort{}, err
+	}
+	if l.err != nil {
+		return -1, netip.AddrPort{}, os.NewSyscallError("accept4", l.err)
+	}
+	return l.fd, addrPort(l.name), nil
+}
+
+// Close ends Accept.
+func (l *Listener) Close() error { return l.file.Close() }

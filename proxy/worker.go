@@ -1,0 +1,414 @@
+package proxy
+
+import (
+	"bytes"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"runtime/debug"
+	"time"
+
+	"kerberos/proxy/loop"
+)
+
+const (
+	// slowAfter is how long a loop waits for a backend; then a goroutine does, which also looks after the client.
+	slowAfter = 100 * time.Millisecond
+
+	wheelSize = 128              // seconds, more than any timeout that the wheel keeps
+	readSize  = maxWhole + 8<<10 // a response that is read whole, with its head
+	headroom  = 1 << 10          // in front of what is read: a head that has grown finds room before its body
+	maxSpare  = 256              // workspaces that a worker keeps
+)
+
+// worker is what the connections of one loop share; only the loop touches it.
+//
+// A request whose head and body come at once, for an instance to which a connection is idle, and whose answer comes at
+// once too, is served on the loop from end to end: step sends it, answered sends the answer, and no goroutine is needed.
+// Whatever else happens is left to a goroutine (see conn.slow), which goes on from where the loop has come to, in the code
+// that all other connections use. So nothing here is the only place where a thing is done, and nothing here waits.
+type worker struct {
+	p       *Proxy
+	loop    *loop.Loop
+	index   int          // of the loop, and of the pools that its connections use
+	in      []byte       // what a backend has just sent, behind headroom
+	out     []byte       // what is about to be sent
+	spare   []*workspace // the warmest last
+	waiting []*conn      // their requests are at backends
+	wheel   [wheelSize][]*conn
+	second  int64     // of the wheel: the last one that is done
+	began   time.Time // when second was 0
+	conns   int       // in the wheel
+}
+
+// startLoops starts the loops, one for each CPU that the program may use.
+func (p *Proxy) startLoops() error {
+	p.loops.Do(func() {
+		p.group, p.loopsErr = loop.New(len(p.workers), func(i int, now time.Time) time.Duration { return p.workers[i].tick(now) })
+		if p.loopsErr != nil {
+			return
+		}
+		for i, l := range p.group.Loops {
+			l.Call(func() {
+				*p.workers[i] = worker{p: p, loop: l, index: i, in: make([]byte, headroom+readSize), began: l.Now()}
+			})
+		}
+	})
+	return p.loopsErr
+}
+
+// noMoreLoops has startLoops fail from now on, unless it was called before.
+func (p *Proxy) noMoreLoops() {
+	p.loops.Do(func() { p.loopsErr = errors.New("the gateway is shut down") })
+}
+
+// adopt takes over a connection that was accepted. On the loop.
+func (w *worker) adopt(fd int, remote netip.AddrPort) {
+	c := w.p.newConn(remote.Addr())
+	c.worker = w
+	sock, err := w.loop.Watch(fd, remote, c, false)
+	if err != nil {
+		w.p.log.Warn("connection refused", slog.String("reason", err.Error()))
+		return
+	}
+	c.sock, c.nc = sock, sock
+	if !w.p.add(c) {
+		sock.Close()
+		return
+	}
+	w.conns++
+	w.keep(c, firstByteTimeout)
+}
+
+// keep has a connection close unless a request comes within d.
+func (w *worker) keep(c *conn, d time.Duration) {
+	c.expires = w.seconds(w.loop.Now().Add(d + time.Second))
+	if c.place < 0 {
+		w.shelve(c, c.expires)
+	}
+	w.loop.Within(time.Second)
+}
+
+func (w *worker) seconds(t time.Time) int64 { return int64(t.Sub(w.began) / time.Second) }
+
+// shelve puts a connection into the wheel, to be looked at in that second. It stays there when it expires later: a
+// kept-alive connection costs a look a minute, not one a request.
+func (w *worker) shelve(c *conn, second int64) {
+	c.bucket = int(second % wheelSize)
+	c.place = len(w.wheel[c.bucket])
+	w.wheel[c.bucket] = append(w.wheel[c.bucket], c)
+}
+
+func (w *worker) unshelve(c *conn) {
+	bucket := w.wheel[c.bucket]
+	last := bucket[len(bucket)-1]
+	bucket[c.place], last.place = last, c.place
+	bucket[len(bucket)-1] = nil
+	w.wheel[c.bucket] = bucket[:len(bucket)-1]
+	c.place = -1
+}
+
+// tick leaves requests that take long to goroutines, and closes connections on which nothing comes.
+func (w *worker) tick(now time.Time) time.Duration {
+	patience := w.p.slowAfter
+	for i := len(w.waiting) - 1; i >= 0; i-- {
+		if c := w.waiting[i]; now.Sub(c.x.began) >= patience {
+			c.slow(stageAsked)
+		}
+	}
+	now2 := w.seconds(now)
+	for w.second = max(w.second, now2-wheelSize); w.second < now2; {
+		w.second++
+		w.expire(w.second)
+	}
+	switch {
+	case len(w.waiting) > 0:
+		return patience / 2
+	case w.conns > 0:
+		return time.Second
+	}
+	return loop.Never
+}
+
+// expire looks at the connections of one second.
+func (w *worker) expire(second int64) {
+	bucket := w.wheel[second%wheelSize]
+	for i := len(bucket) - 1; i >= 0; i-- {
+		c := bucket[i]
+		switch {
+		case c.sock.Held() || c.slot >= 0:
+			w.unshelve(c)
+			w.shelve(c, second+wheelSize/2)
+		case c.expires > second:
+			w.unshelve(c)
+			w.shelve(c, c.expires)
+		default:
+			c.close()
+		}
+	}
+}
+
+// shutdown closes what is idle, and leaves requests under way to goroutines, which Shutdown can count and cut.
+func (w *worker) shutdown() {
+	for _, bucket := range w.wheel {
+		for _, c := range append([]*conn(nil), bucket...) {
+			switch {
+			case c.slot >= 0:
+				c.slow(stageAsked)
+			case !c.sock.Held():
+				c.close()
+			case c.state.CompareAndSwap(stateIdle, stateClosed):
+				c.cut()
+			}
+		}
+	}
+}
+
+// await notes that the request of a connection is at a backend; done that it is no more.
+func (w *worker) await(c *conn) {
+	c.slot = len(w.waiting)
+	w.waiting = append(w.waiting, c)
+	w.loop.Within(w.p.slowAfter)
+}
+
+func (w *worker) done(c *conn) {
+	last := w.waiting[len(w.waiting)-1]
+	w.waiting[c.slot], last.slot = last, c.slot
+	w.waiting[len(w.waiting)-1] = nil
+	w.waiting = w.waiting[:len(w.waiting)-1]
+	c.slot = -1
+	c.x.backend.client = nil
+}
+
+// A stage is how far the loop has come with a request.
+type stage uint8
+
+const (
+	stageReading  stage = iota // not to its end, or it is none that a loop serves
+	stagePicked                // to an instance, to which no connection is idle
+	stageAsked                 // it is at the instance, but for x.unsent
+	stageAnswered              // the answer was made, and what of it was not sent is in c.out
+	stagePanicked
+)
+
+// Ready is called by the loop.
+func (c *conn) Ready(e loop.Events) {
+	if e&(loop.Readable|loop.HangUp) == 0 {
+		return
+	}
+	c.more = true
+	c.ending = c.ending || e&loop.HangUp != 0
+	switch {
+	case c.slot < 0:
+		c.step()
+	case e&loop.HangUp != 0: // in the middle of a request
+		c.slow(stageAsked)
+	}
+}
+
+// step reads requests and sends them to backends, until one is under way or nothing more has come in.
+func (c *conn) step() {
+	for {
+		c.occupy()
+		b := &c.in
+		if b.r == b.w {
+			if !c.more {
+				c.vacate()
+				return
+			}
+			room := b.space(maxHead)
+			n, err := c.sock.TryRead(room)
+			if err == loop.ErrAgain {
+				c.more, c.ending = false, false
+				continue
+			}
+			if err != nil || n == 0 {
+				c.close()
+				return
+			}
+			b.w += n
+			c.more = n == len(room) || c.ending
+		}
+		if s, ok := c.ask(); !ok {
+			c.slow(s)
+			return
+		}
+		return
+	}
+}
+
+// ask sends the request that has come in to an instance. If it is not one for the loop, ok is false, and s says how far it
+// came with it.
+func (c *conn) ask() (s stage, ok bool) {
+	b, r, x, w := &c.in, &c.req, &c.x, c.worker
+	waiting := b.waiting()
+	end := bytes.Index(waiting, headEnd) + len(headEnd)
+	if end < len(headEnd) || waiting[0] == '\r' || r.parse(waiting[:end], c.p.pseudonym, c.trusted) != nil ||
+		r.chunked || r.length > int64(len(waiting)-end) || c.isLocal() {
+		return stageReading, false
+	}
+	x.begin(w.loop.Now())
+	service, err := c.p.find(r)
+	if err != nil {
+		return stageReading, false
+	}
+	v := service.view.Load()
+	if len(v.probing) > 0 || len(v.ready) == 0 {
+		return stageReading, false
+	}
+	x.use(v)
+	i := v.balancer.Pick(x.key, &x.tried)
+	if i < 0 || !x.admit(v.ready[i]) {
+		return stageReading, false
+	}
+	x.tried.Add(i)
+	x.service = service
+	c.head = waiting[:end]
+	b.r += end
+	b.base = b.r
+	_ = x.hold(false) // it is all here
+	u := x.upstream
+	if x.lease, x.backend = u.idle(w.index); x.lease == nil {
+		return stagePicked, false
+	}
+	x.attempts, x.sent, x.reused = 1, x.began, true
+	out := append(c.appendHead(w.out[:0], r, &u.target), x.held...)
+	w.out = out[:0]
+	n, _ := x.backend.sock.TryWrite(out) // an error is one of the next write too
+	x.written = n > 0
+	x.backend.client = c
+	w.await(c)
+	if n < len(out) {
+		x.unsent = append([]byte(nil), out[max(n, 0):]...)
+		return stageAsked, false
+	}
+	return stageAsked, true
+}
+
+// answered is called by the loop when something has come from the backend. An answer that is there as a whole is sent.
+func (c *conn) answered(e loop.Events) {
+	x, w := &c.x, c.worker
+	room := w.in[headroom:]
+	n, err := x.backend.sock.TryRead(room)
+	if err == loop.ErrAgain {
+		return
+	}
+	data := room[:max(n, 0)]
+	end := bytes.Index(data, headEnd) + len(headEnd)
+	if end < len(headEnd) || !x.res.parse(data[:end]) || x.res.status < 200 || !x.whole(len(data)-end) {
+		x.back.b = x.borrow(backBuffer)
+		x.back.base, x.back.r, x.back.w = 0, 0, copy(x.back.b, data)
+		c.slow(stageAsked)
+		return
+	}
+	out := x.appendResponse(w.out[:0])
+	w.out = out[:0]
+	body := data[end:]
+	if x.res.bodyless(string(c.req.Method) == "HEAD") {
+		body = nil
+	} else {
+		body = body[:x.res.length]
+	}
+	if start := headroom + end - len(out); len(body) > headroom && start >= 0 {
+		copy(w.in[start:], out) // in front of the body: spare the copy of the larger one
+		out = w.in[start : headroom+end+len(body)]
+	} else {
+		out = append(out, body...)
+		w.out = out[:0]
+	}
+	w.done(c)
+	x.started, x.status = true, x.res.status
+	x.end(x.verdict())
+	x.release(end+len(body) == len(data) && e&loop.HangUp == 0)
+	n, err = c.sock.TryWrite(out)
+	switch {
+	case n == len(out):
+		if c.after(x.keep) {
+			w.keep(c, idleTimeout)
+			c.step()
+		} else {
+			c.close()
+		}
+	case err == nil || err == loop.ErrAgain:
+		c.out = append(c.out[:0], out[max(n, 0):]...)
+		c.slow(stageAnswered)
+	default:
+		c.after(false)
+		c.close()
+	}
+}
+
+// slow leaves the connection, and the request on it, to a goroutine.
+func (c *conn) slow(s stage) {
+	if c.slot >= 0 {
+		c.x.backend.sock.Hold()
+		c.worker.done(c)
+	}
+	if s != stageReading {
+		c.state.Store(stateActive)
+	}
+	c.sock.Hold()
+	go c.serve(s)
+}
+
+// rejoin gives the connection back to its loop, from the goroutine that has served it.
+func (c *conn) rejoin() {
+	c.worker.loop.Do(func() {
+		c.sock.Forget()
+		c.read.disarm()
+		c.write.disarm()
+		if c.p.closing.Load() {
+			c.close()
+			return
+		}
+		c.more, c.ending = true, true // events that came in the meantime were not told
+		c.worker.keep(c, idleTimeout)
+		c.worker.loop.Guard(c, c.step)
+	})
+}
+
+// close ends the connection. On the loop.
+func (c *conn) close() {
+	c.vacate()
+	c.state.Store(stateClosed)
+	c.sock.Close()
+	c.worker.forget(c)
+	c.p.remove(c)
+}
+
+// forget takes a closed connection out of the wheel.
+func (w *worker) forget(c *conn) {
+	if c.place >= 0 {
+		w.unshelve(c)
+		w.conns--
+	}
+}
+
+// Failed is called by the loop after a panic: it costs the request, not the process.
+func (c *conn) Failed(failure any) {
+	c.logPanic(failure)
+	if c.workspace == nil {
+		c.close()
+		return
+	}
+	c.slow(stagePanicked)
+}
+
+func (c *conn) logPanic(failure any) {
+	c.p.log.Error("panic in a request", slog.Any("panic", failure), slog.String("stack", string(debug.Stack())))
+}
+
+// Ready is called by the loop: it brings an answer, or the connection can no longer be used.
+func (b *backendConn) Ready(e loop.Events) {
+	switch c := b.client; {
+	case e&(loop.Readable|loop.HangUp) == 0:
+	case c != nil:
+		c.worker.loop.Blame(c)
+		c.answered(e)
+	case b.sock.Peek() >= 0: // while it was idle
+		b.dead.Store(true)
+	}
+}
+
+// Failed is called by the loop after a panic that was no client's.
+func (b *backendConn) Failed(any) { b.dead.Store(true) }
