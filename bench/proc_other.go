@@ -9,9 +9,9 @@ import (
 	"syscall"
 )
 
-func pickCPUs() cpus { return cpus{noCPU, noCPU} }
+func pickCPUs() cpus { return cpus{} }
 
-func startOn(_ int, cmd *exec.Cmd) error { return cmd.Start() }
+func startOn(_ cpuSet, cmd *exec.Cmd) error { return cmd.Start() }
 
 func childAttr() *syscall.SysProcAttr { return nil }
 
