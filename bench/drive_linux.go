@@ -52,7 +52,6 @@ func drive(l load, addr string, rate float64, d time.Duration, begin func() erro
 }
 
 const (
-	lastWait  = 2 * time.Second
 	primeWait = 10 * time.Second
 	primeAt   = 64 // first requests at a time: so many connections to the origin they make
 )
@@ -75,6 +74,7 @@ type driver struct {
 	elapsed           time.Duration
 	latency, late     histogram
 	badStatus, errors int
+	unanswered        int
 }
 
 // conn is one connection.
@@ -200,19 +200,19 @@ func (dr *driver) open(rate float64, d time.Duration) error {
 		}
 	}
 	dr.elapsed = time.Duration(dr.now() - begin)
-	for ; dr.sent < total; dr.sent++ { // never sent, but due: the longest waits of all
-		dr.errors++
+	for ; dr.sent < total; dr.sent++ { // due, but never sent: the longest waits of all
+		dr.unanswered++
 		dr.latency.add(dr.now() - due(dr.sent))
 	}
 	dr.giveUp()
 	return nil
 }
 
-// giveUp counts what is not answered as failed, after the time that it had.
+// giveUp counts what is not answered, after the time that it had.
 func (dr *driver) giveUp() {
 	for i := range dr.conns {
 		if c := &dr.conns[i]; c.busy {
-			dr.errors++
+			dr.unanswered++
 			dr.latency.add(dr.now() - c.since)
 		}
 	}
@@ -365,6 +365,7 @@ func parseResponse(b []byte) (length, status int, rest []byte, err error) {
 }
 
 func (dr *driver) outcome() outcome {
-	return outcome{Requests: dr.latency.n - dr.errors, Elapsed: dr.elapsed, BadStatus: dr.badStatus, Errors: dr.errors,
+	return outcome{Requests: dr.latency.n - dr.errors - dr.unanswered, Elapsed: dr.elapsed,
+		BadStatus: dr.badStatus, Errors: dr.errors, Unanswered: dr.unanswered,
 		P50: dr.latency.quantile(0.50), P99: dr.latency.quantile(0.99), P999: dr.latency.quantile(0.999), Late: dr.late.quantile(0.99)}
 }

@@ -29,6 +29,8 @@ type setup struct {
 	connections int      // clients at a time
 	services    int      // kerberos: registered, the one that is asked for included
 	instances   int      // kerberos: of each service
+	beside      int      // kerberos: instances of one more service
+	token       bool     // kerberos: its API wants apiToken
 }
 
 // running is a gateway that forwards to the origin.

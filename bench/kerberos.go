@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"net/http"
 	"os/exec"
 	"path/filepath"
@@ -45,7 +46,7 @@ func startKerberos(ctx context.Context, binary string, s setup) (*running, error
 	cmd := exec.Command(binary, "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
 	cmd.Dir = s.dir
 	cmd.Env = environment(fmt.Sprintf("GOMAXPROCS=%d", s.threads))
-	if s.many() {
+	if s.hasToken() {
 		cmd.Env = append(cmd.Env, "KERBEROS_TOKEN="+apiToken)
 	}
 	addrs := make(chan [2]string, 16) // listener, address
@@ -79,7 +80,7 @@ func startKerberos(ctx context.Context, binary string, s setup) (*running, error
 		return callAPI(ctx, http.DefaultClient, r.admin, http.MethodPost, instance{serviceName(0), "i-0", "http://" + s.origins[0]})
 	})
 	if err == nil {
-		err = registerAll(ctx, r.admin, s)
+		err = callAll(ctx, r.admin, http.MethodPost, s.all)
 	}
 	if err != nil {
 		p.stop()
@@ -88,7 +89,7 @@ func startKerberos(ctx context.Context, binary string, s setup) (*running, error
 	return r, nil
 }
 
-func (s setup) many() bool { return s.services > 1 || s.instances > 1 }
+func (s setup) hasToken() bool { return s.token || s.services > 1 }
 
 // serviceName returns the name of the n-th service; the first is the one that target asks for.
 func serviceName(n int) string {
@@ -98,35 +99,49 @@ func serviceName(n int) string {
 	return fmt.Sprintf("bench-%d", n)
 }
 
-// registerAll registers all instances, some at a time: an answer comes when its change is published, which many share.
-func registerAll(ctx context.Context, admin string, s setup) error {
-	if !s.many() {
-		return nil
+// all are the instances that are to be registered.
+func (s setup) all(yield func(instance) bool) {
+	for service := range s.services {
+		for i := range s.instances {
+			if !yield(instance{serviceName(service), fmt.Sprintf("i-%d", i), "http://" + s.origins[i%len(s.origins)]}) {
+				return
+			}
+		}
 	}
+	for i := range s.beside {
+		if !yield(instance{stormService, fmt.Sprintf("i-%d", i), "http://" + s.origins[i%len(s.origins)]}) {
+			return
+		}
+	}
+}
+
+// callAll makes many calls, some at a time: an answer comes when its change is published, which many share.
+func callAll(ctx context.Context, admin, method string, instances iter.Seq[instance]) error {
+	const atATime = 64
 	all := make(chan instance)
-	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
+	errs := make(chan error, atATime)
+	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: atATime}}
 	defer client.CloseIdleConnections()
-	errs := make(chan error, 64)
-	for range cap(errs) {
+	for range atATime {
 		go func() {
 			var first error
 			for in := range all {
 				if first == nil {
-					first = callAPI(ctx, client, admin, http.MethodPost, in)
+					first = callAPI(ctx, client, admin, method, in)
 				}
 			}
 			errs <- first
 		}()
 	}
-	for service := range s.services {
-		for i := range s.instances {
-			all <- instance{serviceName(service), fmt.Sprintf("i-%d", i), "http://" + s.origins[i%len(s.origins)]}
-		}
+	for in := range instances {
+		all <- in
 	}
 	close(all)
 	var failed error
-	for range cap(errs) {
-		failed = errors.Join(failed, <-errs)
+	for range atATime {
+		if err := <-errs; failed == nil {
+			failed = err
+		}
 	}
 	return failed
 }

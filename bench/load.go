@@ -23,6 +23,9 @@ const target = "/bench/hello"
 // counterMark, in a load's body, is replaced by a number of as many digits, another one for each request.
 const counterMark = "########"
 
+// lastWait is how long requests that are under way at the end are waited for.
+const lastWait = 5 * time.Second
+
 // load is what clients ask for, over and over.
 type load struct {
 	Method      string   `json:"method"`
@@ -59,19 +62,20 @@ func (l load) requests(host string) [][]byte {
 
 // outcome is what a load counted in one run.
 type outcome struct {
-	Requests  int           `json:"requests"` // answered, with whatever status
-	Elapsed   time.Duration `json:"elapsed_ns"`
-	P50       time.Duration `json:"p50_ns"`
-	P99       time.Duration `json:"p99_ns"`
-	P999      time.Duration `json:"p999_ns"`    // 0 where unknown
-	Late      time.Duration `json:"late_ns"`    // p99 of how much too late an open loop itself sent
-	BadStatus int           `json:"bad_status"` // answers other than 2xx or of another length (wrk: other than 2xx and 3xx)
-	Errors    int           `json:"errors"`     // requests without an answer: reset, malformed, not in time
+	Requests   int           `json:"requests"` // answered, with whatever status
+	Elapsed    time.Duration `json:"elapsed_ns"`
+	P50        time.Duration `json:"p50_ns"`
+	P99        time.Duration `json:"p99_ns"`
+	P999       time.Duration `json:"p999_ns"`    // 0 where unknown
+	Late       time.Duration `json:"late_ns"`    // p99 of how much too late an open loop itself sent
+	BadStatus  int           `json:"bad_status"` // answers other than 2xx or of another length (wrk: other than 2xx and 3xx)
+	Errors     int           `json:"errors"`     // requests that failed: reset, malformed, wrk: not in time
+	Unanswered int           `json:"unanswered"` // within lastWait; their latencies count as what they had waited by then
 }
 
 // checked refuses an outcome that would make a row of zeros.
 func (o outcome) checked() (outcome, error) {
-	if o.Elapsed <= 0 || o.Requests == 0 && o.Errors == 0 {
+	if o.Elapsed <= 0 || o.Requests+o.Errors+o.Unanswered == 0 {
 		return outcome{}, errors.New("no count of requests")
 	}
 	return o, nil

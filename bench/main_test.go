@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -39,7 +40,7 @@ func TestMain(m *testing.M) {
 
 // standIn is a gateway as far as the bench sees one: its log lines, its API, its forwarding.
 func standIn() {
-	if os.Getenv("GOMAXPROCS") != "1" || os.Getenv("BALANCER_STRATEGY") != "" {
+	if n := os.Getenv("GOMAXPROCS"); n != "1" && n != "2" || os.Getenv("BALANCER_STRATEGY") != "" {
 		fmt.Println("started with the wrong settings:", os.Environ())
 		os.Exit(1)
 	}
@@ -58,12 +59,14 @@ func standIn() {
 	go http.Serve(admin, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		var in struct{ Service, ID, Addr string }
 		err := json.NewDecoder(r.Body).Decode(&in)
-		if err != nil || r.Method != "POST" || r.URL.Path != "/register" || in.Service != "bench" || in.ID == "" || r.Header.Get("Content-Type") != "application/json" {
+		if err != nil || r.Method != "POST" && r.Method != "DELETE" || r.URL.Path != "/register" || in.Service == "" || in.ID == "" || r.Header.Get("Content-Type") != "application/json" {
 			w.WriteHeader(http.StatusBadRequest)
 			return
 		}
 		mu.Lock()
-		origin = in.Addr
+		if origin == "" {
+			origin = in.Addr
+		}
 		mu.Unlock()
 		w.WriteHeader(http.StatusNoContent)
 	}))
@@ -153,6 +156,57 @@ func TestRun(t *testing.T) {
 	}
 }
 
+// The sections that are not closed loops of all gateways, with a stand-in for the one that they are about.
+func TestRunOtherSections(t *testing.T) {
+	if !canPump {
+		t.Skip("they need Linux")
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		only string
+		rows map[string]int      // of each table
+		ok   func(s sample) bool // of each row, beside CPU
+	}{
+		{"open", map[string]int{"open-50": 2, "open-80": 2}, func(s sample) bool { return s.P50 > 0 && s.P999 >= s.P99 }},
+		{"memory-busy", map[string]int{"memory-busy": 2}, func(s sample) bool { return s.Resident > 1 }},
+		{"memory-idle", map[string]int{"memory-idle": 1}, func(s sample) bool { return s.PerConn > 0.1 }},
+		{"cores,scale-connections", map[string]int{"cores": 2, "scale-connections": 6}, func(s sample) bool { return s.P50 > 0 }},
+		{"services,scale-instances", map[string]int{"services": 3, "scale-instances": 4}, func(s sample) bool { return s.P50 > 0 }},
+		{"storm", map[string]int{"storm": 2}, func(s sample) bool { return s.P50 > 0 && s.Requests > 10 }},
+	} {
+		t.Run(test.only, func(t *testing.T) {
+			t.Parallel()
+			res, out := run(t, "--kerberos", self, "--gateways", "kerberos,pump", "--only", test.only, "--duration", "100ms", "--warmup", "50ms", "--rounds", "1", "--files", "3000")
+			seen := map[string]int{}
+			for _, table := range res.Tables {
+				seen[table.Section] = len(table.Rows)
+				if table.Section == "cores" && len(pickCPUs().gateways) < 2 {
+					seen["cores"] = 2 // it says that it cannot
+				}
+				for _, r := range table.Rows {
+					if !test.ok(r.Median) || r.Median.CPU <= 0 && test.only != "memory-idle" {
+						t.Errorf("%s, %s: %+v", table.Section, r.label(), r.Median)
+					}
+				}
+			}
+			for _, want := range map[string][]string{
+				"memory-idle":              {"not 10000 connections: a process may open only 3000 files", "2744 idle"},
+				"services,scale-instances": {"not 10000 instances: a process may open only 3000 files"},
+			}[test.only] {
+				if !strings.Contains(out, want) {
+					t.Errorf("no %q in\n%s", want, out)
+				}
+			}
+			if !maps.Equal(seen, test.rows) {
+				t.Errorf("tables and rows: %v, want %v\n%s", seen, test.rows, out)
+			}
+		})
+	}
+}
+
 // run runs the command to its end and returns what it found out.
 func run(t *testing.T, args ...string) (result, string) {
 	t.Helper()
@@ -179,7 +233,7 @@ func TestHelp(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	for _, flag := range []string{"--only", "--rounds", "--duration", "--warmup", "--quick", "--gateways", "--kerberos", "--tool", "--json"} {
+	for _, flag := range []string{"--only", "--rounds", "--duration", "--warmup", "--quick", "--gateways", "--kerberos", "--tool", "--json", "--svg", "--markdown", "--from"} {
 		if strings.Count(string(out), "\n      "+flag) != 1 {
 			t.Errorf("%s is not listed once:\n%s", flag, out)
 		}
@@ -201,6 +255,8 @@ func TestRunFails(t *testing.T) {
 		{"no rounds", []string{"--rounds", "0"}, 2, "--rounds 0: at least 1"},
 		{"an unknown gateway", []string{"--gateways", "apache"}, 2, "--gateways apache: one of kerberos, nginx"},
 		{"an unknown section", []string{"--only", "get-64,put"}, 2, "--only put: one of get-16, get-64"},
+		{"nothing to compare with itself", []string{"--gateways", "pump", "--only", "cores"}, 1, "cores: it is about kerberos"},
+		{"not a result", []string{"--from", false_}, 1, "false: "},
 		{"no such binary", []string{"--kerberos", "/nonexistent"}, 2, "nonexistent"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -307,12 +363,12 @@ func TestTable(t *testing.T) {
 		tab.compare()
 	}
 	summarize()
-	if a.Median.CPU != 11 || a.Median.User != 2.75 || a.Median.System != 8.25 || a.Ratios["b"] != 0.5 || b.Ratios["a"] != 2 || !tab.valid() {
+	if a.Median.CPU != 11 || a.Median.User != 2.75 || a.Median.System != 8.25 || a.Ratios["b"] != 0.5 || b.Ratios["a"] != 2 || !tab.allValid() {
 		t.Errorf("medians: %+v, %+v", a, b)
 	}
 	var out bytes.Buffer
 	tab.print(&out)
-	for _, want := range []string{"a 1   11.00  2.75    8.25", "10000    1000    2000", "2.0        0.50", "2.00", "get-64: GET 12 B"} {
+	for _, want := range []string{"a 1   11.00  2.75    8.25", "10000    1000    2000", "2.0         0.500", "2.000", "get-64: GET 12 B"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no %q in\n%s", want, out.String())
 		}
@@ -321,7 +377,7 @@ func TestTable(t *testing.T) {
 	summarize()
 	out.Reset()
 	tab.print(&out)
-	if tab.valid() || !strings.Contains(out.String(), "INVALID: b 2: 3 of 30000 answers not as they should be, 4 requests failed") ||
+	if tab.allValid() || !strings.Contains(out.String(), "INVALID: b 2: 3 of 30000 answers not as they should be, 4 requests failed") ||
 		!strings.Contains(out.String(), "NOTE: a 1 does not keep its connections: 9000 new ones") {
 		t.Errorf("no word about what went wrong:\n%s", out.String())
 	}

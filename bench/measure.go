@@ -15,6 +15,8 @@ type bench struct {
 	tool             tool
 	gateways         []gateway
 	cpus             cpus
+	files            int // that a process may have open
+	quick            bool
 	rounds           int
 	duration, warmup time.Duration
 }
@@ -24,7 +26,8 @@ type subject struct {
 	gateway
 	setting string // tells it from others of the same gateway
 	load    load
-	setup   setup // what differs from the usual
+	from    cpuSet // where the load runs, if not where it usually does
+	setup   setup  // what differs from the usual
 }
 
 // group is subjects that take turns before the same origin.
@@ -82,19 +85,24 @@ func (g *group) stop() {
 	g.origin.stop()
 }
 
-// takeTurns measures each subject once a round. Each round begins with another one, so that none is always the one after
-// the same other.
-func (g *group) takeTurns(ctx context.Context, rounds int, measure func(ctx context.Context, i int) (sample, error)) ([]*row, error) {
+// rows returns an empty row for each subject.
+func (g *group) rows() []*row {
 	var rows []*row
 	for _, s := range g.subjects {
 		rows = append(rows, &row{Gateway: s.name, Version: s.version, Setting: s.setting})
 	}
+	return rows
+}
+
+// takeTurns measures each row once a round. Each round begins with another one, so that none is always the one after the
+// same other.
+func takeTurns(ctx context.Context, rows []*row, rounds int, measure func(ctx context.Context, i int) (sample, error)) error {
 	for round := range rounds {
-		for n := range g.subjects {
-			i := (round + n) % len(g.subjects)
+		for n := range rows {
+			i := (round + n) % len(rows)
 			s, err := measure(ctx, i)
 			if err != nil {
-				return nil, fmt.Errorf("%s, round %d: %w", rows[i].label(), round+1, err)
+				return fmt.Errorf("%s, round %d: %w", rows[i].label(), round+1, err)
 			}
 			rows[i].Rounds = append(rows[i].Rounds, s)
 		}
@@ -102,18 +110,34 @@ func (g *group) takeTurns(ctx context.Context, rounds int, measure func(ctx cont
 	for _, r := range rows {
 		r.summarize()
 	}
-	return rows, nil
+	return nil
 }
 
-// drive puts its load on one subject for d and counts what it used for it.
+// drive puts its load on one subject for d, as fast as it answers, and counts what it used for it.
 func (g *group) drive(ctx context.Context, i int, d time.Duration) (sample, error) {
-	l := g.subjects[i].load
-	load, err := g.tool.start(ctx, g.cpus.load, l, g.at[i].addr, g.dir, d)
+	load, err := g.tool.start(ctx, g.loadCPUs(i), g.subjects[i].load, g.at[i].addr, g.dir, d)
 	if err != nil {
 		return sample{}, err
 	}
 	defer load.stop()
 	return g.count(ctx, g.at[i], load)
+}
+
+// pace puts its load on one subject for d, at a fixed rate.
+func (g *group) pace(ctx context.Context, i int, rate float64, d time.Duration) (sample, error) {
+	load, err := startDrive(ctx, g.loadCPUs(i), g.subjects[i].load, g.at[i].addr, rate, d)
+	if err != nil {
+		return sample{}, err
+	}
+	defer load.stop()
+	return g.count(ctx, g.at[i], load)
+}
+
+func (g *group) loadCPUs(i int) cpuSet {
+	if from := g.subjects[i].from; from != nil {
+		return from
+	}
+	return g.cpus.load
 }
 
 // count runs a load and counts what the gateway used meanwhile.
@@ -158,14 +182,17 @@ type sample struct {
 	Busy              float64 `json:"busy"`     // CPU time per time
 	Resident          float64 `json:"rss_mib"`  // of the largest process, at the end
 	Peak              float64 `json:"peak_mib"` // likewise, the highest so far
+	PerConn           float64 `json:"per_connection_kib"`
+	Registering       float64 `json:"registering_p99_us"` // of registrations meanwhile
 	Requests          int     `json:"requests"`
 	BadStatus         int     `json:"bad_status"`
 	Errors            int     `json:"errors"`
+	Unanswered        int     `json:"unanswered"`
 	OriginConns       int     `json:"origin_connections"` // newly made to the origin
 }
 
 func newSample(o outcome, u usage, originConns int) sample {
-	s := sample{OriginConns: originConns, Requests: o.Requests, BadStatus: o.BadStatus, Errors: o.Errors,
+	s := sample{OriginConns: originConns, Requests: o.Requests, BadStatus: o.BadStatus, Errors: o.Errors, Unanswered: o.Unanswered,
 		P50: micros(o.P50), P99: micros(o.P99), P999: micros(o.P999), Late: micros(o.Late), Resident: mib(u.ResidentKiB), Peak: mib(u.PeakKiB)}
 	s.RequestsPerSecond = float64(o.Requests) / o.Elapsed.Seconds()
 	s.Busy = u.Total.Seconds() / o.Elapsed.Seconds()
@@ -185,7 +212,7 @@ func mib(kib int) float64 { return float64(kib) / 1024 }
 
 // measures are the sample's figures of which a row has medians.
 func (s *sample) measures() []*float64 {
-	return []*float64{&s.CPU, &s.User, &s.System, &s.RequestsPerSecond, &s.P50, &s.P99, &s.P999, &s.Late, &s.Busy, &s.Resident, &s.Peak}
+	return []*float64{&s.CPU, &s.User, &s.System, &s.RequestsPerSecond, &s.P50, &s.P99, &s.P999, &s.Late, &s.Busy, &s.Resident, &s.Peak, &s.PerConn, &s.Registering}
 }
 
 // summarize fills what the row says about its rounds.
@@ -204,6 +231,7 @@ func (r *row) summarize() {
 		r.Median.Requests += s.Requests
 		r.Median.BadStatus += s.BadStatus
 		r.Median.Errors += s.Errors
+		r.Median.Unanswered += s.Unanswered
 		r.Median.OriginConns += s.OriginConns
 	}
 	if r.Median.CPU > 0 {

@@ -9,7 +9,8 @@ import (
 	"strings"
 )
 
-// nginxConfig: what matters is that connections are kept on both sides and that the same fields are forwarded.
+// nginxConfig: what matters is that connections are kept on both sides and that the same fields are forwarded. When a
+// sixteenth of worker_connections is left, it closes kept-alive ones, and requests are lost that are on their way to them.
 const nginxConfig = `
 daemon off;
 worker_processes 1;
@@ -56,7 +57,7 @@ func startNginx(ctx context.Context, path string, s setup) (*running, error) {
 		user = "user root;" // another user could not enter the directory of its temporary files
 	}
 	file := filepath.Join(s.dir, "nginx.conf")
-	text := fmt.Sprintf(nginxConfig, user, 2*s.connections+64, s.origins[0], s.connections, addr)
+	text := fmt.Sprintf(nginxConfig, user, 3*s.connections+512, s.origins[0], s.connections, addr)
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		return nil, err
 	}
@@ -71,11 +72,13 @@ func startNginx(ctx context.Context, path string, s setup) (*running, error) {
 }
 
 // haproxyConfig: by default idle server connections are closed as soon as a quarter of all file descriptors that maxconn
-// allows is in use; then a connection is made for each request, which costs five times as much.
+// allows is in use; then a connection is made for each request, which costs five times as much. And it would not start if
+// it might not open twice as many files as connections, although nearly all of these are idle when there are many.
 const haproxyConfig = `
 global
 	nbthread 1
 	maxconn %[1]d
+	no strict-limits
 	tune.pool-high-fd-ratio 95
 	tune.pool-low-fd-ratio 90
 defaults

@@ -22,4 +22,6 @@ func processTree(root int) ([]int, error) { return []int{root}, nil }
 // usageOf knows nothing here: the table shows a dash.
 func usageOf([]int) (usage, error) { return usage{}, nil }
 
+func openFiles() int { return 1024 }
+
 func describeMachine() (cpu, system string) { return runtime.GOARCH, runtime.GOOS }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"time"
 )
 
 // section is a part of the comparison that can be asked for by its name.
@@ -21,13 +22,21 @@ func sections() []section {
 		cost("get-16", "GET 12 B", load{Method: http.MethodGet, Response: 12, Connections: 16}),
 		cost("get-64", "GET 12 B", load{Method: http.MethodGet, Response: 12, Connections: 64}),
 		cost("get-256", "GET 12 B", load{Method: http.MethodGet, Response: 12, Connections: 256}),
-		cost("browser-16", "GET 12 B with a browser's headers", load{Method: http.MethodGet, Headers: browser, Response: 12, Connections: 16}),
-		cost("browser-64", "GET 12 B with a browser's headers", load{Method: http.MethodGet, Headers: browser, Response: 12, Connections: 64}),
-		cost("browser-256", "GET 12 B with a browser's headers", load{Method: http.MethodGet, Headers: browser, Response: 12, Connections: 256}),
+		cost("browser-16", "GET by a browser", load{Method: http.MethodGet, Headers: browser, Response: 12, Connections: 16}),
+		cost("browser-64", "GET by a browser", load{Method: http.MethodGet, Headers: browser, Response: 12, Connections: 64}),
+		cost("browser-256", "GET by a browser", load{Method: http.MethodGet, Headers: browser, Response: 12, Connections: 256}),
 		cost("post", "POST 1 KiB", load{Method: http.MethodPost, Headers: json, Body: bytes.Repeat([]byte("y"), 1<<10), Response: 12, Connections: 64}),
 		cost("16k", "GET 16 KiB", load{Method: http.MethodGet, Response: 16 << 10, Connections: 64}),
 		cost("1m", "GET 1 MiB", load{Method: http.MethodGet, Response: 1 << 20, Connections: 16}),
 		{"one", one},
+		{"open", open},
+		{"memory-busy", busyMemory},
+		{"memory-idle", idleMemory},
+		{"cores", cores},
+		{"services", services},
+		{"storm", storm},
+		{"scale-connections", scaleConnections},
+		{"scale-instances", scaleInstances},
 	}
 }
 
@@ -65,7 +74,7 @@ func browserHeaders() []string {
 func cost(name, title string, l load) section {
 	return section{name, func(ctx context.Context, b *bench) ([]*table, error) {
 		t := &table{Section: name, Title: fmt.Sprintf("%s, %d connections", title, l.Connections), Load: &l, Compared: cpuPerRequest}
-		return []*table{t}, b.closedLoops(ctx, t, b.everybody(l), b.rounds)
+		return []*table{t}, b.closedLoops(ctx, t, b.cpus.load, b.everybody(l), b.rounds)
 	}}
 }
 
@@ -73,7 +82,7 @@ func cost(name, title string, l load) section {
 func one(ctx context.Context, b *bench) ([]*table, error) {
 	l := load{Method: http.MethodGet, Response: 12, Connections: 1}
 	t := &table{Section: "one", Title: "GET 12 B, one connection: latency", Load: &l, Compared: p50}
-	return []*table{t}, b.closedLoops(ctx, t, b.everybody(l), b.rounds)
+	return []*table{t}, b.closedLoops(ctx, t, b.cpus.load, b.everybody(l), b.rounds)
 }
 
 // everybody is each gateway under the same load.
@@ -89,20 +98,50 @@ func (b *bench) everybody(l load) []subject {
 }
 
 // closedLoops fills a table: the subjects are driven as fast as they answer, in turn.
-func (b *bench) closedLoops(ctx context.Context, t *table, subjects []subject, rounds int) error {
-	g, err := b.start(ctx, t.Section, b.cpus.load, subjects)
+func (b *bench) closedLoops(ctx context.Context, t *table, origin cpuSet, subjects []subject, rounds int) error {
+	g, err := b.start(ctx, t.Section, origin, subjects)
 	if err != nil {
 		return err
 	}
 	defer g.stop()
-	if b.warmup > 0 {
-		for i := range subjects {
-			if _, err := g.drive(ctx, i, b.warmup); err != nil {
-				return fmt.Errorf("%s, warm-up: %w", subjects[i].name, err)
-			}
-		}
+	if err := g.warm(ctx, b.warmup); err != nil {
+		return err
 	}
-	t.Rows, err = g.takeTurns(ctx, rounds, func(ctx context.Context, i int) (sample, error) { return g.drive(ctx, i, b.duration) })
+	t.Rows = g.rows()
+	err = takeTurns(ctx, t.Rows, rounds, func(ctx context.Context, i int) (sample, error) {
+		if err := g.connect(ctx, i); err != nil {
+			return sample{}, err
+		}
+		return g.drive(ctx, i, b.duration)
+	})
 	t.compare()
 	return err
+}
+
+// connect drives a subject with many instances, or one that is compared with such, until there are connections to all:
+// those that rested in the other subjects' turns may be closed. Connecting is not what is to be measured.
+func (g *group) connect(ctx context.Context, i int) error {
+	if !g.subjects[i].setup.hasToken() {
+		return nil
+	}
+	for range 20 {
+		s, err := g.drive(ctx, i, min(g.duration, 500*time.Millisecond))
+		if err != nil || s.OriginConns < s.Requests/100 {
+			return err
+		}
+	}
+	return nil // a note will say that it goes on
+}
+
+// warm drives each subject once, so that no first round is unlike the others.
+func (g *group) warm(ctx context.Context, d time.Duration) error {
+	if d == 0 {
+		return nil
+	}
+	for i, s := range g.subjects {
+		if _, err := g.drive(ctx, i, d); err != nil {
+			return fmt.Errorf("%s, warm-up: %w", s.name, err)
+		}
+	}
+	return nil
 }
