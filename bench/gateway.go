@@ -76,6 +76,9 @@ func findPeer(ctx context.Context, name string, n int, prefix string, start func
 		return gateway{}, err
 	}
 	g := gateway{name: name, version: strings.TrimPrefix(versionWord(ctx, n, path, version), prefix)}
+	if part := strings.Split(g.version, "/"); len(part) > 2 {
+		g.version = part[1] // Envoy: commit/version/...
+	}
 	g.start = func(ctx context.Context, s setup) (*running, error) { return start(ctx, path, s) }
 	return g, nil
 }

@@ -205,6 +205,9 @@ func (r *runCmd) Run(ctx context.Context) error {
 	b := &bench{dir: dir, tool: tool, gateways: gateways, cpus: pickCPUs(), files: min(openFiles(), r.Files), quick: r.Quick,
 		rounds: r.Rounds, duration: r.Duration, warmup: r.Warmup}
 	res := &result{Machine: thisMachine(b.cpus), Tool: strings.TrimSpace(tool.name + " " + tool.version), Missing: missing, Rounds: r.Rounds, Seconds: r.Duration.Seconds()}
+	for _, g := range gateways {
+		res.Gateways = append(res.Gateways, strings.TrimSpace(g.name+" "+g.version))
+	}
 	if r.Quick {
 		res.Shortened = []string{
 			"one round of 500 ms instead of five of 3 s, two of pairs instead of twenty, one of latency instead of ten: differences of 20 % are noise",
@@ -249,8 +252,8 @@ func (r *runCmd) again() error {
 			all = &res
 			continue
 		}
-		if res.Machine != all.Machine || res.Rounds != all.Rounds || res.Seconds != all.Seconds || res.Tool != all.Tool {
-			return fmt.Errorf("%s: another machine, or measured in another way than %s", file, r.From[0])
+		if res.Machine != all.Machine || !slices.Equal(res.Gateways, all.Gateways) || res.Rounds != all.Rounds || res.Seconds != all.Seconds || res.Tool != all.Tool {
+			return fmt.Errorf("%s: another machine, other gateways, or measured in another way than %s", file, r.From[0])
 		}
 		all.add(res.Tables...)
 	}

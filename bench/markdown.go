@@ -9,7 +9,7 @@ import (
 // markdown is what a page shows of the result: cost, latency, memory, and what must hold.
 func (r *result) markdown() []byte {
 	var b bytes.Buffer
-	fmt.Fprintf(&b, "%s; %s; %s.\n", r.Machine, strings.Join(r.versions(), ", "), r.how())
+	fmt.Fprintf(&b, "%s; %s; %s.\n", r.Machine, strings.Join(r.Gateways, ", "), r.how())
 	for _, s := range r.Shortened {
 		fmt.Fprintf(&b, "Shortened: %s.\n", s)
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"strings"
 	"text/tabwriter"
 )
 
@@ -143,8 +144,8 @@ type verdict struct {
 	Word     string  `json:"verdict"`
 }
 
-// Verdicts, beside "not measured".
 const (
+	wordNot    = "not measured"
 	wordGoal   = "goal"   // even the goal is met
 	wordOK     = "ok"     // accepted
 	wordMissed = "missed" // not accepted
@@ -176,7 +177,7 @@ func (r *result) summarize() {
 		if q.atLeast {
 			sign = ">="
 		}
-		v := verdict{What: q.what, Unit: q.unit, Accepted: fmt.Sprintf("%s %g%s", sign, q.accepted, q.unit), Word: "not measured"}
+		v := verdict{What: q.what, Unit: q.unit, Accepted: fmt.Sprintf("%s %g%s", sign, q.accepted, q.unit), Word: wordNot}
 		if !math.IsNaN(q.goal) {
 			v.Goal = fmt.Sprintf("%s %g%s", sign, q.goal, q.unit)
 		}
@@ -205,9 +206,17 @@ func (r *result) printSummary(w io.Writer) {
 	fmt.Fprintln(w, "\nwhat must hold of kerberos")
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(tw, "\tfigure\taccepted\tgoal\t")
+	var not []string
 	for _, v := range r.Summary {
+		if v.Word == wordNot {
+			not = append(not, v.What)
+			continue
+		}
 		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\n", v.title(), v.figure(), v.Accepted, v.Goal, v.Word)
 	}
 	tw.Flush()
-	fmt.Fprintln(w, "allocations per request are counted by go test -bench . ./proxy")
+	if len(not) > 0 {
+		fmt.Fprintf(w, "not measured: %s\n", strings.Join(not, "; "))
+	}
+	fmt.Fprintln(w, "elsewhere: allocations per request, go test -bench . ./proxy")
 }

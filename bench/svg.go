@@ -46,7 +46,7 @@ func (r *result) svg() []byte {
 	fmt.Fprintf(&b, `<rect class="ground" width="%d" height="%d" rx="8"/>`+"\n", width, height)
 	svgText(&b, svgMargin, 30, "h", "CPU time per request, in microseconds: shorter is cheaper")
 	svgText(&b, svgMargin, 50, "s", r.Machine.String())
-	svgText(&b, svgMargin, 67, "s", strings.Join(r.versions(), ", "))
+	svgText(&b, svgMargin, 67, "s", strings.Join(r.Gateways, ", "))
 	for i, t := range tables {
 		x := svgMargin + i%svgPanels*svgPanel
 		y := svgTop + i/svgPanels*row

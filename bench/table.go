@@ -13,6 +13,7 @@ import (
 type result struct {
 	Machine   machine   `json:"machine"`
 	Tool      string    `json:"tool"`
+	Gateways  []string  `json:"gateways"` // with their versions
 	Missing   []string  `json:"not_installed,omitempty"`
 	Shortened []string  `json:"shortened,omitempty"` // what --quick left out
 	Rounds    int       `json:"rounds"`
@@ -143,19 +144,6 @@ func (m machine) String() string {
 	return fmt.Sprintf("%s, %d CPUs, %s, %s; %s", m.CPU, m.CPUs, m.System, m.Go, m.Pinning)
 }
 
-// versions names the gateways that are in a table.
-func (r *result) versions() []string {
-	var all []string
-	for _, t := range r.Tables {
-		for _, row := range t.Rows {
-			if v := strings.TrimSpace(row.Gateway + " " + row.Version); !slices.Contains(all, v) {
-				all = append(all, v)
-			}
-		}
-	}
-	return all
-}
-
 // add puts tables in, in place of those that it has of the same section.
 func (r *result) add(tables ...*table) {
 	for _, t := range tables {
@@ -178,6 +166,7 @@ func (r *result) how() string {
 
 func (r *result) printHead(w io.Writer) {
 	fmt.Fprintln(w, r.Machine)
+	fmt.Fprintln(w, strings.Join(r.Gateways, ", "))
 	fmt.Fprintf(w, "%s, load by %s", r.how(), r.Tool)
 	if len(r.Missing) > 0 {
 		fmt.Fprintf(w, "; not installed: %s", strings.Join(r.Missing, ", "))
