@@ -3,13 +3,12 @@ package main
 import (
 	"bytes"
 	"context"
-	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -24,35 +23,63 @@ type gateway struct {
 // setup is what a gateway is started with.
 type setup struct {
 	dir         string // for its files; its own
-	cpu         int
-	origin      string // host:port
-	connections int    // clients at a time
+	on          cpuSet
+	threads     int      // that do its work
+	origins     []string // host:port; all but kerberos take the first
+	connections int      // clients at a time
+	services    int      // kerberos: registered, the one that is asked for included
+	instances   int      // kerberos: of each service
+	beside      int      // kerberos: instances of one more service
+	token       bool     // kerberos: its API wants apiToken
 }
 
 // running is a gateway that forwards to the origin.
 type running struct {
 	*process
-	addr string // where clients go
+	addr  string // where clients go
+	admin string // kerberos: where its API is
 }
 
-// findKerberos builds the gateway into dir, or takes the binary given.
-func findKerberos(ctx context.Context, dir, binary string) (gateway, error) {
-	if binary == "" {
-		ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
-		defer cancel()
-		mod, err := exec.CommandContext(ctx, "go", "env", "GOMOD").Output()
-		if err != nil {
-			return gateway{}, fmt.Errorf("go env GOMOD: %w", err)
-		}
-		binary = filepath.Join(dir, "kerberos")
-		build := exec.CommandContext(ctx, "go", "build", "-o", binary, ".")
-		build.Dir = filepath.Dir(strings.TrimSpace(string(mod)))
-		if out, err := build.CombinedOutput(); err != nil {
-			return gateway{}, fmt.Errorf("go build in %s: %w\n%s", build.Dir, err, out)
-		}
+// gatewayNames are all gateways that are known, in the order of the tables.
+var gatewayNames = []string{"kerberos", "nginx", "haproxy", "caddy", "traefik", "traefik-fast", "envoy", "pump", "pump-splice"}
+
+// isPump tells the floor from what is compared with it: it forwards bytes, and adds nothing to them.
+func isPump(name string) bool { return strings.HasPrefix(name, "pump") }
+
+// findGateway returns the gateway of that name, or errNotInstalled.
+func findGateway(ctx context.Context, name, dir, kerberos string) (gateway, error) {
+	switch name {
+	case "kerberos":
+		return findKerberos(ctx, dir, kerberos)
+	case "nginx":
+		return findPeer(ctx, name, 2, "nginx/", startNginx, "-v")
+	case "haproxy":
+		return findPeer(ctx, name, 2, "", startHAProxy, "-v")
+	case "caddy":
+		return findPeer(ctx, name, 0, "v", startCaddy, "version")
+	case "traefik":
+		return findPeer(ctx, name, 1, "", startTraefik, "version")
+	case "traefik-fast":
+		return findPeer(ctx, name, 1, "", startTraefikFast, "version")
+	case "envoy":
+		return findPeer(ctx, name, 2, "", startEnvoy, "--version")
+	default:
+		return findPump(name)
 	}
-	g := gateway{name: "kerberos", version: versionWord(ctx, 1, binary, "version")}
-	g.start = func(ctx context.Context, s setup) (*running, error) { return startKerberos(ctx, binary, s) }
+}
+
+// findPeer looks for a program; the n-th word that it says about its version, without the prefix, is the version.
+func findPeer(ctx context.Context, name string, n int, prefix string, start func(context.Context, string, setup) (*running, error), version string) (gateway, error) {
+	program, _, _ := strings.Cut(name, "-")
+	path, err := lookPath(program)
+	if err != nil {
+		return gateway{}, err
+	}
+	g := gateway{name: name, version: strings.TrimPrefix(versionWord(ctx, n, path, version), prefix)}
+	if part := strings.Split(g.version, "/"); len(part) > 2 {
+		g.version = part[1] // Envoy: commit/version/...
+	}
+	g.start = func(ctx context.Context, s setup) (*running, error) { return start(ctx, path, s) }
 	return g, nil
 }
 
@@ -71,233 +98,66 @@ func versionWord(ctx context.Context, n int, args ...string) string {
 	return strings.Trim(words[n], "(),")
 }
 
-// startKerberos starts the gateway with its defaults on free ports and registers the origin as service "bench".
-func startKerberos(ctx context.Context, binary string, s setup) (*running, error) {
-	cmd := exec.Command(binary, "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
-	cmd.Dir = s.dir
-	cmd.Env = environment("GOMAXPROCS=1")
-	addrs := make(chan [2]string, 16) // listener, address
-	p, err := startProcess(s.cpu, cmd, func(line string) {
-		var l struct{ Msg, Listener, Addr string }
-		if json.Unmarshal([]byte(line), &l) == nil && l.Msg == "listening" {
-			select {
-			case addrs <- [2]string{l.Listener, l.Addr}:
-			default: // more listeners than we asked for
-			}
+// startOrigin starts the origin as a process of its own. It answers with bodies of that size at so many addresses.
+func startOrigin(ctx context.Context, on cpuSet, size, addrs int) (p *process, at []string, err error) {
+	p, line, err := startSelf(ctx, on, "origin", "--size", fmt.Sprint(size), "--addrs", fmt.Sprint(addrs))
+	return p, strings.Fields(line), err
+}
+
+// findPump returns the floor: this command itself, which needs Linux for it.
+func findPump(name string) (gateway, error) {
+	if !canPump {
+		return gateway{}, fmt.Errorf("%s: %w", name, errNotInstalled)
+	}
+	return gateway{name: name, version: "", start: func(ctx context.Context, s setup) (*running, error) {
+		args := []string{"pump", s.origins[0]}
+		if name == "pump-splice" {
+			args = append(args, "--splice")
 		}
-	})
-	if err != nil {
-		return nil, err
-	}
-	var data, admin string
-	err = p.waitFor(ctx, func(ctx context.Context) error {
-		select {
-		case a := <-addrs:
-			switch a[0] {
-			case "data":
-				data = a[1]
-			case "admin":
-				admin = a[1]
-			}
-		default:
+		p, addr, err := startSelf(ctx, s.on, args...)
+		if err != nil {
+			return nil, err
 		}
-		if data == "" || admin == "" {
-			return fmt.Errorf("no log line tells its addresses")
-		}
-		return register(ctx, admin, s.origin)
-	})
-	if err != nil {
-		p.stop()
-		return nil, err
-	}
-	return &running{p, data}, nil
+		return &running{process: p, addr: addr}, nil
+	}}, nil
 }
 
-// register tells the gateway of the origin.
-func register(ctx context.Context, admin, origin string) error {
-	body, err := json.Marshal(map[string]string{"service": "bench", "id": "origin", "addr": "http://" + origin})
-	if err != nil {
-		return err
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+admin+"/register", bytes.NewReader(body))
-	if err != nil {
-		return err
-	}
-	req.Header.Set("Content-Type", "application/json")
-	answer, err := fetch(req)
-	if err != nil {
-		return err
-	}
-	if answer.status != http.StatusNoContent {
-		return fmt.Errorf("POST /register: %d %s", answer.status, answer.body)
-	}
-	return nil
-}
-
-func findNginx(ctx context.Context) (gateway, error) {
-	path, err := lookPath("nginx")
-	if err != nil {
-		return gateway{}, err
-	}
-	g := gateway{name: "nginx", version: strings.TrimPrefix(versionWord(ctx, 2, path, "-v"), "nginx/")}
-	g.start = func(ctx context.Context, s setup) (*running, error) { return startNginx(ctx, path, s) }
-	return g, nil
-}
-
-// nginxConfig: what matters is that connections are kept on both sides and that the same fields are forwarded.
-const nginxConfig = `
-daemon off;
-worker_processes 1;
-pid nginx.pid;
-error_log stderr warn;
-%[1]s
-events { worker_connections %[2]d; }
-http {
-	access_log off;
-	client_body_temp_path body;
-	proxy_temp_path proxy;
-	fastcgi_temp_path fastcgi;
-	uwsgi_temp_path uwsgi;
-	scgi_temp_path scgi;
-	keepalive_requests 1000000000;
-	upstream origin {
-		server %[3]s;
-		keepalive %[4]d;
-		keepalive_requests 1000000000;
-	}
-	server {
-		listen %[5]s;
-		location / {
-			proxy_pass http://origin;
-			proxy_http_version 1.1;
-			proxy_set_header Connection "";
-			proxy_set_header Host $http_host;
-			proxy_set_header X-Forwarded-For $remote_addr;
-			proxy_set_header X-Forwarded-Proto $scheme;
-			proxy_set_header X-Forwarded-Host $http_host;
-		}
-	}
-}
-`
-
-func startNginx(ctx context.Context, path string, s setup) (*running, error) {
-	addr, socket, err := listen(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer socket.Close()
-	user := ""
-	if os.Geteuid() == 0 {
-		user = "user root;" // another user could not enter the directory of its temporary files
-	}
-	file := filepath.Join(s.dir, "nginx.conf")
-	text := fmt.Sprintf(nginxConfig, user, 2*s.connections+64, s.origin, s.connections, addr)
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		return nil, err
-	}
-	cmd := exec.Command(path, "-p", s.dir, "-c", file)
-	cmd.Env = environment("NGINX=3;") // the listening sockets it inherits, by number
-	cmd.ExtraFiles = []*os.File{socket}
-	p, err := startProcess(s.cpu, cmd, nil)
-	if err != nil {
-		return nil, err
-	}
-	return &running{p, addr}, nil
-}
-
-func findHAProxy(ctx context.Context) (gateway, error) {
-	path, err := lookPath("haproxy")
-	if err != nil {
-		return gateway{}, err
-	}
-	g := gateway{name: "haproxy", version: versionWord(ctx, 2, path, "-v")}
-	g.start = func(ctx context.Context, s setup) (*running, error) { return startHAProxy(ctx, path, s) }
-	return g, nil
-}
-
-// haproxyConfig: by default idle server connections are closed as soon as a quarter of all file descriptors that maxconn
-// allows is in use; then a connection is made for each request, which costs five times as much.
-const haproxyConfig = `
-global
-	nbthread 1
-	maxconn %[1]d
-	tune.pool-high-fd-ratio 95
-	tune.pool-low-fd-ratio 90
-defaults
-	mode http
-	http-reuse always
-	option http-keep-alive
-	option forwardfor
-	timeout connect 2s
-	timeout client 60s
-	timeout server 30s
-frontend clients
-	bind fd@3
-	http-request set-header X-Forwarded-Proto http
-	http-request set-header X-Forwarded-Host %%[req.hdr(Host)]
-	default_backend origin
-backend origin
-	server origin %[2]s
-`
-
-func startHAProxy(ctx context.Context, path string, s setup) (*running, error) {
-	addr, socket, err := listen(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer socket.Close()
-	file := filepath.Join(s.dir, "haproxy.cfg")
-	if err := os.WriteFile(file, fmt.Appendf(nil, haproxyConfig, 2*s.connections+64, s.origin), 0o600); err != nil {
-		return nil, err
-	}
-	cmd := exec.Command(path, "-db", "-f", file)
-	cmd.Dir = s.dir
-	cmd.Env = environment()
-	cmd.ExtraFiles = []*os.File{socket}
-	p, err := startProcess(s.cpu, cmd, nil)
-	if err != nil {
-		return nil, err
-	}
-	return &running{p, addr}, nil
-}
-
-// startOrigin starts the origin as a process of its own.
-func startOrigin(ctx context.Context, cpu, size int) (*running, error) {
+// startSelf starts a hidden command of ours and returns the first line that it prints.
+func startSelf(ctx context.Context, on cpuSet, args ...string) (p *process, line string, err error) {
 	self, err := os.Executable()
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	cmd := exec.Command(self, "origin", "--size", fmt.Sprint(size))
+	cmd := exec.Command(self, args...)
 	cmd.Env = environment("GOMAXPROCS=1")
-	addrs := make(chan string, 1)
-	p, err := startProcess(cpu, cmd, func(line string) {
+	lines := make(chan string, 1)
+	p, err = startProcess(on, cmd, func(line string) {
 		select {
-		case addrs <- line:
+		case lines <- line:
 		default:
 		}
 	})
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	r := &running{process: p}
 	err = p.waitFor(ctx, func(context.Context) error {
 		select {
-		case r.addr = <-addrs:
+		case line = <-lines:
 			return nil
 		default:
-			return fmt.Errorf("it tells no address")
+			return errors.New("it tells no address")
 		}
 	})
 	if err != nil {
 		p.stop()
-		return nil, err
+		return nil, "", err
 	}
-	return r, nil
+	return p, line, nil
 }
 
 // checkForwarding asks once whether the origin is reached, answers as it should, and sees the fields that every gateway
-// is to set: they cost something, so a gateway without them would be compared unfairly.
-func checkForwarding(ctx context.Context, addr string, size int) error {
+// but the pump is to set: they cost something, so a gateway without them would be compared unfairly.
+func checkForwarding(ctx context.Context, addr string, size int, pump bool) error {
 	const host = "client-asked-for.example"
 	get := func(query string) (answer, error) {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+target+query, nil)
@@ -315,19 +175,23 @@ func checkForwarding(ctx context.Context, addr string, size int) error {
 	if err != nil {
 		return err
 	}
-	if len(a.body) != size {
-		return fmt.Errorf("GET %s: a body of %d bytes, not %d", target, len(a.body), size)
+	if !bytes.Equal(a.body, bytes.Repeat([]byte("x"), size)) {
+		return fmt.Errorf("GET %s: a body of %d bytes, not %d of x", target, len(a.body), size)
 	}
 	if a, err = get(mirrorQuery); err != nil {
 		return err
 	}
 	seen := strings.ToLower(string(a.body))
-	for _, want := range []string{"get " + target, "host: " + host, "x-forwarded-for: 127.0.0.1", "x-forwarded-proto: http", "x-forwarded-host: " + host} {
+	want := []string{"get " + target, "host: " + host}
+	if !pump {
+		want = append(want, "x-forwarded-for: 127.0.0.1", "x-forwarded-proto: http", "x-forwarded-host: "+host)
+	}
+	for _, want := range want {
 		if !strings.Contains(seen, want) {
 			return fmt.Errorf("the origin does not see %q but\n%s", want, a.body)
 		}
 	}
-	if strings.Contains(seen, "connection: close") {
+	if !pump && strings.Contains(seen, "connection: close") { // the pump's client says so
 		return fmt.Errorf("the origin is told to close the connection:\n%s", a.body)
 	}
 	return nil

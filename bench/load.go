@@ -8,108 +8,251 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 )
 
 // target is the path that is requested: the service's name is its first segment, and every gateway passes it on whole.
 const target = "/bench/hello"
 
-// load is what clients ask for, over and over: each connection sends its next request once the answer is there.
+// counterMark, in a load's body, is replaced by a number of as many digits, another one for each request.
+const counterMark = "########"
+
+// lastWait is how long requests that are under way at the end are waited for.
+const lastWait = 5 * time.Second
+
+// load is what clients ask for, over and over.
 type load struct {
-	Name        string   `json:"name"`
 	Method      string   `json:"method"`
+	Targets     []string `json:"targets,omitempty"` // asked for in turn; none: target
 	Headers     []string `json:"headers,omitempty"` // "Name: value", beside Host
 	Body        []byte   `json:"body,omitempty"`
-	Response    int      `json:"response_bytes"` // body of each response
+	Counter     int      `json:"counter,omitempty"` // the first number for counterMark
+	Response    int      `json:"response_bytes"`    // body of each response
 	Connections int      `json:"connections"`
 }
 
-// loads are the tables to be made, in order.
-func loads(connections int) []load {
-	return []load{
-		{Name: "GET 12 B", Method: http.MethodGet, Response: 12, Connections: connections},
+// requests returns the load's requests as bytes, one for each target.
+func (l load) requests(host string) [][]byte {
+	targets := l.Targets
+	if len(targets) == 0 {
+		targets = []string{target}
 	}
+	var all [][]byte
+	for _, t := range targets {
+		var b bytes.Buffer
+		fmt.Fprintf(&b, "%s %s HTTP/1.1\r\nHost: %s\r\n", l.Method, t, host)
+		for _, h := range l.Headers {
+			fmt.Fprintf(&b, "%s\r\n", h)
+		}
+		if len(l.Body) > 0 {
+			fmt.Fprintf(&b, "Content-Length: %d\r\n", len(l.Body))
+		}
+		b.WriteString("\r\n")
+		b.Write(l.Body)
+		all = append(all, b.Bytes())
+	}
+	return all
 }
 
-// outcome is what a load tool counted in one run.
+// outcome is what a load counted in one run.
 type outcome struct {
-	Requests  int           `json:"requests"` // answered, with whatever status
-	Elapsed   time.Duration `json:"elapsed_ns"`
-	P50       time.Duration `json:"p50_ns"`
-	P99       time.Duration `json:"p99_ns"`
-	BadStatus int           `json:"bad_status"` // answers other than 2xx (wrk: and 3xx)
-	Errors    int           `json:"errors"`     // requests without an answer: refused, reset, timed out
+	Requests   int           `json:"requests"` // answered, with whatever status
+	Elapsed    time.Duration `json:"elapsed_ns"`
+	P50        time.Duration `json:"p50_ns"`
+	P99        time.Duration `json:"p99_ns"`
+	P999       time.Duration `json:"p999_ns"`    // 0 where unknown
+	Late       time.Duration `json:"late_ns"`    // p99 of how much too late an open loop itself sent
+	BadStatus  int           `json:"bad_status"` // answers other than 2xx or of another length (wrk: other than 2xx and 3xx)
+	Errors     int           `json:"errors"`     // requests that failed: reset, malformed, wrk: not in time
+	Unanswered int           `json:"unanswered"` // within lastWait; their latencies count as what they had waited by then
 }
 
-// tool makes a load from a process of its own.
-type tool struct {
-	name, version string
-	wholeSeconds  bool // its durations have no finer unit
-	// command returns the program that puts the load on addr, its input, and how to read its output. dir is for files.
-	command func(l load, addr, dir string, d time.Duration) (args []string, stdin []byte, err error)
-	parse   func(out string) (outcome, error)
-}
-
-// findTool returns the tool of that name; "auto" is the first of wrk, hey and builtin that is there.
-func findTool(ctx context.Context, name string) (tool, error) {
-	if path, err := exec.LookPath("wrk"); err == nil && (name == "auto" || name == "wrk") {
-		return tool{"wrk", versionWord(ctx, 1, path, "-v"), true, wrkCommand(path), parseWrk}, nil
-	}
-	if path, err := exec.LookPath("hey"); err == nil && (name == "auto" || name == "hey") {
-		return tool{"hey", "", false, heyCommand(path), parseHey}, nil
-	}
-	if name == "wrk" || name == "hey" {
-		return tool{}, fmt.Errorf("--tool %s: %w", name, errNotInstalled)
-	}
-	self, err := os.Executable()
-	return tool{"builtin", "", false, builtinCommand(self), parseBuiltin}, err
-}
-
-// run puts the load on addr for d, on the given CPU.
-func (t tool) run(ctx context.Context, cpu int, l load, addr, dir string, d time.Duration) (outcome, error) {
-	args, stdin, err := t.command(l, addr, dir, d)
-	if err != nil {
-		return outcome{}, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, d+15*time.Second) // wrk may take some seconds to give up on what hangs
-	defer cancel()
-	out, err := output(ctx, cpu, stdin, args...)
-	if err != nil {
-		return outcome{}, err
-	}
-	o, err := t.parse(out)
-	if err != nil {
-		return outcome{}, fmt.Errorf("%s: %w in its output:\n%s", t.name, err, out)
+// checked refuses an outcome that would make a row of zeros.
+func (o outcome) checked() (outcome, error) {
+	if o.Elapsed <= 0 || o.Requests+o.Errors+o.Unanswered == 0 {
+		return outcome{}, errors.New("no count of requests")
 	}
 	return o, nil
 }
 
-func wrkCommand(path string) func(load, string, string, time.Duration) ([]string, []byte, error) {
-	return func(l load, addr, dir string, d time.Duration) ([]string, []byte, error) {
-		args := []string{path, "-t1", "-c", strconv.Itoa(l.Connections), "-d", strconv.Itoa(int(d.Seconds())) + "s", "--latency"}
-		for _, h := range l.Headers {
-			args = append(args, "-H", h)
+// tool makes closed loops from a process of its own.
+type tool struct {
+	name, version string
+	wholeSeconds  bool // its durations have no finer unit
+	start         func(ctx context.Context, on cpuSet, l load, addr, dir string, d time.Duration) (driving, error)
+}
+
+// driving is a load that is about to begin.
+type driving interface {
+	run(ctx context.Context) (outcome, error) // to its end
+	stop()
+}
+
+// findTool returns the tool of that name.
+func findTool(ctx context.Context, name string) (tool, error) {
+	if name == "wrk" {
+		path, err := exec.LookPath("wrk")
+		if err != nil {
+			return tool{}, fmt.Errorf("--tool wrk: %w", errNotInstalled)
 		}
-		if l.Method != http.MethodGet || len(l.Body) > 0 {
-			script := filepath.Join(dir, "wrk.lua")
-			text := fmt.Sprintf("wrk.method = %s\nwrk.body = %s\n", luaString([]byte(l.Method)), luaString(l.Body))
-			if err := os.WriteFile(script, []byte(text), 0o600); err != nil {
-				return nil, nil, err
-			}
-			args = append(args, "-s", script)
-		}
-		return append(args, "http://"+addr+target), nil, nil
+		return tool{"wrk", versionWord(ctx, 1, path, "-v"), true, func(_ context.Context, on cpuSet, l load, addr, dir string, d time.Duration) (driving, error) {
+			return &wrk{path, on, l, addr, dir, d}, nil
+		}}, nil
 	}
+	return tool{"builtin", "", false, func(ctx context.Context, on cpuSet, l load, addr, _ string, d time.Duration) (driving, error) {
+		return startDrive(ctx, on, l, addr, 0, d)
+	}}, nil
+}
+
+// builtin is this command's own load, in a process of its own.
+type builtin struct {
+	*process
+	in    io.WriteCloser
+	lines chan string
+	limit time.Duration // for a run
+}
+
+// startDrive starts the built-in load and waits until it could begin. A rate of 0 is a closed loop: see drive.
+func startDrive(ctx context.Context, on cpuSet, l load, addr string, rate float64, d time.Duration) (*builtin, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(self, "load", addr, d.String(), "--rate", fmt.Sprint(rate))
+	cmd.Env = environment("GOMAXPROCS=1")
+	b := &builtin{lines: make(chan string, 16), limit: d + 15*time.Second}
+	if b.in, err = cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	b.process, err = startProcess(on, cmd, func(line string) {
+		select {
+		case b.lines <- line:
+		default: // more than it has to say
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := json.NewEncoder(b.in).Encode(l); err != nil {
+		b.stop()
+		return nil, fmt.Errorf("load: %w\n%s", err, b.log)
+	}
+	if line, err := b.line(ctx, time.Minute); err != nil || line != loadReady {
+		b.stop()
+		return nil, fmt.Errorf("load: %q, %w\n%s", line, err, b.log)
+	}
+	return b, nil
+}
+
+// What the load's process says when it is ready, and is told then.
+const (
+	loadReady = "ready"
+	loadGo    = "go"
+)
+
+func (b *builtin) run(ctx context.Context) (outcome, error) {
+	if _, err := io.WriteString(b.in, loadGo+"\n"); err != nil {
+		return outcome{}, fmt.Errorf("load: %w\n%s", err, b.log)
+	}
+	line, err := b.line(ctx, b.limit)
+	if err != nil {
+		return outcome{}, fmt.Errorf("load: %w\n%s", err, b.log)
+	}
+	var o outcome
+	if err := json.Unmarshal([]byte(line), &o); err != nil {
+		return outcome{}, fmt.Errorf("load: %w\n%s", err, b.log)
+	}
+	return o.checked()
+}
+
+// line returns what the process says next.
+func (b *builtin) line(ctx context.Context, limit time.Duration) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	select {
+	case line := <-b.lines:
+		return line, nil
+	case <-b.exited:
+		return "", errors.New("it ended")
+	case <-ctx.Done():
+		return "", ctx.Err()
+	}
+}
+
+// loadCmd is the built-in load as a process of its own: the load as JSON on stdin, the outcome as JSON on stdout. Its
+// connections stay until stdin ends.
+type loadCmd struct {
+	Addr     string        `arg:""`
+	Duration time.Duration `arg:""`
+	Rate     float64
+}
+
+// Run drives the address for the duration.
+func (c *loadCmd) Run() error {
+	dieOfSignals()
+	in := bufio.NewReader(os.Stdin)
+	text, err := in.ReadBytes('\n')
+	if err != nil {
+		return err
+	}
+	var l load
+	if err := json.Unmarshal(text, &l); err != nil {
+		return err
+	}
+	return drive(l, c.Addr, c.Rate, c.Duration, func() error {
+		fmt.Println(loadReady)
+		_, err := in.ReadString('\n')
+		return err
+	}, func(o outcome) error {
+		if err := json.NewEncoder(os.Stdout).Encode(o); err != nil {
+			return err
+		}
+		_, err := io.Copy(io.Discard, in)
+		return err
+	})
+}
+
+// wrk is the load made by another program, as a check of ours: github.com/wg/wrk.
+type wrk struct {
+	path      string
+	on        cpuSet
+	l         load
+	addr, dir string // dir for its script
+	d         time.Duration
+}
+
+func (w *wrk) stop() {}
+
+func (w *wrk) run(ctx context.Context) (outcome, error) {
+	args := []string{w.path, "-t1", "-c", strconv.Itoa(w.l.Connections), "-d", strconv.Itoa(int(w.d.Seconds())) + "s", "--latency"}
+	for _, h := range w.l.Headers {
+		args = append(args, "-H", h)
+	}
+	if w.l.Method != http.MethodGet || len(w.l.Body) > 0 {
+		script := filepath.Join(w.dir, "wrk.lua")
+		text := fmt.Sprintf("wrk.method = %s\nwrk.body = %s\n", luaString([]byte(w.l.Method)), luaString(w.l.Body))
+		if err := os.WriteFile(script, []byte(text), 0o600); err != nil {
+			return outcome{}, err
+		}
+		args = append(args, "-s", script)
+	}
+	ctx, cancel := context.WithTimeout(ctx, w.d+15*time.Second) // it may take some seconds to give up on what hangs
+	defer cancel()
+	out, err := output(ctx, w.on, append(args, "http://"+w.addr+target)...)
+	if err != nil {
+		return outcome{}, err
+	}
+	o, err := parseWrk(out)
+	if err != nil {
+		return outcome{}, fmt.Errorf("wrk: %w in its output:\n%s", err, out)
+	}
+	return o, nil
 }
 
 // luaString quotes any bytes for Lua: all of them in decimal.
@@ -152,180 +295,4 @@ func parseWrk(out string) (outcome, error) {
 		}
 	}
 	return o.checked()
-}
-
-func heyCommand(path string) func(load, string, string, time.Duration) ([]string, []byte, error) {
-	return func(l load, addr, dir string, d time.Duration) ([]string, []byte, error) {
-		args := []string{path, "-z", d.String(), "-c", strconv.Itoa(l.Connections), "-cpus", "1", "-disable-compression", "-m", l.Method}
-		for _, h := range l.Headers {
-			args = append(args, "-H", h)
-		}
-		if len(l.Body) > 0 {
-			file := filepath.Join(dir, "hey.body")
-			if err := os.WriteFile(file, l.Body, 0o600); err != nil {
-				return nil, nil, err
-			}
-			args = append(args, "-D", file)
-		}
-		return append(args, "http://"+addr+target), nil, nil
-	}
-}
-
-// parseHey reads what hey prints. Its latencies have a resolution of 0.1 ms.
-func parseHey(out string) (outcome, error) {
-	var o outcome
-	section := ""
-	for line := range strings.Lines(out) {
-		line = strings.TrimSpace(line)
-		f := strings.Fields(line)
-		var err error
-		switch {
-		case strings.HasSuffix(line, ":"):
-			section = line
-		case len(f) == 3 && f[0] == "Total:":
-			o.Elapsed, err = seconds(f[1])
-		case len(f) == 4 && f[0] == "50%":
-			o.P50, err = seconds(f[2])
-		case len(f) == 4 && f[0] == "99%":
-			o.P99, err = seconds(f[2])
-		case len(f) > 1 && section == "Status code distribution:":
-			var status, n int
-			_, err = fmt.Sscanf(line, "[%d] %d responses", &status, &n)
-			o.Requests += n
-			if status/100 != 2 {
-				o.BadStatus += n
-			}
-		case len(f) > 1 && section == "Error distribution:":
-			var n int
-			_, err = fmt.Sscanf(line, "[%d]", &n)
-			o.Errors += n
-		}
-		if err != nil {
-			return outcome{}, err
-		}
-	}
-	return o.checked()
-}
-
-func seconds(s string) (time.Duration, error) { return time.ParseDuration(s + "s") }
-
-func builtinCommand(self string) func(load, string, string, time.Duration) ([]string, []byte, error) {
-	return func(l load, addr, _ string, d time.Duration) ([]string, []byte, error) {
-		stdin, err := json.Marshal(l)
-		return []string{self, "load", addr, d.String()}, stdin, err
-	}
-}
-
-func parseBuiltin(out string) (outcome, error) {
-	var o outcome
-	if err := json.Unmarshal([]byte(out), &o); err != nil {
-		return outcome{}, err
-	}
-	return o.checked()
-}
-
-// checked refuses an outcome that would make a row of zeros.
-func (o outcome) checked() (outcome, error) {
-	if o.Elapsed <= 0 || o.Requests == 0 && o.Errors == 0 {
-		return outcome{}, errors.New("no count of requests")
-	}
-	return o, nil
-}
-
-// closedLoop is the built-in load: simple, and dearer per request than wrk.
-func closedLoop(ctx context.Context, l load, addr string, d time.Duration) outcome {
-	var (
-		wg    sync.WaitGroup
-		mu    sync.Mutex // guards o and all
-		o     outcome
-		all   []time.Duration
-		start = time.Now()
-	)
-	ctx, cancel := context.WithDeadline(ctx, start.Add(d))
-	defer cancel()
-	request := l.request(addr)
-	for range l.Connections {
-		wg.Go(func() {
-			var c client
-			for ctx.Err() == nil {
-				c.run(ctx, addr, l.Method, request)
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			all = append(all, c.times...)
-			o.BadStatus += c.badStatus
-			o.Errors += c.errors
-		})
-	}
-	wg.Wait()
-	slices.Sort(all)
-	o.Requests, o.Elapsed = len(all), time.Since(start)
-	o.P50, o.P99 = quantile(all, 0.50), quantile(all, 0.99)
-	return o
-}
-
-// request is the load's request as bytes.
-func (l load) request(addr string) []byte {
-	var b bytes.Buffer
-	fmt.Fprintf(&b, "%s %s HTTP/1.1\r\nHost: %s\r\n", l.Method, target, addr)
-	for _, h := range l.Headers {
-		fmt.Fprintf(&b, "%s\r\n", h)
-	}
-	if len(l.Body) > 0 {
-		fmt.Fprintf(&b, "Content-Length: %d\r\n", len(l.Body))
-	}
-	b.WriteString("\r\n")
-	b.Write(l.Body)
-	return b.Bytes()
-}
-
-// client is one connection of the built-in load, and what it saw.
-type client struct {
-	times             []time.Duration // of each answer
-	badStatus, errors int
-}
-
-// run uses one connection until ctx ends or the connection does. The request that is under way when ctx ends is still
-// waited for, 2 s at most.
-func (c *client) run(ctx context.Context, addr, method string, request []byte) {
-	conn, err := net.DialTimeout("tcp", addr, 2*time.Second)
-	if err != nil {
-		c.errors++
-		time.Sleep(10 * time.Millisecond) // what refuses once refuses again: no need to ask as fast as we can
-		return
-	}
-	defer conn.Close()
-	br := bufio.NewReader(conn)
-	for ctx.Err() == nil {
-		start := time.Now()
-		conn.SetDeadline(start.Add(2 * time.Second))
-		if _, err := conn.Write(request); err != nil {
-			c.errors++
-			return
-		}
-		resp, err := http.ReadResponse(br, &http.Request{Method: method})
-		if err == nil {
-			_, err = io.Copy(io.Discard, resp.Body)
-		}
-		if err != nil {
-			c.errors++
-			return
-		}
-		c.times = append(c.times, time.Since(start))
-		if resp.StatusCode/100 != 2 {
-			c.badStatus++
-		}
-		if resp.Close {
-			return
-		}
-	}
-}
-
-// quantile returns the smallest value that at least the share q of all is not above. sorted is in ascending order.
-func quantile(sorted []time.Duration, q float64) time.Duration {
-	if len(sorted) == 0 {
-		return 0
-	}
-	i := int(math.Ceil(q*float64(len(sorted)))) - 1
-	return sorted[min(max(i, 0), len(sorted)-1)]
 }

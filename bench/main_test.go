@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -26,7 +27,7 @@ const asCommand = "KERBEROS_BENCH_AS_COMMAND"
 
 func TestMain(m *testing.M) {
 	switch {
-	case os.Getenv(asCommand) != "", len(os.Args) > 1 && (os.Args[1] == "origin" || os.Args[1] == "load"):
+	case os.Getenv(asCommand) != "", len(os.Args) > 1 && slices.Contains([]string{"origin", "pump", "load"}, os.Args[1]):
 		main()
 	case len(os.Args) > 1 && os.Args[1] == "version":
 		fmt.Println("stand-in 1.0, for tests")
@@ -39,7 +40,7 @@ func TestMain(m *testing.M) {
 
 // standIn is a gateway as far as the bench sees one: its log lines, its API, its forwarding.
 func standIn() {
-	if os.Getenv("GOMAXPROCS") != "1" || os.Getenv("BALANCER_STRATEGY") != "" {
+	if n := os.Getenv("GOMAXPROCS"); n != "1" && n != "2" || os.Getenv("BALANCER_STRATEGY") != "" {
 		fmt.Println("started with the wrong settings:", os.Environ())
 		os.Exit(1)
 	}
@@ -58,12 +59,14 @@ func standIn() {
 	go http.Serve(admin, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		var in struct{ Service, ID, Addr string }
 		err := json.NewDecoder(r.Body).Decode(&in)
-		if err != nil || r.Method != "POST" || r.URL.Path != "/register" || in.Service != "bench" || in.ID == "" || r.Header.Get("Content-Type") != "application/json" {
+		if err != nil || r.Method != "POST" && r.Method != "DELETE" || r.URL.Path != "/register" || in.Service == "" || in.ID == "" || r.Header.Get("Content-Type") != "application/json" {
 			w.WriteHeader(http.StatusBadRequest)
 			return
 		}
 		mu.Lock()
-		origin = in.Addr
+		if origin == "" {
+			origin = in.Addr
+		}
 		mu.Unlock()
 		w.WriteHeader(http.StatusNoContent)
 	}))
@@ -99,54 +102,130 @@ func isEmpty(t *testing.T, dir string) {
 	}
 }
 
-// The whole table, with every gateway and every tool that is installed.
+// The loads, with every gateway that is installed.
 func TestRun(t *testing.T) {
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, tool := range []string{"builtin", "hey", "wrk"} {
-		t.Run(tool, func(t *testing.T) {
+	for _, test := range []struct{ tool, only string }{
+		{"builtin", "get-64"},
+		{"builtin", "browser-16"},
+		{"builtin", "post,1m"},
+		{"builtin", "one"},
+		{"wrk", "post"},
+	} {
+		t.Run(test.tool+" "+test.only, func(t *testing.T) {
 			t.Parallel()
-			if _, err := findTool(t.Context(), tool); errors.Is(err, errNotInstalled) {
+			if _, err := findTool(t.Context(), test.tool); errors.Is(err, errNotInstalled) {
 				t.Skip(err)
 			}
-			dir := t.TempDir()
-			file := filepath.Join(t.TempDir(), "result.json")
-			cmd := command(t, dir, "--kerberos", self, "--tool", tool, "--duration", "1s", "--warmup", "0s",
-				"--rounds", "1", "--connections", "64", "--json", file)
-			out, err := cmd.CombinedOutput()
-			if err != nil {
-				t.Fatalf("%v\n%s", err, out)
+			duration := "300ms"
+			if test.tool == "wrk" {
+				duration = "1s"
 			}
-			var res result
-			b, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
+			res, out := run(t, "--kerberos", self, "--tool", test.tool, "--only", test.only, "--duration", duration, "--warmup", "0s", "--rounds", "1")
+			if len(res.Tables) != strings.Count(test.only, ",")+1 {
+				t.Fatalf("%d tables for %s", len(res.Tables), test.only)
 			}
-			if err := json.Unmarshal(b, &res); err != nil {
-				t.Fatal(err)
-			}
-			if len(res.Tables) != 1 || len(res.Tables[0].Rows)+len(res.Missing) != 3 {
-				t.Fatalf("not three gateways in one table:\n%s", b)
-			}
-			for _, r := range res.Tables[0].Rows {
-				if m := r.Median; m.Requests < 1 || m.RequestsPerSecond <= 0 || (m.P50 <= 0 || m.P99 < m.P50) && tool != "hey" { // which tells none of a few requests
-					t.Errorf("%s: no figures: %+v", r.Gateway, m)
+			for _, table := range res.Tables {
+				want := len(gatewayNames) - len(res.Missing)
+				if canPump && table.Load.Response < 64<<10 {
+					want-- // pump-splice
 				}
-				if pickCPUs().gateway != noCPU && (r.Median.CPU <= 0 || r.Median.PeakKiB < 1000 || r.Median.Busy <= 0) {
-					t.Errorf("%s: no CPU or memory: %+v", r.Gateway, r.Median)
+				if len(table.Rows) != want {
+					t.Errorf("%s: %d rows, not %d", table.Section, len(table.Rows), want)
 				}
-				if m := r.Median; m.Requests > 200 && m.OriginConns > m.Requests/2 {
-					t.Errorf("%s: its connections to the origin are not kept: %+v", r.Gateway, r.Median)
-				}
-				if !strings.Contains(string(out), r.Gateway+" "+r.Version) {
-					t.Errorf("%s %s is not in the table:\n%s", r.Gateway, r.Version, out)
+				for _, r := range table.Rows {
+					m := r.Median
+					if m.Requests < 1 || m.RequestsPerSecond <= 0 || m.P50 <= 0 || m.P99 < m.P50 {
+						t.Errorf("%s: no figures: %+v", r.Gateway, m)
+					}
+					if pickCPUs().gateway != nil && (m.CPU <= 0 || m.Peak < 1 || m.Resident < 1 || m.Busy <= 0) {
+						t.Errorf("%s: no CPU or memory: %+v", r.Gateway, m)
+					}
+					if m.Requests > 200 && m.OriginConns > m.Requests/2 {
+						t.Errorf("%s: its connections to the origin are not kept: %+v", r.Gateway, m)
+					}
+					if !strings.Contains(out, r.label()) {
+						t.Errorf("%s is not in the table:\n%s", r.label(), out)
+					}
 				}
 			}
-			isEmpty(t, dir)
 		})
 	}
+}
+
+// The sections that are not closed loops of all gateways, with a stand-in for the one that they are about.
+func TestRunOtherSections(t *testing.T) {
+	if !canPump {
+		t.Skip("they need Linux")
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		only string
+		rows map[string]int      // of each table
+		ok   func(s sample) bool // of each row, beside CPU
+	}{
+		{"open", map[string]int{"open-50": 2, "open-80": 2}, func(s sample) bool { return s.P50 > 0 && s.P999 >= s.P99 }},
+		{"memory-busy", map[string]int{"memory-busy": 2}, func(s sample) bool { return s.Resident > 1 }},
+		{"memory-idle", map[string]int{"memory-idle": 1}, func(s sample) bool { return s.PerConn > 0.1 }},
+		{"cores,scale-connections", map[string]int{"cores": 2, "scale-connections": 6}, func(s sample) bool { return s.P50 > 0 }},
+		{"services,scale-instances", map[string]int{"services": 3, "scale-instances": 4}, func(s sample) bool { return s.P50 > 0 }},
+		{"storm", map[string]int{"storm": 2}, func(s sample) bool { return s.P50 > 0 && s.Requests > 10 }},
+	} {
+		t.Run(test.only, func(t *testing.T) {
+			t.Parallel()
+			res, out := run(t, "--kerberos", self, "--gateways", "kerberos,pump", "--only", test.only, "--duration", "100ms", "--warmup", "50ms", "--rounds", "1", "--files", "3000")
+			seen := map[string]int{}
+			for _, table := range res.Tables {
+				seen[table.Section] = len(table.Rows)
+				if table.Section == "cores" && len(pickCPUs().gateways) < 2 {
+					seen["cores"] = 2 // it says that it cannot
+				}
+				for _, r := range table.Rows {
+					if !test.ok(r.Median) || r.Median.CPU <= 0 && test.only != "memory-idle" {
+						t.Errorf("%s, %s: %+v", table.Section, r.label(), r.Median)
+					}
+				}
+			}
+			for _, want := range map[string][]string{
+				"memory-idle":              {"not 10000 connections: a process may open only 3000 files", "2744 idle"},
+				"services,scale-instances": {"not 10000 instances: a process may open only 3000 files"},
+			}[test.only] {
+				if !strings.Contains(out, want) {
+					t.Errorf("no %q in\n%s", want, out)
+				}
+			}
+			if !maps.Equal(seen, test.rows) {
+				t.Errorf("tables and rows: %v, want %v\n%s", seen, test.rows, out)
+			}
+		})
+	}
+}
+
+// run runs the command to its end and returns what it found out.
+func run(t *testing.T, args ...string) (result, string) {
+	t.Helper()
+	dir := t.TempDir()
+	file := filepath.Join(t.TempDir(), "result.json")
+	out, err := command(t, dir, append(args, "--json", file)...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var res result
+	if err := json.Unmarshal(b, &res); err != nil {
+		t.Fatal(err)
+	}
+	isEmpty(t, dir)
+	return res, string(out)
 }
 
 func TestHelp(t *testing.T) {
@@ -154,7 +233,7 @@ func TestHelp(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	for _, flag := range []string{"--rounds", "--duration", "--warmup", "--quick", "--connections", "--gateways", "--kerberos", "--tool", "--json"} {
+	for _, flag := range []string{"--only", "--rounds", "--duration", "--warmup", "--quick", "--gateways", "--kerberos", "--tool", "--json", "--svg", "--markdown", "--from"} {
 		if strings.Count(string(out), "\n      "+flag) != 1 {
 			t.Errorf("%s is not listed once:\n%s", flag, out)
 		}
@@ -174,7 +253,10 @@ func TestRunFails(t *testing.T) {
 	}{
 		{"a gateway that does not start", []string{"--gateways", "kerberos", "--kerberos", false_}, 1, "kerberos: false ended"},
 		{"no rounds", []string{"--rounds", "0"}, 2, "--rounds 0: at least 1"},
-		{"an unknown gateway", []string{"--gateways", "apache"}, 2, "kerberos"},
+		{"an unknown gateway", []string{"--gateways", "apache"}, 2, "--gateways apache: one of kerberos, nginx"},
+		{"an unknown section", []string{"--only", "get-64,put"}, 2, "--only put: one of get-16, get-64"},
+		{"nothing to compare with itself", []string{"--gateways", "pump", "--only", "cores"}, 1, "cores: it is about kerberos"},
+		{"not a result", []string{"--from", false_}, 1, "false: "},
 		{"no such binary", []string{"--kerberos", "/nonexistent"}, 2, "nonexistent"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -212,13 +294,15 @@ func TestCheckForwarding(t *testing.T) {
 	for _, test := range []struct {
 		name, without, want string
 		size                int
+		pump                bool
 	}{
-		{"complete", "", "", 12},
-		{"no proto", "X-Forwarded-Proto", "x-forwarded-proto", 12},
-		{"no host", "X-Forwarded-Host", "x-forwarded-host", 12},
-		{"no client", "X-Forwarded-For", "x-forwarded-for", 12},
-		{"wrong size", "", "a body of 12 bytes, not 13", 13},
-		{"not kept", "", "told to close", 12},
+		{"complete", "", "", 12, false},
+		{"no proto", "X-Forwarded-Proto", "x-forwarded-proto", 12, false},
+		{"no host", "X-Forwarded-Host", "x-forwarded-host", 12, false},
+		{"no client", "X-Forwarded-For", "x-forwarded-for", 12, false},
+		{"wrong size", "", "a body of 12 bytes, not 13 of x", 13, false},
+		{"the pump", "X-Forwarded-For", "", 12, true},
+		{"not kept", "", "told to close", 12, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -240,7 +324,7 @@ func TestCheckForwarding(t *testing.T) {
 			srv := &http.Server{Handler: proxy}
 			go srv.Serve(ln)
 			defer srv.Close()
-			err = checkForwarding(t.Context(), ln.Addr().String(), test.size)
+			err = checkForwarding(t.Context(), ln.Addr().String(), test.size, test.pump)
 			if test.want == "" && err != nil || test.want != "" && (err == nil || !strings.Contains(err.Error(), test.want)) {
 				t.Errorf("%v, want %q", err, test.want)
 			}
@@ -268,28 +352,33 @@ func TestMedian(t *testing.T) {
 func TestTable(t *testing.T) {
 	second := func(n int, cpu time.Duration) sample {
 		return newSample(outcome{Requests: n, Elapsed: time.Second, P50: time.Millisecond, P99: 2 * time.Millisecond},
-			usage{Total: cpu, User: 100 * time.Millisecond, System: 300 * time.Millisecond, PeakKiB: 2048}, 0)
+			usage{Total: cpu, User: 100 * time.Millisecond, System: 300 * time.Millisecond, ResidentKiB: 1024, PeakKiB: 2048}, 0)
 	}
 	a := &row{Gateway: "a", Version: "1", Rounds: []sample{second(10_000, 90*time.Millisecond), second(10_000, 300*time.Millisecond), second(10_000, 110*time.Millisecond)}}
 	b := &row{Gateway: "b", Version: "2", Rounds: []sample{second(10_000, 220*time.Millisecond), second(10_000, 220*time.Millisecond), second(10_000, 220*time.Millisecond)}}
-	tab := &table{Load: load{Name: "GET 12 B", Connections: 64}, Rows: []*row{a, b}}
-	tab.summarize()
-	if a.Median.CPU != 11 || a.Median.User != 2.75 || a.Median.System != 8.25 || a.Ratios["b"] != 0.5 || b.Ratios["a"] != 2 || !tab.valid() {
+	tab := &table{Section: "get-64", Title: "GET 12 B", Load: &load{Connections: 64}, Compared: cpuPerRequest, Rows: []*row{a, b}}
+	summarize := func() {
+		a.summarize()
+		b.summarize()
+		tab.compare()
+	}
+	summarize()
+	if a.Median.CPU != 11 || a.Median.User != 2.75 || a.Median.System != 8.25 || a.Ratios["b"] != 0.5 || b.Ratios["a"] != 2 || !tab.allValid() {
 		t.Errorf("medians: %+v, %+v", a, b)
 	}
 	var out bytes.Buffer
 	tab.print(&out)
-	for _, want := range []string{"a 1   11.00  2.75    8.25", "10000    1000    2000", "2.0        0.50", "2.00", "GET 12 B, 64 connections"} {
+	for _, want := range []string{"a 1   11.00  2.75    8.25", "10000    1000    2000", "2.0         0.500", "2.000", "get-64: GET 12 B"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no %q in\n%s", want, out.String())
 		}
 	}
 	b.Rounds[1].BadStatus, b.Rounds[2].Errors, a.Rounds[0].OriginConns = 3, 4, 9_000
-	tab.summarize()
+	summarize()
 	out.Reset()
 	tab.print(&out)
-	if tab.valid() || !strings.Contains(out.String(), "INVALID: b: 3 of 30000 answers not 2xx, 4 requests failed") ||
-		!strings.Contains(out.String(), "NOTE: a does not keep its connections: 9000 new ones") {
+	if tab.allValid() || !strings.Contains(out.String(), "INVALID: b 2: 3 of 30000 answers not as they should be, 4 requests failed") ||
+		!strings.Contains(out.String(), "NOTE: a 1 does not keep its connections: 9000 new ones") {
 		t.Errorf("no word about what went wrong:\n%s", out.String())
 	}
 }

@@ -9,70 +9,144 @@ import (
 	"time"
 )
 
-// bench is one call of the command: the same tool, gateways and rounds for every load.
+// bench is one call of the command.
 type bench struct {
 	dir              string // for temporary files
 	tool             tool
 	gateways         []gateway
 	cpus             cpus
+	files            int // that a process may have open
+	quick            bool
 	rounds           int
 	duration, warmup time.Duration
 }
 
-// measure starts origin and gateways for this load, drives them round by round, and ends them.
-func (b *bench) measure(ctx context.Context, l load) (*table, error) {
-	origin, err := startOrigin(ctx, b.cpus.load, l.Response)
-	if err != nil {
-		return nil, err
-	}
-	defer origin.stop()
-	t := &table{Load: l}
-	var at []*running
-	for _, g := range b.gateways {
-		s := setup{dir: filepath.Join(b.dir, l.Name, g.name), cpu: b.cpus.gateway, origin: origin.addr, connections: l.Connections}
-		if err := os.MkdirAll(s.dir, 0o700); err != nil {
-			return nil, err
-		}
-		r, err := g.start(ctx, s)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", g.name, err)
-		}
-		defer r.stop()
-		err = r.waitFor(ctx, func(ctx context.Context) error { return checkForwarding(ctx, r.addr, l.Response) })
-		if err != nil {
-			return nil, err
-		}
-		at = append(at, r)
-		t.Rows = append(t.Rows, &row{Gateway: g.name, Version: g.version})
-	}
-	if b.warmup > 0 {
-		for i := range at {
-			if _, err := b.drive(ctx, at[i], origin, l, b.warmup); err != nil {
-				return nil, fmt.Errorf("%s, warm-up: %w", b.gateways[i].name, err)
-			}
-		}
-	}
-	for round := range b.rounds {
-		for n := range at {
-			i := (round + n) % len(at) // none is always the one after the same other
-			s, err := b.drive(ctx, at[i], origin, l, b.duration)
-			if err != nil {
-				return nil, fmt.Errorf("%s, round %d: %w", b.gateways[i].name, round+1, err)
-			}
-			t.Rows[i].Rounds = append(t.Rows[i].Rounds, s)
-		}
-	}
-	t.summarize()
-	return t, nil
+// subject is what a row of a table is about: a gateway, as it is set up and driven for it.
+type subject struct {
+	gateway
+	setting string // tells it from others of the same gateway
+	load    load
+	from    cpuSet // where the load runs, if not where it usually does
+	setup   setup  // what differs from the usual
 }
 
-// drive puts the load on one gateway for d and counts what it used for it.
-func (b *bench) drive(ctx context.Context, r, origin *running, l load, d time.Duration) (sample, error) {
+// group is subjects that take turns before the same origin.
+type group struct {
+	*bench
+	subjects []subject
+	origin   *process
+	origins  []string // its addresses
+	at       []*running
+}
+
+// start starts an origin, there, and the subjects before it, and checks that they forward as they should.
+func (b *bench) start(ctx context.Context, name string, there cpuSet, subjects []subject) (*group, error) {
+	g := &group{bench: b, subjects: subjects}
+	var err error
+	if g.origin, g.origins, err = startOrigin(ctx, there, subjects[0].load.Response, originAddrs); err != nil {
+		return nil, err
+	}
+	for i, s := range subjects {
+		if err := g.add(ctx, filepath.Join(b.dir, name, fmt.Sprint(i)), s); err != nil {
+			g.stop()
+			return nil, fmt.Errorf("%s: %w", s.name, err)
+		}
+	}
+	return g, nil
+}
+
+// originAddrs are the addresses that the origin has: instances are spread over them.
+const originAddrs = 10
+
+func (g *group) add(ctx context.Context, dir string, s subject) error {
+	with := s.setup
+	with.dir, with.origins, with.connections = dir, g.origins, s.load.Connections
+	with.threads, with.services, with.instances = max(1, with.threads), max(1, with.services), max(1, with.instances)
+	if with.on == nil {
+		with.on = g.cpus.gateway
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	r, err := s.gateway.start(ctx, with)
+	if err != nil {
+		return err
+	}
+	g.at = append(g.at, r)
+	return r.waitFor(ctx, func(ctx context.Context) error {
+		return checkForwarding(ctx, r.addr, s.load.Response, isPump(s.name))
+	})
+}
+
+func (g *group) stop() {
+	for _, r := range g.at {
+		r.stop()
+	}
+	g.origin.stop()
+}
+
+// rows returns an empty row for each subject.
+func (g *group) rows() []*row {
+	var rows []*row
+	for _, s := range g.subjects {
+		rows = append(rows, &row{Gateway: s.name, Version: s.version, Setting: s.setting})
+	}
+	return rows
+}
+
+// takeTurns measures each row once a round. Each round begins with another one, so that none is always the one after the
+// same other.
+func takeTurns(ctx context.Context, rows []*row, rounds int, measure func(ctx context.Context, i int) (sample, error)) error {
+	for round := range rounds {
+		for n := range rows {
+			i := (round + n) % len(rows)
+			s, err := measure(ctx, i)
+			if err != nil {
+				return fmt.Errorf("%s, round %d: %w", rows[i].label(), round+1, err)
+			}
+			rows[i].Rounds = append(rows[i].Rounds, s)
+		}
+	}
+	for _, r := range rows {
+		r.summarize()
+	}
+	return nil
+}
+
+// drive puts its load on one subject for d, as fast as it answers, and counts what it used for it.
+func (g *group) drive(ctx context.Context, i int, d time.Duration) (sample, error) {
+	load, err := g.tool.start(ctx, g.loadCPUs(i), g.subjects[i].load, g.at[i].addr, g.dir, d)
+	if err != nil {
+		return sample{}, err
+	}
+	defer load.stop()
+	return g.count(ctx, g.at[i], load)
+}
+
+// pace puts its load on one subject for d, at a fixed rate.
+func (g *group) pace(ctx context.Context, i int, rate float64, d time.Duration) (sample, error) {
+	load, err := startDrive(ctx, g.loadCPUs(i), g.subjects[i].load, g.at[i].addr, rate, d)
+	if err != nil {
+		return sample{}, err
+	}
+	defer load.stop()
+	return g.count(ctx, g.at[i], load)
+}
+
+func (g *group) loadCPUs(i int) cpuSet {
+	if from := g.subjects[i].from; from != nil {
+		return from
+	}
+	return g.cpus.load
+}
+
+// count runs a load and counts what the gateway used meanwhile.
+func (g *group) count(ctx context.Context, r *running, load driving) (sample, error) {
 	pids, err := processTree(r.cmd.Process.Pid)
 	if err != nil {
 		return sample{}, err
 	}
-	connsBefore, err := accepted(ctx, origin.addr)
+	connsBefore, err := accepted(ctx, g.origins[0])
 	if err != nil {
 		return sample{}, err
 	}
@@ -80,7 +154,7 @@ func (b *bench) drive(ctx context.Context, r, origin *running, l load, d time.Du
 	if err != nil {
 		return sample{}, err
 	}
-	o, err := b.tool.run(ctx, b.cpus.load, l, r.addr, b.dir, d)
+	o, err := load.run(ctx)
 	if err != nil {
 		return sample{}, err
 	}
@@ -88,32 +162,38 @@ func (b *bench) drive(ctx context.Context, r, origin *running, l load, d time.Du
 	if err != nil {
 		return sample{}, err
 	}
-	conns, err := accepted(ctx, origin.addr)
+	conns, err := accepted(ctx, g.origins[0])
 	if err != nil {
 		return sample{}, err
 	}
 	return newSample(o, after.sub(before), conns-connsBefore-1), nil // the last one was ours
 }
 
-// sample is one gateway in one round.
+// sample is one row in one round.
 type sample struct {
-	CPU               float64 `json:"cpu_us"` // per request, microseconds; 0 where unknown
+	CPU               float64 `json:"cpu_us"` // per request, microseconds; 0 where unknown, as all of these
 	User              float64 `json:"user_us"`
 	System            float64 `json:"system_us"`
 	RequestsPerSecond float64 `json:"requests_per_second"`
 	P50               float64 `json:"p50_us"`
 	P99               float64 `json:"p99_us"`
+	P999              float64 `json:"p999_us"`
+	Late              float64 `json:"late_us"`  // p99 of how much too late an open loop sent by its own fault
 	Busy              float64 `json:"busy"`     // CPU time per time
-	PeakKiB           int     `json:"peak_kib"` // so far
+	Resident          float64 `json:"rss_mib"`  // of the largest process, at the end
+	Peak              float64 `json:"peak_mib"` // likewise, the highest so far
+	PerConn           float64 `json:"per_connection_kib"`
+	Registering       float64 `json:"registering_p99_us"` // of registrations meanwhile
 	Requests          int     `json:"requests"`
 	BadStatus         int     `json:"bad_status"`
 	Errors            int     `json:"errors"`
+	Unanswered        int     `json:"unanswered"`
 	OriginConns       int     `json:"origin_connections"` // newly made to the origin
 }
 
 func newSample(o outcome, u usage, originConns int) sample {
-	s := sample{OriginConns: originConns, Requests: o.Requests, BadStatus: o.BadStatus, Errors: o.Errors, PeakKiB: u.PeakKiB,
-		P50: micros(o.P50), P99: micros(o.P99)}
+	s := sample{OriginConns: originConns, Requests: o.Requests, BadStatus: o.BadStatus, Errors: o.Errors, Unanswered: o.Unanswered,
+		P50: micros(o.P50), P99: micros(o.P99), P999: micros(o.P999), Late: micros(o.Late), Resident: mib(u.ResidentKiB), Peak: mib(u.PeakKiB)}
 	s.RequestsPerSecond = float64(o.Requests) / o.Elapsed.Seconds()
 	s.Busy = u.Total.Seconds() / o.Elapsed.Seconds()
 	if o.Requests > 0 {
@@ -128,45 +208,30 @@ func newSample(o outcome, u usage, originConns int) sample {
 
 func micros(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
 
-// summarize fills what the rows say about their rounds, and how they compare.
-func (t *table) summarize() {
-	for _, r := range t.Rows {
-		r.summarize()
-	}
-	for _, r := range t.Rows {
-		r.Ratios = map[string]float64{}
-		for _, other := range t.Rows {
-			if other != r && other.Median.CPU > 0 {
-				r.Ratios[other.Gateway] = r.Median.CPU / other.Median.CPU
-			}
-		}
-	}
+func mib(kib int) float64 { return float64(kib) / 1024 }
+
+// measures are the sample's figures of which a row has medians.
+func (s *sample) measures() []*float64 {
+	return []*float64{&s.CPU, &s.User, &s.System, &s.RequestsPerSecond, &s.P50, &s.P99, &s.P999, &s.Late, &s.Busy, &s.Resident, &s.Peak, &s.PerConn, &s.Registering}
 }
 
+// summarize fills what the row says about its rounds.
 func (r *row) summarize() {
-	of := func(f func(sample) float64) float64 {
-		values := make([]float64, len(r.Rounds))
-		for i, s := range r.Rounds {
-			values[i] = f(s)
+	r.Median = sample{}
+	for i, m := range r.Median.measures() {
+		var values []float64
+		for k := range r.Rounds {
+			values = append(values, *r.Rounds[k].measures()[i])
 		}
-		return median(values)
-	}
-	r.Median = sample{
-		CPU:               of(func(s sample) float64 { return s.CPU }),
-		User:              of(func(s sample) float64 { return s.User }),
-		System:            of(func(s sample) float64 { return s.System }),
-		RequestsPerSecond: of(func(s sample) float64 { return s.RequestsPerSecond }),
-		P50:               of(func(s sample) float64 { return s.P50 }),
-		P99:               of(func(s sample) float64 { return s.P99 }),
-		Busy:              of(func(s sample) float64 { return s.Busy }),
+		*m = median(values)
 	}
 	cheapest, dearest := r.Rounds[0].CPU, r.Rounds[0].CPU
 	for _, s := range r.Rounds {
 		cheapest, dearest = min(cheapest, s.CPU), max(dearest, s.CPU)
-		r.Median.PeakKiB = max(r.Median.PeakKiB, s.PeakKiB)
 		r.Median.Requests += s.Requests
 		r.Median.BadStatus += s.BadStatus
 		r.Median.Errors += s.Errors
+		r.Median.Unanswered += s.Unanswered
 		r.Median.OriginConns += s.OriginConns
 	}
 	if r.Median.CPU > 0 {

@@ -72,6 +72,11 @@ func (r *requests) feed(b []byte, answer func(head []byte)) error {
 		if err != nil {
 			return err
 		}
+		if len(r.head) == 0 && length <= len(b) {
+			b = b[length:] // all of it is here: nothing to keep
+			answer(head)
+			continue
+		}
 		if length > 0 {
 			r.head, r.body = append(r.head[:0], head...), length
 			continue
@@ -85,7 +90,16 @@ func (r *requests) feed(b []byte, answer func(head []byte)) error {
 // contentLength returns the length that a head announces for its body, 0 if none.
 func contentLength(head []byte) (int, error) {
 	length, found := 0, false
-	for line := range bytes.Lines(head) {
+	for {
+		end := bytes.IndexByte(head, '\n')
+		if end < 0 {
+			return length, nil
+		}
+		line := head[:end]
+		head = head[end+1:]
+		if len(line) == 0 || line[0]|0x20 != 'c' && line[0]|0x20 != 't' {
+			continue // most lines, at little cost: a browser sends many
+		}
 		name, value, _ := bytes.Cut(line, []byte(":"))
 		switch {
 		case bytes.EqualFold(name, []byte("Content-Length")):
@@ -98,7 +112,6 @@ func contentLength(head []byte) (int, error) {
 			return 0, errNoLength
 		}
 	}
-	return length, nil
 }
 
 // isMirror tells whether the head's target ends with mirrorQuery.

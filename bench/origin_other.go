@@ -12,13 +12,8 @@ import (
 	"sync/atomic"
 )
 
-// serveOrigin answers every request with a body of that size. It returns only with an error.
-func serveOrigin(size int, ready func(addr string)) error {
-	ln, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		return err
-	}
-	ready(ln.Addr().String())
+// serveOrigin answers every request with a body of that size, at so many addresses. It returns only with an error.
+func serveOrigin(size, addrs int, ready func(addrs []string)) error {
 	body := bytes.Repeat([]byte("x"), size)
 	var accepted atomic.Int64
 	srv := http.Server{
@@ -38,5 +33,16 @@ func serveOrigin(size int, ready func(addr string)) error {
 			w.Write(answer)
 		}),
 	}
-	return srv.Serve(ln)
+	var names []string
+	failed := make(chan error, addrs)
+	for range addrs {
+		ln, err := net.Listen("tcp4", "127.0.0.1:0")
+		if err != nil {
+			return err
+		}
+		names = append(names, ln.Addr().String())
+		go func() { failed <- srv.Serve(ln) }()
+	}
+	ready(names)
+	return <-failed
 }

@@ -16,12 +16,12 @@ import (
 // newOrigin starts an origin as the command does: as a process of its own.
 func newOrigin(t *testing.T, size int) *running {
 	t.Helper()
-	o, err := startOrigin(t.Context(), noCPU, size)
+	p, addrs, err := startOrigin(t.Context(), nil, size, 1)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(o.stop)
-	return o
+	t.Cleanup(p.stop)
+	return &running{process: p, addr: addrs[0]}
 }
 
 func dial(t *testing.T, addr string) net.Conn {
@@ -167,6 +167,23 @@ func TestOriginManyConnections(t *testing.T) {
 	n, err := accepted(t.Context(), o.addr)
 	if err != nil || n != len(conns)+2 {
 		t.Errorf("%d connections counted, %v, want %d", n, err, len(conns)+2)
+	}
+}
+
+func TestOriginAddresses(t *testing.T) {
+	t.Parallel()
+	p, addrs, err := startOrigin(t.Context(), nil, 12, 3)
+	if err != nil || len(addrs) != 3 {
+		t.Fatalf("%q %v", addrs, err)
+	}
+	defer p.stop()
+	for _, addr := range addrs {
+		c := dial(t, addr)
+		send(t, c, get)
+		expect(t, bufio.NewReader(c), 1, 12)
+	}
+	if n, err := accepted(t.Context(), addrs[0]); err != nil || n != 4 {
+		t.Errorf("%d connections counted, %v, want 4", n, err)
 	}
 }
 

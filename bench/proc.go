@@ -1,37 +1,52 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
 	"time"
 )
 
-// noCPU means that a process may run anywhere.
-const noCPU = -1
+// cpuSet is where a process may run: anywhere, if it is nil.
+type cpuSet []int
 
 // cpus says which CPU each part has for itself.
-type cpus struct{ gateway, load int }
+type cpus struct {
+	gateway, load cpuSet
+	gateways      cpuSet // for a gateway that has two
+	loads         cpuSet // for the load beside that one; if there are only two CPUs, the same ones
+}
 
 func (c cpus) String() string {
 	switch {
-	case c.gateway == noCPU:
+	case c.gateway == nil:
 		return "nothing pinned"
-	case c.gateway == c.load:
-		return fmt.Sprintf("one CPU (%d) for all: gateway, load and origin take turns", c.gateway)
+	case c.gateway[0] == c.load[0]:
+		return fmt.Sprintf("one CPU (%d) for all: gateway, load and origin take turns", c.gateway[0])
 	}
-	return fmt.Sprintf("gateway on CPU %d, load and origin on CPU %d", c.gateway, c.load)
+	return fmt.Sprintf("gateway on CPU %d, load and origin on CPU %d", c.gateway[0], c.load[0])
+}
+
+// dealCPUs deals out the CPUs that may be used.
+func dealCPUs(allowed []int) cpus {
+	second := min(1, len(allowed)-1)
+	c := cpus{gateway: allowed[:1], load: allowed[second : second+1], gateways: allowed[:second+1], loads: allowed[:second+1]}
+	if len(allowed) >= 4 {
+		c.loads = allowed[2:4]
+	}
+	return c
 }
 
 // usage is what processes used since they started.
 type usage struct {
-	Total, User, System time.Duration // Total is exact, the other two are sampled
-	PeakKiB             int           // largest resident size of one of them, ever
+	Total, User, System  time.Duration // Total is exact, the other two are sampled
+	ResidentKiB, PeakKiB int           // largest resident size of one of them, now and ever
 }
 
-// sub returns what was used since an earlier time. The peak is that of all time.
+// sub returns what was used since an earlier time. The sizes stay as they are.
 func (u usage) sub(before usage) usage {
-	return usage{u.Total - before.Total, u.User - before.User, u.System - before.System, u.PeakKiB}
+	return usage{u.Total - before.Total, u.User - before.User, u.System - before.System, u.ResidentKiB, u.PeakKiB}
 }
 
 // parseStat returns parent, utime and stime (in ticks) from the text of /proc/PID/stat: proc_pid_stat(5).
@@ -60,12 +75,25 @@ func cutLast(s, sep string) (before, after string, found bool) {
 	return s[:i], s[i+len(sep):], true
 }
 
-// parsePeak returns VmHWM from the text of /proc/PID/status, in KiB.
-func parsePeak(text string) (int, error) {
+// parseResident returns VmRSS and VmHWM from the text of /proc/PID/status, in KiB.
+func parseResident(text string) (now, peak int, err error) {
 	for line := range strings.Lines(text) {
-		if v, found := strings.CutPrefix(line, "VmHWM:"); found {
-			return strconv.Atoi(strings.TrimSuffix(strings.TrimSpace(v), " kB"))
+		name, value, _ := strings.Cut(line, ":")
+		var to *int
+		switch name {
+		case "VmRSS":
+			to = &now
+		case "VmHWM":
+			to = &peak
+		default:
+			continue
+		}
+		if *to, err = strconv.Atoi(strings.TrimSuffix(strings.TrimSpace(value), " kB")); err != nil {
+			return 0, 0, err
 		}
 	}
-	return 0, fmt.Errorf("no VmHWM")
+	if now == 0 || peak == 0 {
+		return 0, 0, errors.New("no VmRSS and VmHWM")
+	}
+	return now, peak, nil
 }

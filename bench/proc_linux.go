@@ -17,11 +17,11 @@ import (
 // ticksPerSecond is the unit of utime and stime: USER_HZ, which is 100 on every architecture that Go runs on.
 const ticksPerSecond = 100
 
-// pickCPUs takes the first two that this process may use.
+// pickCPUs takes the first ones that this process may use.
 func pickCPUs() cpus {
 	var set unix.CPUSet
 	if err := unix.SchedGetaffinity(0, &set); err != nil {
-		return cpus{noCPU, noCPU}
+		return cpus{}
 	}
 	var allowed []int
 	for i := range len(set) * strconv.IntSize {
@@ -29,13 +29,13 @@ func pickCPUs() cpus {
 			allowed = append(allowed, i)
 		}
 	}
-	return cpus{allowed[0], allowed[min(1, len(allowed)-1)]}
+	return dealCPUs(allowed)
 }
 
-// startOn starts the command on the given CPU: a child inherits the affinity of the thread that forks it, so all of its
+// startOn starts the command on the given CPUs: a child inherits the affinity of the thread that forks it, so all of its
 // threads are there from the first moment on.
-func startOn(cpu int, cmd *exec.Cmd) error {
-	if cpu == noCPU {
+func startOn(on cpuSet, cmd *exec.Cmd) error {
+	if on == nil {
 		return cmd.Start()
 	}
 	runtime.LockOSThread()
@@ -44,7 +44,9 @@ func startOn(cpu int, cmd *exec.Cmd) error {
 	if err := unix.SchedGetaffinity(0, &before); err != nil {
 		return fmt.Errorf("sched_getaffinity: %w", err)
 	}
-	only.Set(cpu)
+	for _, cpu := range on {
+		only.Set(cpu)
+	}
 	if err := unix.SchedSetaffinity(0, &only); err != nil {
 		return fmt.Errorf("sched_setaffinity: %w", err)
 	}
@@ -101,6 +103,7 @@ func usageOf(pids []int) (usage, error) {
 		all.Total += u.Total
 		all.User += u.User
 		all.System += u.System
+		all.ResidentKiB = max(all.ResidentKiB, u.ResidentKiB)
 		all.PeakKiB = max(all.PeakKiB, u.PeakKiB)
 	}
 	return all, nil
@@ -125,12 +128,32 @@ func usageOfOne(pid int) (usage, error) {
 	if err != nil {
 		return usage{}, err
 	}
-	peak, err := parsePeak(string(status))
+	now, peak, err := parseResident(string(status))
 	if err != nil {
 		return usage{}, err
 	}
 	const tick = time.Second / ticksPerSecond
-	return usage{time.Duration(ts.Nano()), time.Duration(utime) * tick, time.Duration(stime) * tick, peak}, nil
+	return usage{time.Duration(ts.Nano()), time.Duration(utime) * tick, time.Duration(stime) * tick, now, peak}, nil
+}
+
+// openFiles lets this process, and those that it starts, open as many files as it may, and returns how many.
+func openFiles() int {
+	const enough = 65_536
+	var l syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &l); err != nil {
+		return 1024
+	}
+	if l.Max < enough {
+		higher := syscall.Rlimit{Cur: enough, Max: enough}
+		if syscall.Setrlimit(syscall.RLIMIT_NOFILE, &higher) == nil { // root may
+			return enough
+		}
+	}
+	l.Cur = min(l.Max, enough)
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &l); err != nil { // with it, our children inherit it: see package os
+		return 1024
+	}
+	return int(l.Cur)
 }
 
 // describeMachine names processor and system.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -29,12 +30,30 @@ func TestParseStat(t *testing.T) {
 	}
 }
 
-func TestParsePeak(t *testing.T) {
-	if kib, err := parsePeak("Name:\ta\nVmPeak:\t  9999 kB\nVmHWM:\t    6840 kB\nVmRSS:\t 1 kB\n"); kib != 6840 || err != nil {
-		t.Errorf("%d %v", kib, err)
+func TestParseResident(t *testing.T) {
+	if now, peak, err := parseResident("Name:\ta\nVmPeak:\t  9999 kB\nVmHWM:\t    6840 kB\nVmRSS:\t 12 kB\n"); now != 12 || peak != 6840 || err != nil {
+		t.Errorf("%d %d %v", now, peak, err)
 	}
-	if _, err := parsePeak("Name:\tkthread\n"); err == nil {
-		t.Error("no VmHWM: no error")
+	for _, text := range []string{"Name:\tkthread\n", "VmHWM:\t1 kB\n", "VmHWM:\t1 kB\nVmRSS:\tx kB\n"} {
+		if _, _, err := parseResident(text); err == nil {
+			t.Errorf("%q: no error", text)
+		}
+	}
+}
+
+func TestDealCPUs(t *testing.T) {
+	for _, test := range []struct {
+		allowed []int
+		want    cpus
+	}{
+		{[]int{3}, cpus{cpuSet{3}, cpuSet{3}, cpuSet{3}, cpuSet{3}}},
+		{[]int{2, 6}, cpus{cpuSet{2}, cpuSet{6}, cpuSet{2, 6}, cpuSet{2, 6}}},
+		{[]int{1, 2, 3}, cpus{cpuSet{1}, cpuSet{2}, cpuSet{1, 2}, cpuSet{1, 2}}},
+		{[]int{0, 1, 2, 3, 4}, cpus{cpuSet{0}, cpuSet{1}, cpuSet{0, 1}, cpuSet{2, 3}}},
+	} {
+		if got := dealCPUs(test.allowed); !reflect.DeepEqual(got, test.want) {
+			t.Errorf("%v: %v, want %v", test.allowed, got, test.want)
+		}
 	}
 }
 
@@ -95,8 +114,8 @@ func TestProcess(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if said[1] != strconv.Itoa(c.load) {
-		t.Errorf("wanted on CPU %d, is on %s", c.load, said[1])
+	if said[1] != strconv.Itoa(c.load[0]) {
+		t.Errorf("wanted on CPU %v, is on %s", c.load, said[1])
 	}
 	p.stop()
 	gone(t, tree)
@@ -112,7 +131,7 @@ func TestInterrupted(t *testing.T) {
 		t.Run(sig.String(), func(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
-			cmd := command(t, dir, "--kerberos", self, "--tool", "builtin", "--duration", "50s", "--connections", "2")
+			cmd := command(t, dir, "--kerberos", self, "--gateways", "kerberos", "--only", "get-16", "--duration", "50s")
 			var out bytes.Buffer
 			cmd.Stdout, cmd.Stderr = &out, &out
 			cmd.WaitDelay = 5 * time.Second

@@ -41,14 +41,14 @@ func environment(more ...string) []string {
 	return append(env, more...)
 }
 
-// output runs a program on the given CPU to its end and returns its stdout. When ctx ends, so does the program.
-func output(ctx context.Context, cpu int, stdin []byte, args ...string) (string, error) {
+// output runs a program on the given CPUs to its end and returns its stdout. When ctx ends, so does the program.
+func output(ctx context.Context, on cpuSet, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	var out, errOut bytes.Buffer
-	cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = environment(), bytes.NewReader(stdin), &out, &errOut
+	cmd.Env, cmd.Stdout, cmd.Stderr = environment(), &out, &errOut
 	cmd.SysProcAttr = childAttr()
 	cmd.WaitDelay = time.Second
-	err := startOn(cpu, cmd)
+	err := startOn(on, cmd)
 	if err == nil {
 		err = cmd.Wait()
 	}
@@ -68,13 +68,13 @@ type process struct {
 	exited chan struct{} // closed once it has ended
 }
 
-// startProcess starts a server on the given CPU. onLine, if not nil, sees each line that it prints.
-func startProcess(cpu int, cmd *exec.Cmd, onLine func(string)) (*process, error) {
+// startProcess starts a server on the given CPUs. onLine, if not nil, sees each line that it prints.
+func startProcess(on cpuSet, cmd *exec.Cmd, onLine func(string)) (*process, error) {
 	p := &process{cmd: cmd, log: &lineLog{onLine: onLine}, exited: make(chan struct{})}
 	cmd.Stdout, cmd.Stderr = p.log, p.log
 	cmd.SysProcAttr = childAttr()
 	cmd.WaitDelay = time.Second
-	if err := startOn(cpu, cmd); err != nil {
+	if err := startOn(on, cmd); err != nil {
 		return nil, err
 	}
 	go func() {
