@@ -9,6 +9,7 @@ import (
 
 	"kerberos/cb"
 	"kerberos/lb"
+	"kerberos/proxy/loop"
 )
 
 const (
@@ -16,6 +17,7 @@ const (
 	maxWhole     = 64 << 10              // responses up to this size are read whole before they are passed on,
 	wholeTimeout = 20 * time.Millisecond // if they are there this long after their head
 	relaySize    = 32 << 10              // what a stream is read and written in
+	spliceFrom   = 128 << 10             // what is left of a body to be moved by splice: it costs more calls, and no copies
 
 	settledBytes = 64 << 10    // a response that has run this far,
 	settledTime  = time.Second // or this long, is a success to the breaker
@@ -70,6 +72,7 @@ type exchange struct {
 	res      response
 	resBody  body
 	resEnded bool // all of the response is in c.out
+	pipe     *loop.Pipe
 
 	// the response to the client
 	started bool // bytes of it may have reached the client
@@ -423,7 +426,7 @@ func (x *exchange) head(b *buffer, limit time.Time, reused bool) error {
 	}
 }
 
-// receive reads from the backend, until limit at the latest. While it waits it looks once a second whether the client is
+// receive reads from the backend into room, or by splice into x.pipe if that is nil, until limit at the latest. While it waits it looks once a second whether the client is
 // still there. now may be a little old. It returns a refusal, errClientGone, or the error of the connection.
 func (x *exchange) receive(room []byte, now, limit time.Time) (int, error) {
 	for {
@@ -440,7 +443,12 @@ func (x *exchange) receive(room []byte, now, limit time.Time) (int, error) {
 		if err != nil {
 			return 0, err
 		}
-		n, err := x.backend.Read(room)
+		var n int
+		if room != nil {
+			n, err = x.backend.Read(room)
+		} else {
+			n, err = x.backend.sock.SpliceTo(x.pipe, x.resBody.left)
+		}
 		switch {
 		case n > 0:
 			return n, nil
@@ -596,6 +604,15 @@ func (x *exchange) release(ended bool) {
 // relay streams the response: what has come in is passed on before it waits for more.
 func (x *exchange) relay() error {
 	c := x.c
+	if c.sock != nil && x.backend.plain() && !x.resBody.chunked && x.resBody.left-int64(len(x.back.waiting())) >= spliceFrom {
+		if pipe, err := x.p().group.Pipe(); err == nil { // else there are no more descriptors
+			x.pipe = pipe
+			err = x.splice()
+			x.p().group.Release(pipe, err == nil)
+			x.pipe = nil
+			return err
+		}
+	}
 	if len(x.back.b) < relaySize {
 		x.own[backBuffer] = x.back.b
 		x.back.b = x.borrow(backBuffer)
@@ -636,11 +653,7 @@ func (x *exchange) relay() error {
 		if c.flush() != nil {
 			return errClientGone
 		}
-		now := time.Now()
-		if x.running && (total >= settledBytes || now.Sub(x.sent) >= settledTime) {
-			x.settle()
-		}
-		n, err := x.receive(x.back.space(relaySize), now, now.Add(silenceTimeout))
+		n, err := x.more(total, x.back.space(relaySize))
 		x.back.w += n
 		switch {
 		case err == nil:
@@ -658,6 +671,44 @@ func (x *exchange) relay() error {
 			return errIncomplete
 		}
 	}
+}
+
+// more receives what comes next of a response of which total bytes were passed on.
+func (x *exchange) more(total int64, room []byte) (int, error) {
+	now := time.Now()
+	if x.running && (total >= settledBytes || now.Sub(x.sent) >= settledTime) {
+		x.settle()
+	}
+	return x.receive(room, now, now.Add(silenceTimeout))
+}
+
+// splice is relay for a large body with a length, between two sockets.
+func (x *exchange) splice() error {
+	c := x.c
+	data, _, _ := x.resBody.next(&x.back, len(x.back.waiting()))
+	c.out = append(c.out, data...)
+	if c.flush() != nil {
+		return errClientGone
+	}
+	for total := int64(len(data)); x.resBody.left > 0; {
+		n, err := x.more(total, nil)
+		switch {
+		case err == nil:
+		case isOwn(err):
+			return err
+		default:
+			return errIncomplete
+		}
+		x.resBody.left -= int64(n)
+		total += int64(n)
+		if err = c.write.arm(c.nc.SetWriteDeadline, time.Now(), writeTimeout); err == nil {
+			err = c.sock.SpliceFrom(x.pipe, n)
+		}
+		if err != nil {
+			return errClientGone
+		}
+	}
+	return nil
 }
 
 // drop closes the connection of an attempt that failed.

@@ -17,8 +17,8 @@ const (
 
 	wheelSize = 128              // seconds, more than any timeout that the wheel keeps
 	readSize  = maxWhole + 8<<10 // a response that is read whole, with its head
+	firstRead = 20 << 10         // of it: what is larger than 64 KiB shall be moved by splice
 	headroom  = 1 << 10          // in front of what is read: a head that has grown finds room before its body
-	maxSpare  = 256              // workspaces that a worker keeps
 )
 
 // worker is what the connections of one loop share; only the loop touches it.
@@ -30,11 +30,10 @@ const (
 type worker struct {
 	p       *Proxy
 	loop    *loop.Loop
-	index   int          // of the loop, and of the pools that its connections use
-	in      []byte       // what a backend has just sent, behind headroom
-	out     []byte       // what is about to be sent
-	spare   []*workspace // the warmest last
-	waiting []*conn      // their requests are at backends
+	index   int     // of the loop, and of the pools that its connections use
+	in      []byte  // what a backend has just sent, behind headroom
+	out     []byte  // what is about to be sent
+	waiting []*conn // their requests are at backends
 	wheel   [wheelSize][]*conn
 	second  int64     // of the wheel: the last one that is done
 	began   time.Time // when second was 0
@@ -289,13 +288,25 @@ func (c *conn) ask() (s stage, ok bool) {
 func (c *conn) answered(e loop.Events) {
 	x, w := &c.x, c.worker
 	room := w.in[headroom:]
-	n, err := x.backend.sock.TryRead(room)
-	if err == loop.ErrAgain {
-		return
+	got, end := 0, 0
+	for limit := firstRead; ; limit = len(room) {
+		n, err := x.backend.sock.TryRead(room[got:limit])
+		if err == loop.ErrAgain && got == 0 {
+			return
+		}
+		got += max(n, 0)
+		if end == 0 {
+			end = bytes.Index(room[:got], headEnd) + len(headEnd)
+			if end < len(headEnd) || !x.res.parse(room[:end]) || x.res.status < 200 {
+				end = -1
+			}
+		}
+		if end < 0 || got < limit || limit == len(room) || x.res.length > maxWhole || x.whole(got-end) {
+			break
+		}
 	}
-	data := room[:max(n, 0)]
-	end := bytes.Index(data, headEnd) + len(headEnd)
-	if end < len(headEnd) || !x.res.parse(data[:end]) || x.res.status < 200 || !x.whole(len(data)-end) {
+	data := room[:got]
+	if end < 0 || !x.whole(got-end) {
 		x.back.b = x.borrow(backBuffer)
 		x.back.base, x.back.r, x.back.w = 0, 0, copy(x.back.b, data)
 		c.slow(stageAsked)
@@ -320,7 +331,7 @@ func (c *conn) answered(e loop.Events) {
 	x.started, x.status = true, x.res.status
 	x.end(x.verdict())
 	x.release(end+len(body) == len(data) && e&loop.HangUp == 0)
-	n, err = c.sock.TryWrite(out)
+	n, err := c.sock.TryWrite(out)
 	switch {
 	case n == len(out):
 		if c.after(x.keep) {

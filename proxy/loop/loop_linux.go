@@ -40,6 +40,7 @@ const (
 type Group struct {
 	Loops []*Loop
 	table table
+	pipes pipes
 	last  atomic.Uint32 // generation of a socket
 }
 
@@ -65,6 +66,7 @@ func (g *Group) Close() {
 		l.Do(func() { l.stopping = true })
 		<-l.ended
 	}
+	g.pipes.close()
 }
 
 // Loop is one epoll instance and the goroutine that waits on it.

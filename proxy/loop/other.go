@@ -61,3 +61,10 @@ func NewListener(*net.TCPListener) (*Listener, error) { return nil, errUnsupport
 func (*Listener) Accept() (int, netip.AddrPort, error) { return -1, netip.AddrPort{}, errUnsupported }
 
 func (*Listener) Close() error { return errUnsupported }
+
+type Pipe struct{}
+
+func (*Group) Pipe() (*Pipe, error)                { return nil, errUnsupported }
+func (*Group) Release(*Pipe, bool)                 {}
+func (*Socket) SpliceTo(*Pipe, int64) (int, error) { return 0, errUnsupported }
+func (*Socket) SpliceFrom(*Pipe, int) error        { return errUnsupported }
