@@ -421,6 +421,7 @@ func TestRequestCutHalfWay(t *testing.T) {
 		defer backend.Close()
 		c := &conn{p: g.Proxy}
 		c.occupy()
+		c.takeScratch(g.Proxy)
 		if err := c.req.parse([]byte(smallGet), nil, false); err != nil {
 			t.Fatal(err)
 		}

@@ -23,6 +23,13 @@ type backendConn struct {
 // plain reports whether a loop can read and write it.
 func (c *backendConn) plain() bool { return c.sock != nil && c.Conn == net.Conn(c.sock) }
 
+// forget drops what only a goroutine needs of it. On its loop.
+func (c *backendConn) forget() {
+	c.sock.Forget()
+	c.read.disarm()
+	c.write.disarm()
+}
+
 // quiet reports whether the connection is open and nothing has come in on it: bytes that nobody asked for would be taken
 // for the answer to the next request.
 func (c *backendConn) quiet() bool {

@@ -3,6 +3,7 @@ package proxy
 import (
 	"bytes"
 	"errors"
+	"math/bits"
 )
 
 // buffer is what has come in on a connection and was not used yet. What stands before base is kept where it is: the head
@@ -42,6 +43,15 @@ func (b *buffer) grow(size int) {
 		copy(next, b.b[:b.w])
 		b.b = next
 	}
+}
+
+// fill puts what has just come in into an empty buffer, which grows to the next power of two if need be.
+func (b *buffer) fill(data []byte) {
+	b.base, b.r, b.w = 0, 0, len(data)
+	if len(data) > len(b.b) {
+		b.b = make([]byte, 1<<bits.Len(uint(len(data)-1)))
+	}
+	copy(b.b, data)
 }
 
 // next forgets the request that was served; what came in behind it moves to the front.

@@ -81,7 +81,6 @@ type exchange struct {
 	status  int
 
 	buffers [3]*[]byte // pooled, by use; given back by giveBack
-	own     [3][]byte  // what they stand in for
 }
 
 // asked is the instances that a request went to.
@@ -118,7 +117,7 @@ func (x *exchange) begin(now time.Time) {
 	x.view, x.asked.n, x.upstream, x.running, x.covered, x.err, x.attempts = nil, 0, nil, false, false, nil, 0
 	x.held, x.complete, x.upload, x.unread = nil, true, nil, false
 	x.bodyRead = !r.chunked && r.length <= 0
-	x.started, x.status, x.settled = false, 0, false
+	x.started, x.status, x.settled, x.written = false, 0, false, false
 }
 
 // use takes a view for the next pick; what was asked in another one stays asked.
@@ -312,7 +311,7 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 	switch {
 	case x.c.req.chunked && len(rest) > 0:
 		out = appendChunk(out, rest)
-		x.backOut, rest = nil, nil // not kept: it may be large
+		rest = nil
 	case len(rest) <= firstBuffer:
 		out, rest = append(out, rest...), nil
 		x.backOut = out[:0]
@@ -366,7 +365,6 @@ func (x *exchange) answer(err error) error {
 // await reads the response head, over interim responses (RFC 9110 section 15.2).
 func (x *exchange) await(reused bool) error {
 	b := &x.back
-	b.grow(firstBuffer)
 	began := x.sent
 	limit := x.timeLeft()
 	if x.covered {
@@ -385,7 +383,10 @@ func (x *exchange) head(b *buffer, limit time.Time, reused bool) error {
 		w := b.waiting()
 		if end := bytes.Index(w[scanned:], headEnd); end >= 0 {
 			end += scanned + len(headEnd)
-			if !x.res.parse(w[:end]) {
+			switch {
+			case end > maxHead:
+				return errResponseHead
+			case !x.res.parse(w[:end]):
 				return errMalformed
 			}
 			b.r += end
@@ -407,7 +408,7 @@ func (x *exchange) head(b *buffer, limit time.Time, reused bool) error {
 		}
 		scanned = max(0, len(w)-len(headEnd)+1)
 		room := b.space(maxHead)
-		if room == nil {
+		if room == nil || len(w) >= maxHead {
 			return errResponseHead
 		}
 		n, err := x.receive(room, x.sent, limit)
@@ -490,8 +491,7 @@ func (x *exchange) compose() error {
 	bodyless := res.bodyless(string(r.Method) == "HEAD")
 	whole := !bodyless && res.length >= 0 && res.length <= maxWhole
 	c.out = c.out[:0]
-	if whole && x.own[outBuffer] == nil && int(res.length)+len(res.lines)+1024 > cap(c.out) {
-		x.own[outBuffer] = c.out
+	if whole && x.buffers[outBuffer] == nil && int(res.length)+len(res.lines)+1024 > cap(c.out) {
 		c.out = x.borrow(outBuffer)[:0]
 	}
 	c.out = x.appendResponse(c.out)
@@ -614,9 +614,9 @@ func (x *exchange) relay() error {
 		}
 	}
 	if len(x.back.b) < relaySize {
-		x.own[backBuffer] = x.back.b
+		small := x.back.b
 		x.back.b = x.borrow(backBuffer)
-		copy(x.back.b, x.own[backBuffer])
+		copy(x.back.b, small)
 	}
 	x.back.base = 0 // the head is done with
 	var total int64
@@ -743,22 +743,10 @@ func (x *exchange) borrow(use int) []byte {
 	return *x.buffers[use]
 }
 
-// giveBack returns the pooled buffers and drops others that have grown: a connection may wait long for its next request.
+// giveBack returns the pooled buffers, and goes back to those of the scratch from others that have grown.
 func (x *exchange) giveBack() {
-	if x.own[outBuffer] != nil {
-		x.c.out, x.own[outBuffer] = x.own[outBuffer], nil
-	}
-	if x.own[backBuffer] != nil {
-		x.back.b, x.own[backBuffer] = x.own[backBuffer], nil
-	}
-	if len(x.back.b) > 4*firstBuffer {
-		x.back.b = nil
-	}
-	if cap(x.backOut) > 4*firstBuffer {
-		x.backOut = nil
-	}
-	if cap(x.c.out) > 4*firstBuffer {
-		x.c.out = make([]byte, 0, firstBuffer)
+	if s := x.c.scratch; s != nil {
+		x.back.b, x.backOut, x.c.out = s.back, s.backOut[:0], s.out[:0]
 	}
 	for i, b := range x.buffers {
 		if b != nil {

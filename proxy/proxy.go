@@ -142,6 +142,7 @@ type Proxy struct {
 	services   sync.Map  // name -> *service
 	large      sync.Pool // of *[]byte, for bodies
 	workspaces sync.Pool // of *workspace
+	scratches  sync.Pool // of *scratch
 	date       atomic.Pointer[dateLine]
 	workers    []*worker     // one for each loop
 	turns      atomic.Uint64 // the worker of the next connection
@@ -183,9 +184,12 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 		return &b
 	}
 	p.workspaces.New = func() any {
-		w := &workspace{out: make([]byte, 0, firstBuffer)}
-		w.in.b = make([]byte, firstBuffer)
+		w := &workspace{}
+		w.in.b = make([]byte, firstRequest)
 		return w
+	}
+	p.scratches.New = func() any {
+		return &scratch{make([]byte, firstBuffer), make([]byte, 0, firstBuffer), make([]byte, 0, firstBuffer)}
 	}
 	p.workers = make([]*worker, cfg.Loops)
 	for i := range p.workers {
@@ -232,24 +236,30 @@ func (c *conn) handle() (keep bool) {
 	if err := x.hold(false); err != nil {
 		return c.fail(err)
 	}
-	return x.run(stageReading)
+	return x.run(stageReading, nil)
 }
 
-// run asks one instance after the other until one has answered. The first attempt may have come to a stage on the loop.
-func (x *exchange) run(s stage) (keep bool) {
+// run asks one instance after the other until one has answered. The first attempt may have come to a stage on the loop, or
+// to an error of a dial for it.
+func (x *exchange) run(s stage, err error) (keep bool) {
 	for {
-		u := x.upstream
-		if s == stageReading {
-			if u = x.pick(); u == nil {
+		switch s {
+		case stageReading:
+			u := x.pick()
+			if u == nil {
 				if x.err == nil {
 					x.err = errNoInstance
 				}
 				return x.c.fail(x.err)
 			}
+			err = x.send(u, false)
+		case stagePicked, stageAsked:
+			err = x.send(x.upstream, s == stageAsked)
 		}
-		if err := x.send(u, s == stageAsked); err == nil {
+		if err == nil {
 			return x.finish()
-		} else if !x.again(err) {
+		}
+		if !x.again(err) {
 			return x.c.fail(x.err)
 		}
 		s = stageReading

@@ -27,8 +27,10 @@ const (
 	lingerBytes      = 1 << 20          // and this far, so that the answer is not lost in a reset
 )
 
-// firstBuffer is the size of a connection's buffers as long as nothing larger comes.
-const firstBuffer = 4 << 10
+const (
+	firstBuffer  = 4 << 10 // the size of a goroutine's buffers as long as nothing larger comes
+	firstRequest = 1 << 10 // of what holds a request: at a backend there may be thousands
+)
 
 // state of a client connection.
 const (
@@ -65,12 +67,16 @@ type conn struct {
 // workspace is what a connection needs while it serves a request. Between requests it has none: few that are warm serve
 // better than one for each idle connection.
 type workspace struct {
-	in   buffer
-	head []byte // of the request, as it came
-	out  []byte // what goes to the client next
-	req  Request
-	x    exchange
+	in       buffer
+	head     []byte // of the request, as it came
+	out      []byte // what goes to the client next
+	req      Request
+	x        exchange
+	*scratch // nil on a loop, which has buffers of its own
 }
+
+// scratch is the buffers of a goroutine that serves requests: where exchange.back, exchange.backOut and workspace.out begin.
+type scratch struct{ back, backOut, out []byte }
 
 // occupy takes a workspace, and vacate gives it back.
 func (c *conn) occupy() {
@@ -86,11 +92,35 @@ func (c *conn) vacate() {
 		c.workspace = nil
 		w.in.base, w.in.r, w.in.w = 0, 0, 0 // what one client sent is never read for another
 		w.in.next()
-		w.head, w.out = nil, w.out[:0]
+		w.putScratch(c.p)
+		w.head = nil
 		w.x.c, w.x.service, w.x.view, w.x.upstream, w.x.err = nil, nil, nil, nil, nil
 		w.x.asked = asked{}
 		c.p.workspaces.Put(w)
 	}
+}
+
+// takeScratch gives a goroutine its buffers.
+func (w *workspace) takeScratch(p *Proxy) {
+	if w.scratch != nil {
+		return
+	}
+	s := p.scratches.Get().(*scratch)
+	w.scratch = s
+	w.x.backOut = s.backOut[:0]
+	if len(w.out) == 0 { // else the loop has left something to send
+		w.out = s.out[:0]
+	}
+	if len(w.x.back.b) == 0 { // the same of what it has received
+		w.x.back.b = s.back
+	}
+}
+
+func (w *workspace) putScratch(p *Proxy) {
+	if s := w.scratch; s != nil {
+		p.scratches.Put(s)
+	}
+	w.scratch, w.x.back.b, w.x.backOut, w.out = nil, nil, nil, nil
 }
 
 // Serve accepts connections until Shutdown, which makes it return nil. It takes over the listener. Running out of file
@@ -212,14 +242,13 @@ func (p *Proxy) remove(c *conn) {
 // have come in behind it. It ends by giving the connection back to the loop, if there is one, or when one side closes it. A
 // panic costs the request, not the process.
 func (c *conn) serve(s stage) {
-	rejoins := false
+	left := false // to the loop
 	defer func() {
 		if failure := recover(); failure != nil {
 			c.logPanic(failure)
 			c.afterPanic()
 		}
-		if rejoins {
-			c.rejoin()
+		if left {
 			return
 		}
 		c.vacate()
@@ -230,23 +259,36 @@ func (c *conn) serve(s stage) {
 			c.worker.loop.Do(func() { c.worker.forget(c) })
 		}
 	}()
+	c.occupy()
+	var err error
+	if s == stageDial {
+		if err = c.dial(); err == nil {
+			left = true
+			return
+		}
+	}
+	c.takeScratch(c.p)
 	switch s {
 	case stageReading:
 	case stagePanicked:
 		c.afterPanic()
 		return
+	case stageAnswered:
+		if !c.after(c.flush() == nil && c.x.keep) {
+			return
+		}
 	default:
-		if !c.after(c.resume(s)) {
+		if !c.after(c.x.run(s, err)) {
 			return
 		}
 	}
 	for first := true; ; first = false {
 		if c.sock != nil && (s != stageReading || !first) && len(c.in.waiting()) == 0 {
 			c.vacate()
-			rejoins = true
+			left = true
+			c.rejoin()
 			return
 		}
-		c.occupy()
 		head, err := c.readHead(first)
 		if err == nil && head != nil {
 			c.head = head
@@ -263,14 +305,6 @@ func (c *conn) serve(s stage) {
 			return
 		}
 	}
-}
-
-// resume goes on with a request where the loop has left it.
-func (c *conn) resume(s stage) (keep bool) {
-	if s == stageAnswered {
-		return c.flush() == nil && c.x.keep
-	}
-	return c.x.run(s)
 }
 
 // after ends a request, and reports whether the connection can serve another one.

@@ -10,6 +10,7 @@ import (
 	"net/http/httputil"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -689,13 +690,24 @@ func TestWorkspaceStaysSmall(t *testing.T) {
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
-			var made []*workspace // the connections take turns
+			var mu sync.Mutex // guards what follows
+			var made []*workspace
+			var scratches []*scratch
 			g := startGateway(t, nil, nil)
-			anew := g.workspaces.New
+			anew, scratched := g.workspaces.New, g.scratches.New
 			g.workspaces.New = func() any {
 				w := anew().(*workspace)
+				mu.Lock()
+				defer mu.Unlock()
 				made = append(made, w)
 				return w
+			}
+			g.scratches.New = func() any {
+				s := scratched().(*scratch)
+				mu.Lock()
+				defer mu.Unlock()
+				scratches = append(scratches, s)
+				return s
 			}
 			o, _ := scripted(t, row.response, false)
 			g.register(t, "echo", "1", o.url())
@@ -706,12 +718,19 @@ func TestWorkspaceStaysSmall(t *testing.T) {
 			}
 			c.Close()
 			g.idle(t)
+			mu.Lock()
+			defer mu.Unlock()
 			if len(made) == 0 {
 				t.Fatal("no workspace was seen")
 			}
 			for _, w := range made {
-				for name, size := range map[string]int{"in": len(w.in.b), "out": cap(w.out), "back": len(w.x.back.b), "backOut": cap(w.x.backOut)} {
-					if size > 4*firstBuffer {
+				if len(w.in.b) > 4*firstBuffer || w.scratch != nil || w.out != nil || w.x.back.b != nil || w.x.backOut != nil {
+					t.Errorf("a workspace holds %d bytes, or a scratch", len(w.in.b))
+				}
+			}
+			for _, s := range scratches {
+				for name, size := range map[string]int{"out": cap(s.out), "back": len(s.back), "backOut": cap(s.backOut)} {
+					if size > firstBuffer {
 						t.Errorf("%s holds %d bytes", name, size)
 					}
 				}

@@ -31,6 +31,7 @@ type worker struct {
 	p       *Proxy
 	loop    *loop.Loop
 	index   int     // of the loop, and of the pools that its connections use
+	request []byte  // what a client has just sent
 	in      []byte  // what a backend has just sent, behind headroom
 	out     []byte  // what is about to be sent
 	waiting []*conn // their requests are at backends
@@ -49,7 +50,7 @@ func (p *Proxy) startLoops() error {
 		}
 		for i, l := range p.group.Loops {
 			l.Call(func() {
-				*p.workers[i] = worker{p: p, loop: l, index: i, in: make([]byte, headroom+readSize), began: l.Now()}
+				*p.workers[i] = worker{p: p, loop: l, index: i, request: make([]byte, maxHead), in: make([]byte, headroom+readSize), began: l.Now()}
 			})
 		}
 	})
@@ -184,7 +185,8 @@ type stage uint8
 
 const (
 	stageReading  stage = iota // not to its end, or it is none that a loop serves
-	stagePicked                // to an instance, to which no connection is idle
+	stagePicked                // to an instance that a loop cannot talk to
+	stageDial                  // to one to which no connection is idle
 	stageAsked                 // it is at the instance, but for x.unsent
 	stageAnswered              // the answer was made, and what of it was not sent is in c.out
 	stagePanicked
@@ -215,8 +217,7 @@ func (c *conn) step() {
 				c.vacate()
 				return
 			}
-			room := b.space(maxHead)
-			n, err := c.sock.TryRead(room)
+			n, err := c.sock.TryRead(c.worker.request)
 			if err == loop.ErrAgain {
 				c.more, c.ending = false, false
 				continue
@@ -225,8 +226,8 @@ func (c *conn) step() {
 				c.close()
 				return
 			}
-			b.w += n
-			c.more = n == len(room) || c.ending
+			b.fill(c.worker.request[:n])
+			c.more = n == len(c.worker.request) || c.ending
 		}
 		if s, ok := c.ask(); !ok {
 			c.slow(s)
@@ -266,22 +267,80 @@ func (c *conn) ask() (s stage, ok bool) {
 	b.r += end
 	b.base = b.r
 	_ = x.hold(false) // it is all here
-	u := x.upstream
-	if x.lease, x.backend = u.idle(w.index); x.lease == nil {
+	if x.upstream.tls != nil {
 		return stagePicked, false
 	}
+	if x.lease, x.backend = x.upstream.idle(w.index); x.lease == nil {
+		return stageDial, false
+	}
 	x.attempts, x.sent, x.reused = 1, x.began, true
-	out := append(c.appendHead(w.out[:0], r, &u.target), x.held...)
+	return stageAsked, c.put()
+}
+
+// put sends the request to the backend; false: not all of it.
+func (c *conn) put() bool {
+	x, w := &c.x, c.worker
+	b := x.backend
+	b.forget()
+	out := append(c.appendHead(w.out[:0], &c.req, &x.upstream.target), x.held...)
 	w.out = out[:0]
-	n, _ := x.backend.sock.TryWrite(out) // an error is one of the next write too
+	n, _ := b.sock.TryWrite(out) // an error is one of the next write too
 	x.written = n > 0
-	x.backend.client = c
+	b.client = c
 	w.await(c)
 	if n < len(out) {
 		x.unsent = append([]byte(nil), out[max(n, 0):]...)
-		return stageAsked, false
 	}
-	return stageAsked, true
+	return n == len(out)
+}
+
+// dial makes the connection that the loop has none of, in a goroutine, and goes back to the loop with it; or it reports why
+// it could not.
+func (c *conn) dial() error {
+	x := &c.x
+	x.attempts, x.sent = 1, time.Now()
+	var err error
+	x.lease, x.backend, x.reused, err = x.upstream.acquire(c.pool(), false, x.timeLeft())
+	if err == nil && x.reused && !x.backend.quiet() { // somebody gave it back meanwhile
+		x.upstream.release(c.pool(), x.lease, false)
+		x.lease, x.backend, x.reused, err = x.upstream.acquire(c.pool(), true, x.timeLeft())
+	}
+	if err != nil {
+		x.waited += time.Since(x.sent)
+		return dialFailure(err)
+	}
+	c.leave(func() {
+		x.sent = c.worker.loop.Now()
+		if !c.put() || c.p.closing.Load() {
+			c.slow(stageAsked)
+		}
+	})
+	return nil
+}
+
+// leave gives the connection back to its loop, from the goroutine that had it, and has the loop go on with f.
+func (c *conn) leave(f func()) {
+	l := c.worker.loop
+	l.Do(func() {
+		c.sock.Forget()
+		c.read.disarm()
+		c.write.disarm()
+		c.state.Store(stateIdle)
+		c.more, c.ending = true, true // events that came in the meantime were not told
+		l.Guard(c, f)
+	})
+}
+
+// rejoin does so between requests.
+func (c *conn) rejoin() {
+	c.leave(func() {
+		if c.p.closing.Load() {
+			c.close()
+			return
+		}
+		c.worker.keep(c, idleTimeout)
+		c.step()
+	})
 }
 
 // answered is called by the loop when something has come from the backend. An answer that is there as a whole is sent.
@@ -297,7 +356,7 @@ func (c *conn) answered(e loop.Events) {
 		got += max(n, 0)
 		if end == 0 {
 			end = bytes.Index(room[:got], headEnd) + len(headEnd)
-			if end < len(headEnd) || !x.res.parse(room[:end]) || x.res.status < 200 {
+			if end < len(headEnd) || end > maxHead || !x.res.parse(room[:end]) || x.res.status < 200 {
 				end = -1
 			}
 		}
@@ -360,22 +419,6 @@ func (c *conn) slow(s stage) {
 	}
 	c.sock.Hold()
 	go c.serve(s)
-}
-
-// rejoin gives the connection back to its loop, from the goroutine that has served it.
-func (c *conn) rejoin() {
-	c.worker.loop.Do(func() {
-		c.sock.Forget()
-		c.read.disarm()
-		c.write.disarm()
-		if c.p.closing.Load() {
-			c.close()
-			return
-		}
-		c.more, c.ending = true, true // events that came in the meantime were not told
-		c.worker.keep(c, idleTimeout)
-		c.worker.loop.Guard(c, c.step)
-	})
 }
 
 // close ends the connection. On the loop.

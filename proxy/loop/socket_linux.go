@@ -87,11 +87,13 @@ func (s *Socket) Let() { s.held.Store(false) }
 // Held says whether a goroutine has it. On its loop.
 func (s *Socket) Held() bool { return s.held.Load() }
 
-// Forget is Let on the loop, where nobody else holds on to the socket; it costs nothing any more then.
+// Forget is Let on the loop, where nobody else uses the socket: it costs nothing any more then, and has no deadlines.
 func (s *Socket) Forget() {
 	s.held.Store(false)
-	s.waits.stop()
-	s.waits = nil
+	if s.waits != nil {
+		s.waits.stop()
+		s.waits = nil
+	}
 }
 
 // TryRead reads what has come in; ErrAgain if nothing has. 0 without an error is the end of the stream. For the loop.
