@@ -91,6 +91,7 @@ type tool struct {
 // driving is a load that is about to begin.
 type driving interface {
 	run(ctx context.Context) (outcome, error) // to its end
+	pid() int                                 // 0: unknown
 	stop()
 }
 
@@ -149,6 +150,8 @@ func startDrive(ctx context.Context, on cpuSet, l load, addr string, rate float6
 	}
 	return b, nil
 }
+
+func (b *builtin) pid() int { return b.cmd.Process.Pid }
 
 // What the load's process says when it is ready, and is told then.
 const (
@@ -227,7 +230,8 @@ type wrk struct {
 	d         time.Duration
 }
 
-func (w *wrk) stop() {}
+func (w *wrk) stop()    {}
+func (w *wrk) pid() int { return 0 } // it is not there before it begins
 
 func (w *wrk) run(ctx context.Context) (outcome, error) {
 	args := []string{w.path, "-t1", "-c", strconv.Itoa(w.l.Connections), "-d", strconv.Itoa(int(w.d.Seconds())) + "s", "--latency"}

@@ -146,7 +146,15 @@ func (g *group) count(ctx context.Context, r *running, load driving) (sample, er
 	if err != nil {
 		return sample{}, err
 	}
+	loads := []int{g.origin.cmd.Process.Pid}
+	if pid := load.pid(); pid != 0 {
+		loads = append(loads, pid)
+	}
 	connsBefore, err := accepted(ctx, g.origins[0])
+	if err != nil {
+		return sample{}, err
+	}
+	loadBefore, err := usageOf(loads)
 	if err != nil {
 		return sample{}, err
 	}
@@ -162,11 +170,19 @@ func (g *group) count(ctx context.Context, r *running, load driving) (sample, er
 	if err != nil {
 		return sample{}, err
 	}
+	loadAfter, err := usageOf(loads)
+	if err != nil {
+		return sample{}, err
+	}
 	conns, err := accepted(ctx, g.origins[0])
 	if err != nil {
 		return sample{}, err
 	}
-	return newSample(o, after.sub(before), conns-connsBefore-1), nil // the last one was ours
+	s := newSample(o, after.sub(before), conns-connsBefore-1) // the last one was ours
+	if load.pid() != 0 {
+		s.LoadBusy = loadAfter.sub(loadBefore).Total.Seconds() / o.Elapsed.Seconds()
+	}
+	return s, nil
 }
 
 // sample is one row in one round.
@@ -178,10 +194,11 @@ type sample struct {
 	P50               float64 `json:"p50_us"`
 	P99               float64 `json:"p99_us"`
 	P999              float64 `json:"p999_us"`
-	Late              float64 `json:"late_us"`  // p99 of how much too late an open loop sent by its own fault
-	Busy              float64 `json:"busy"`     // CPU time per time
-	Resident          float64 `json:"rss_mib"`  // of the largest process, at the end
-	Peak              float64 `json:"peak_mib"` // likewise, the highest so far
+	Late              float64 `json:"late_us"`   // p99 of how much too late an open loop sent by its own fault
+	Busy              float64 `json:"busy"`      // CPU time per time
+	LoadBusy          float64 `json:"load_busy"` // of load and origin together
+	Resident          float64 `json:"rss_mib"`   // of the largest process, at the end
+	Peak              float64 `json:"peak_mib"`  // likewise, the highest so far
 	PerConn           float64 `json:"per_connection_kib"`
 	Registering       float64 `json:"registering_p99_us"` // of registrations meanwhile
 	Requests          int     `json:"requests"`
@@ -212,7 +229,7 @@ func mib(kib int) float64 { return float64(kib) / 1024 }
 
 // measures are the sample's figures of which a row has medians.
 func (s *sample) measures() []*float64 {
-	return []*float64{&s.CPU, &s.User, &s.System, &s.RequestsPerSecond, &s.P50, &s.P99, &s.P999, &s.Late, &s.Busy, &s.Resident, &s.Peak, &s.PerConn, &s.Registering}
+	return []*float64{&s.CPU, &s.User, &s.System, &s.RequestsPerSecond, &s.P50, &s.P99, &s.P999, &s.Late, &s.Busy, &s.LoadBusy, &s.Resident, &s.Peak, &s.PerConn, &s.Registering}
 }
 
 // summarize fills what the row says about its rounds.
