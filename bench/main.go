@@ -12,8 +12,9 @@
 // origin with the same forwarded headers (one request checks that they arrive), and drives it with a load of its own, or
 // with wrk as a check of that (--tool). The gateway has one CPU for itself; load and origin share the next one. These are
 // the first two CPUs that the command itself may use: `taskset -c 2,6 go run ./bench` chooses others. Within a round the
-// gateways take turns, each round starts with another one, and the tables show medians over the rounds. Everything stays
-// on loopback; what was started is ended, also on Ctrl-C.
+// gateways take turns every 500 ms, so that all have a part of what slows the machine down for some seconds (wrk can only
+// whole rounds, and a storm of registrations is not cut); the tables show medians over the rounds. Everything stays on
+// loopback; what was started is ended, also on Ctrl-C.
 //
 // # Sections
 //

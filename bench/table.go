@@ -277,7 +277,7 @@ func (t *table) print(w io.Writer) {
 		if m.Unanswered > 0 {
 			fmt.Fprintf(w, "NOTE: %s left %d requests unanswered for more than %s after the end\n", r.label(), m.Unanswered, lastWait)
 		}
-		if t.Load != nil && m.OriginConns > m.Requests/100+t.Load.Connections {
+		if t.Load != nil && m.OriginConns > m.Requests/100+t.Load.Connections*len(r.Rounds) {
 			fmt.Fprintf(w, "NOTE: %s does not keep its connections: %d new ones to the origin for %d requests\n", r.label(), m.OriginConns, m.Requests)
 		}
 	}
