@@ -365,7 +365,6 @@ func parseResponse(b []byte) (length, status int, rest []byte, err error) {
 }
 
 func (dr *driver) outcome() outcome {
-	return outcome{Requests: dr.latency.n - dr.errors - dr.unanswered, Elapsed: dr.elapsed,
-		BadStatus: dr.badStatus, Errors: dr.errors, Unanswered: dr.unanswered,
-		P50: dr.latency.quantile(0.50), P99: dr.latency.quantile(0.99), P999: dr.latency.quantile(0.999), Late: dr.late.quantile(0.99)}
+	return outcome{Requests: dr.latency.n - dr.errors - dr.unanswered, Elapsed: dr.elapsed, Latency: latency{All: &dr.latency}, Late: &dr.late,
+		BadStatus: dr.badStatus, Errors: dr.errors, Unanswered: dr.unanswered}
 }

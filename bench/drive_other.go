@@ -6,10 +6,8 @@ import (
 	"bufio"
 	"errors"
 	"io"
-	"math"
 	"net"
 	"net/http"
-	"slices"
 	"sync"
 	"time"
 )
@@ -24,9 +22,8 @@ func drive(l load, addr string, rate float64, d time.Duration, begin func() erro
 	}
 	var (
 		wg    sync.WaitGroup
-		mu    sync.Mutex // guards o and all
-		o     outcome
-		all   []time.Duration
+		mu    sync.Mutex // guards o
+		o     = outcome{Latency: latency{All: &histogram{}}, Late: &histogram{}}
 		start = time.Now()
 	)
 	request := l.requests(addr)[0]
@@ -38,15 +35,15 @@ func drive(l load, addr string, rate float64, d time.Duration, begin func() erro
 			}
 			mu.Lock()
 			defer mu.Unlock()
-			all = append(all, c.times...)
+			for _, t := range c.times {
+				o.Latency.All.add(int64(t))
+			}
 			o.BadStatus += c.badStatus
 			o.Errors += c.errors
 		})
 	}
 	wg.Wait()
-	slices.Sort(all)
-	o.Requests, o.Elapsed = len(all), time.Since(start)
-	o.P50, o.P99, o.P999 = quantile(all, 0.50), quantile(all, 0.99), quantile(all, 0.999)
+	o.Requests, o.Elapsed = o.Latency.All.n, time.Since(start)
 	return done(o)
 }
 
@@ -91,13 +88,4 @@ func (c *client) run(until time.Time, addr string, l load, request []byte) {
 			return
 		}
 	}
-}
-
-// quantile returns the smallest value that at least the share q of all is not above. sorted is in ascending order.
-func quantile(sorted []time.Duration, q float64) time.Duration {
-	if len(sorted) == 0 {
-		return 0
-	}
-	i := int(math.Ceil(q*float64(len(sorted)))) - 1
-	return sorted[min(max(i, 0), len(sorted)-1)]
 }

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"encoding/json"
+	"fmt"
 	"math"
 	"math/bits"
 	"time"
@@ -34,6 +36,42 @@ func topOf(bucket int) uint64 {
 func (h *histogram) add(ns int64) {
 	h.counts[bucketOf(uint64(max(ns, 0)))]++
 	h.n++
+}
+
+// merge adds what another one counted.
+func (h *histogram) merge(other *histogram) {
+	for i, c := range other.counts {
+		h.counts[i] += c
+	}
+	h.n += other.n
+}
+
+// MarshalJSON writes the buckets that are not empty, each with its count.
+func (h *histogram) MarshalJSON() ([]byte, error) {
+	pairs := [][2]int{}
+	for i, c := range h.counts {
+		if c > 0 {
+			pairs = append(pairs, [2]int{i, int(c)})
+		}
+	}
+	return json.Marshal(pairs)
+}
+
+// UnmarshalJSON reads them.
+func (h *histogram) UnmarshalJSON(b []byte) error {
+	var pairs [][2]int
+	if err := json.Unmarshal(b, &pairs); err != nil {
+		return err
+	}
+	*h = histogram{}
+	for _, p := range pairs {
+		if p[0] < 0 || p[0] >= buckets || p[1] < 0 || p[1] > math.MaxUint32 {
+			return fmt.Errorf("no bucket with a count: %v", p)
+		}
+		h.counts[p[0]] = uint32(p[1])
+		h.n += p[1]
+	}
+	return nil
 }
 
 // quantile returns a duration that at least the share q of all is not above: the top of the bucket it is in, so that it

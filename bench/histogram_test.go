@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -48,5 +49,35 @@ func TestHistogramQuantiles(t *testing.T) {
 	h.add(-5) // the clock cannot do that, but nothing must break
 	if q := h.quantile(0); q > 1 {
 		t.Errorf("the least of all: %d", q)
+	}
+}
+
+// Halves that are counted apart, and one of them sent as JSON, are the whole.
+func TestHistogramMerges(t *testing.T) {
+	var whole, a, b histogram
+	for i := range int64(1000) {
+		whole.add(i * i * i)
+		if i%3 == 0 {
+			a.add(i * i * i)
+		} else {
+			b.add(i * i * i)
+		}
+	}
+	text, err := json.Marshal(&b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var read histogram
+	read.add(1) // what was there before is gone
+	if err := json.Unmarshal(text, &read); err != nil || read != b {
+		t.Errorf("%v: %d of %d\n%s", err, read.n, b.n, text)
+	}
+	if a.merge(&read); a != whole {
+		t.Errorf("%d of %d", a.n, whole.n)
+	}
+	for _, text := range []string{"{}", "[[1]]x", "[[-1,1]]", "[[1,-1]]", "[[99999999,1]]", "[[1,5000000000]]"} {
+		if json.Unmarshal([]byte(text), &read) == nil {
+			t.Errorf("%s: no error", text)
+		}
 	}
 }

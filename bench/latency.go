@@ -41,7 +41,8 @@ func open(ctx context.Context, b *bench) ([]*table, error) {
 			able.subjects, able.at = append(able.subjects, s), append(able.at, g.at[i])
 		}
 		t.Rows = able.rows()
-		err := takeTurns(ctx, t.Rows, b.latencyRounds(), func(ctx context.Context, i int) (sample, error) { return able.pace(ctx, i, rate, b.duration) })
+		n, d := b.slices()
+		err := takeTurns(ctx, t.Rows, b.latencyRounds(), n, func(ctx context.Context, i int) (measurement, error) { return able.pace(ctx, i, rate, d) })
 		if err != nil {
 			return nil, err
 		}
@@ -68,7 +69,8 @@ func (g *group) capacity(ctx context.Context) ([]float64, error) {
 	if g.quick {
 		rounds = 1
 	}
-	err := takeTurns(ctx, rows, rounds, func(ctx context.Context, i int) (sample, error) { return g.drive(ctx, i, g.duration) })
+	n, d := g.slices()
+	err := takeTurns(ctx, rows, rounds, n, func(ctx context.Context, i int) (measurement, error) { return g.drive(ctx, i, d) })
 	var all []float64
 	for _, r := range rows {
 		all = append(all, r.Median.RequestsPerSecond)

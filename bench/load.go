@@ -64,13 +64,40 @@ func (l load) requests(host string) [][]byte {
 type outcome struct {
 	Requests   int           `json:"requests"` // answered, with whatever status
 	Elapsed    time.Duration `json:"elapsed_ns"`
-	P50        time.Duration `json:"p50_ns"`
-	P99        time.Duration `json:"p99_ns"`
-	P999       time.Duration `json:"p999_ns"`    // 0 where unknown
-	Late       time.Duration `json:"late_ns"`    // p99 of how much too late an open loop itself sent
-	BadStatus  int           `json:"bad_status"` // answers other than 2xx or of another length (wrk: other than 2xx and 3xx)
-	Errors     int           `json:"errors"`     // requests that failed: reset, malformed, wrk: not in time
-	Unanswered int           `json:"unanswered"` // within lastWait; their latencies count as what they had waited by then
+	Latency    latency       `json:"latency"`
+	Late       *histogram    `json:"late,omitempty"` // how much too late an open loop itself sent
+	BadStatus  int           `json:"bad_status"`     // answers other than 2xx or of another length (wrk: other than 2xx and 3xx)
+	Errors     int           `json:"errors"`         // requests that failed: reset, malformed, wrk: not in time
+	Unanswered int           `json:"unanswered"`     // within lastWait; their latencies count as what they had waited by then
+}
+
+// latency is a histogram, or what wrk says instead.
+type latency struct {
+	All      *histogram    `json:"all,omitempty"`
+	P50, P99 time.Duration `json:",omitempty"`
+}
+
+func (l latency) quantile(q float64) time.Duration {
+	switch {
+	case l.All != nil:
+		return l.All.quantile(q)
+	case q == 0.50:
+		return l.P50
+	case q == 0.99:
+		return l.P99
+	}
+	return 0 // unknown
+}
+
+// add adds what was counted in another run. Both have histograms.
+func (o *outcome) add(other outcome) {
+	o.Requests += other.Requests
+	o.Elapsed += other.Elapsed
+	o.BadStatus += other.BadStatus
+	o.Errors += other.Errors
+	o.Unanswered += other.Unanswered
+	o.Latency.All.merge(other.Latency.All)
+	o.Late.merge(other.Late)
 }
 
 // checked refuses an outcome that would make a row of zeros.
@@ -91,6 +118,7 @@ type tool struct {
 // driving is a load that is about to begin.
 type driving interface {
 	run(ctx context.Context) (outcome, error) // to its end
+	pid() int                                 // 0: unknown
 	stop()
 }
 
@@ -150,6 +178,8 @@ func startDrive(ctx context.Context, on cpuSet, l load, addr string, rate float6
 	return b, nil
 }
 
+func (b *builtin) pid() int { return b.cmd.Process.Pid }
+
 // What the load's process says when it is ready, and is told then.
 const (
 	loadReady = "ready"
@@ -167,6 +197,9 @@ func (b *builtin) run(ctx context.Context) (outcome, error) {
 	var o outcome
 	if err := json.Unmarshal([]byte(line), &o); err != nil {
 		return outcome{}, fmt.Errorf("load: %w\n%s", err, b.log)
+	}
+	if o.Latency.All == nil || o.Late == nil {
+		return outcome{}, fmt.Errorf("load: no latencies\n%s", b.log)
 	}
 	return o.checked()
 }
@@ -227,7 +260,8 @@ type wrk struct {
 	d         time.Duration
 }
 
-func (w *wrk) stop() {}
+func (w *wrk) stop()    {}
+func (w *wrk) pid() int { return 0 } // it is not there before it begins
 
 func (w *wrk) run(ctx context.Context) (outcome, error) {
 	args := []string{w.path, "-t1", "-c", strconv.Itoa(w.l.Connections), "-d", strconv.Itoa(int(w.d.Seconds())) + "s", "--latency"}
@@ -275,9 +309,9 @@ func parseWrk(out string) (outcome, error) {
 		f := strings.Fields(line)
 		switch {
 		case len(f) == 2 && f[0] == "50%":
-			o.P50, err = time.ParseDuration(f[1])
+			o.Latency.P50, err = time.ParseDuration(f[1])
 		case len(f) == 2 && f[0] == "99%":
-			o.P99, err = time.ParseDuration(f[1])
+			o.Latency.P99, err = time.ParseDuration(f[1])
 		case len(f) > 3 && f[1] == "requests" && f[2] == "in":
 			o.Requests, err = strconv.Atoi(f[0])
 			if d, perr := time.ParseDuration(strings.TrimSuffix(f[3], ",")); perr == nil {

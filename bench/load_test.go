@@ -44,8 +44,8 @@ func TestParseWrk(t *testing.T) {
 		want  outcome
 		fails bool
 	}{
-		{"good", wrkGood, outcome{Requests: 161366, Elapsed: 3100 * ms, P50: 850 * us, P99: 1020 * ms}, false},
-		{"errors", wrkBad, outcome{Requests: 92, Elapsed: time.Second, P50: 43890 * us, P99: 44080 * us, BadStatus: 92, Errors: 4321}, false},
+		{"good", wrkGood, outcome{Requests: 161366, Elapsed: 3100 * ms, Latency: latency{P50: 850 * us, P99: 1020 * ms}}, false},
+		{"errors", wrkBad, outcome{Requests: 92, Elapsed: time.Second, Latency: latency{P50: 43890 * us, P99: 44080 * us}, BadStatus: 92, Errors: 4321}, false},
 		{"nothing", "  0 requests in 1.00s, 0.00B read\n", outcome{}, true},
 		{"something else", "usage", outcome{}, true},
 		{"garbage", "50% soon\n", outcome{}, true},

@@ -12,8 +12,9 @@
 // origin with the same forwarded headers (one request checks that they arrive), and drives it with a load of its own, or
 // with wrk as a check of that (--tool). The gateway has one CPU for itself; load and origin share the next one. These are
 // the first two CPUs that the command itself may use: `taskset -c 2,6 go run ./bench` chooses others. Within a round the
-// gateways take turns, each round starts with another one, and the tables show medians over the rounds. Everything stays
-// on loopback; what was started is ended, also on Ctrl-C.
+// gateways take turns every 500 ms, so that all have a part of what slows the machine down for some seconds (wrk can only
+// whole rounds, and a storm of registrations is not cut); the tables show medians over the rounds. Everything stays on
+// loopback; what was started is ended, also on Ctrl-C.
 //
 // # Sections
 //
@@ -48,6 +49,8 @@
 //   - ±%: half the distance between the dearest and the cheapest round, against the median. Differences below it are noise.
 //   - busy: how much of its CPU the gateway used. Well below 100 % the load was the limit, or other programs wanted these
 //     CPUs: then req/s is not the gateway's capacity, and us/req contains more sleeping, waking and cold caches.
+//   - load: how much of their CPU load and origin used together. Near 100 % in an open loop the latencies are theirs, too,
+//     and a note says so.
 //   - p50, p99, p99.9: in microseconds. Of a closed loop at full speed they follow from req/s and the number of
 //     connections more than from the gateway. Of an open loop they count from when a request was due, not from when it
 //     was sent, so that a stall shows in all requests that it delayed; buckets are less than 1 % wide.
@@ -66,7 +69,8 @@
 // Loopback has no network card: a part of TCP's work is charged to whoever sends, equally for all. One CPU says nothing
 // about scaling over many, and a virtual machine's neighbours move every figure, by half within seconds where they are
 // busy; ratios within one run are steadier than figures of two runs. TLS, logging and bodies of other sizes cost other
-// amounts. In an open loop load and origin share a CPU, so tails contain their waiting for each other, equally for all.
+// amounts. In an open loop load and origin share a CPU, so tails contain their waiting for each other, equally for all;
+// without batches they need more of it than in a closed loop, and at 80 % may be what is slow.
 // The others are tuned as far as this comparison needs it (kept-alive connections on both sides, no access log, room for
 // the connections), and no further.
 //

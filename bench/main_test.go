@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -351,8 +352,8 @@ func TestMedian(t *testing.T) {
 
 func TestTable(t *testing.T) {
 	second := func(n int, cpu time.Duration) sample {
-		return newSample(outcome{Requests: n, Elapsed: time.Second, P50: time.Millisecond, P99: 2 * time.Millisecond},
-			usage{Total: cpu, User: 100 * time.Millisecond, System: 300 * time.Millisecond, ResidentKiB: 1024, PeakKiB: 2048}, 0)
+		return measurement{outcome: outcome{Requests: n, Elapsed: time.Second, Latency: latency{P50: time.Millisecond, P99: 2 * time.Millisecond}},
+			gateway: usage{Total: cpu, User: 100 * time.Millisecond, System: 300 * time.Millisecond, ResidentKiB: 1024, PeakKiB: 2048}}.sample()
 	}
 	a := &row{Gateway: "a", Version: "1", Rounds: []sample{second(10_000, 90*time.Millisecond), second(10_000, 300*time.Millisecond), second(10_000, 110*time.Millisecond)}}
 	b := &row{Gateway: "b", Version: "2", Rounds: []sample{second(10_000, 220*time.Millisecond), second(10_000, 220*time.Millisecond), second(10_000, 220*time.Millisecond)}}
@@ -380,6 +381,32 @@ func TestTable(t *testing.T) {
 	if tab.allValid() || !strings.Contains(out.String(), "INVALID: b 2: 3 of 30000 answers not as they should be, 4 requests failed") ||
 		!strings.Contains(out.String(), "NOTE: a 1 does not keep its connections: 9000 new ones") {
 		t.Errorf("no word about what went wrong:\n%s", out.String())
+	}
+}
+
+// Each row is measured once a slice, none always after the same other, and the slices of a round are one sample.
+func TestTakeTurns(t *testing.T) {
+	rows := []*row{{Gateway: "a"}, {Gateway: "b"}, {Gateway: "c"}}
+	var order []int
+	err := takeTurns(t.Context(), rows, 2, 2, func(_ context.Context, i int) (measurement, error) {
+		order = append(order, i)
+		m := measurement{outcome: outcome{Requests: 100, Elapsed: time.Second, BadStatus: 1, Latency: latency{All: &histogram{}}, Late: &histogram{}},
+			gateway: usage{Total: time.Duration(len(order)) * time.Millisecond, ResidentKiB: 1024 * len(order), PeakKiB: 2048}, conns: 2}
+		m.Latency.All.add(int64(len(order)) * 1000)
+		return m, nil
+	})
+	if want := []int{0, 1, 2, 1, 2, 0, 1, 2, 0, 2, 0, 1}; err != nil || !slices.Equal(order, want) {
+		t.Errorf("%v, %v, want %v", order, err, want)
+	}
+	// The first one was measured 1st and 6th, then 9th and 11th.
+	r := rows[0].Rounds
+	if len(r) != 2 || r[0].CPU != 35 || r[1].CPU != 100 || r[0].RequestsPerSecond != 100 || r[0].Requests != 200 || r[0].BadStatus != 2 ||
+		r[0].OriginConns != 4 || r[0].Resident != 6 || int(r[0].P50) != 1 || int(r[0].P99) != 6 {
+		t.Errorf("%+v", r)
+	}
+	err = takeTurns(t.Context(), rows, 1, 1, func(context.Context, int) (measurement, error) { return measurement{}, io.ErrUnexpectedEOF })
+	if !errors.Is(err, io.ErrUnexpectedEOF) || !strings.Contains(err.Error(), "a, round 1") {
+		t.Error(err)
 	}
 }
 

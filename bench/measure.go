@@ -37,11 +37,14 @@ type group struct {
 	origin   *process
 	origins  []string // its addresses
 	at       []*running
+
+	driven    []time.Time // when each was last
+	connected []bool      // see connect
 }
 
 // start starts an origin, there, and the subjects before it, and checks that they forward as they should.
 func (b *bench) start(ctx context.Context, name string, there cpuSet, subjects []subject) (*group, error) {
-	g := &group{bench: b, subjects: subjects}
+	g := &group{bench: b, subjects: subjects, driven: make([]time.Time, len(subjects)), connected: make([]bool, len(subjects))}
 	var err error
 	if g.origin, g.origins, err = startOrigin(ctx, there, subjects[0].load.Response, originAddrs); err != nil {
 		return nil, err
@@ -94,17 +97,40 @@ func (g *group) rows() []*row {
 	return rows
 }
 
-// takeTurns measures each row once a round. Each round begins with another one, so that none is always the one after the
-// same other.
-func takeTurns(ctx context.Context, rows []*row, rounds int, measure func(ctx context.Context, i int) (sample, error)) error {
+// slice is how long a subject is driven at a stretch: neighbours of a virtual machine slow it down for some seconds, and
+// then all subjects should have a part of that.
+const slice = 500 * time.Millisecond
+
+// slices returns how many make up a round, and the time of each.
+func (b *bench) slices() (int, time.Duration) {
+	n := int(max(b.duration/slice, 1))
+	if b.tool.wholeSeconds {
+		n = 1
+	}
+	return n, b.duration / time.Duration(n)
+}
+
+// takeTurns measures each row in each round, in so many slices. Each slice begins with another row, so that none is always
+// the one after the same other.
+func takeTurns(ctx context.Context, rows []*row, rounds, slices int, measure func(ctx context.Context, i int) (measurement, error)) error {
 	for round := range rounds {
-		for n := range rows {
-			i := (round + n) % len(rows)
-			s, err := measure(ctx, i)
-			if err != nil {
-				return fmt.Errorf("%s, round %d: %w", rows[i].label(), round+1, err)
+		sums := make([]measurement, len(rows))
+		for s := range slices {
+			for n := range rows {
+				i := (round + s + n) % len(rows)
+				m, err := measure(ctx, i)
+				if err != nil {
+					return fmt.Errorf("%s, round %d: %w", rows[i].label(), round+1, err)
+				}
+				if s == 0 {
+					sums[i] = m
+				} else {
+					sums[i].add(m)
+				}
 			}
-			rows[i].Rounds = append(rows[i].Rounds, s)
+		}
+		for i, r := range rows {
+			r.Rounds = append(r.Rounds, sums[i].sample())
 		}
 	}
 	for _, r := range rows {
@@ -113,21 +139,37 @@ func takeTurns(ctx context.Context, rows []*row, rounds int, measure func(ctx co
 	return nil
 }
 
+// measurement is what a load and its gateway did and used.
+type measurement struct {
+	outcome
+	gateway, load usage         // load: of origin and load together, nothing if unknown
+	conns         int           // newly made to the origin
+	registering   time.Duration // p99 of registrations meanwhile
+}
+
+func (m *measurement) add(later measurement) {
+	m.outcome.add(later.outcome)
+	m.gateway, m.load = m.gateway.add(later.gateway), m.load.add(later.load)
+	m.conns += later.conns
+	m.registering = max(m.registering, later.registering)
+}
+
 // drive puts its load on one subject for d, as fast as it answers, and counts what it used for it.
-func (g *group) drive(ctx context.Context, i int, d time.Duration) (sample, error) {
+func (g *group) drive(ctx context.Context, i int, d time.Duration) (measurement, error) {
 	load, err := g.tool.start(ctx, g.loadCPUs(i), g.subjects[i].load, g.at[i].addr, g.dir, d)
 	if err != nil {
-		return sample{}, err
+		return measurement{}, err
 	}
 	defer load.stop()
+	defer func() { g.driven[i] = time.Now() }()
 	return g.count(ctx, g.at[i], load)
 }
 
 // pace puts its load on one subject for d, at a fixed rate.
-func (g *group) pace(ctx context.Context, i int, rate float64, d time.Duration) (sample, error) {
+func (g *group) pace(ctx context.Context, i int, rate float64, d time.Duration) (measurement, error) {
 	load, err := startDrive(ctx, g.loadCPUs(i), g.subjects[i].load, g.at[i].addr, rate, d)
 	if err != nil {
-		return sample{}, err
+		return measurement{}, err
 	}
 	defer load.stop()
 	return g.count(ctx, g.at[i], load)
@@ -141,32 +183,48 @@ func (g *group) loadCPUs(i int) cpuSet {
 }
 
 // count runs a load and counts what the gateway used meanwhile.
-func (g *group) count(ctx context.Context, r *running, load driving) (sample, error) {
+func (g *group) count(ctx context.Context, r *running, load driving) (measurement, error) {
 	pids, err := processTree(r.cmd.Process.Pid)
 	if err != nil {
-		return sample{}, err
+		return measurement{}, err
+	}
+	loads := []int{g.origin.cmd.Process.Pid}
+	if pid := load.pid(); pid != 0 {
+		loads = append(loads, pid)
 	}
 	connsBefore, err := accepted(ctx, g.origins[0])
 	if err != nil {
-		return sample{}, err
+		return measurement{}, err
+	}
+	loadBefore, err := usageOf(loads)
+	if err != nil {
+		return measurement{}, err
 	}
 	before, err := usageOf(pids)
 	if err != nil {
-		return sample{}, err
+		return measurement{}, err
 	}
 	o, err := load.run(ctx)
 	if err != nil {
-		return sample{}, err
+		return measurement{}, err
 	}
 	after, err := usageOf(pids)
 	if err != nil {
-		return sample{}, err
+		return measurement{}, err
+	}
+	loadAfter, err := usageOf(loads)
+	if err != nil {
+		return measurement{}, err
 	}
 	conns, err := accepted(ctx, g.origins[0])
 	if err != nil {
-		return sample{}, err
+		return measurement{}, err
 	}
-	return newSample(o, after.sub(before), conns-connsBefore-1), nil // the last one was ours
+	did := measurement{outcome: o, gateway: after.sub(before), conns: conns - connsBefore - 1} // the last one was ours
+	if load.pid() != 0 {
+		did.load = loadAfter.sub(loadBefore)
+	}
+	return did, nil
 }
 
 // sample is one row in one round.
@@ -178,10 +236,11 @@ type sample struct {
 	P50               float64 `json:"p50_us"`
 	P99               float64 `json:"p99_us"`
 	P999              float64 `json:"p999_us"`
-	Late              float64 `json:"late_us"`  // p99 of how much too late an open loop sent by its own fault
-	Busy              float64 `json:"busy"`     // CPU time per time
-	Resident          float64 `json:"rss_mib"`  // of the largest process, at the end
-	Peak              float64 `json:"peak_mib"` // likewise, the highest so far
+	Late              float64 `json:"late_us"`   // p99 of how much too late an open loop sent by its own fault
+	Busy              float64 `json:"busy"`      // CPU time per time
+	LoadBusy          float64 `json:"load_busy"` // of load and origin together
+	Resident          float64 `json:"rss_mib"`   // of the largest process, at the end
+	Peak              float64 `json:"peak_mib"`  // likewise, the highest so far
 	PerConn           float64 `json:"per_connection_kib"`
 	Registering       float64 `json:"registering_p99_us"` // of registrations meanwhile
 	Requests          int     `json:"requests"`
@@ -191,16 +250,21 @@ type sample struct {
 	OriginConns       int     `json:"origin_connections"` // newly made to the origin
 }
 
-func newSample(o outcome, u usage, originConns int) sample {
-	s := sample{OriginConns: originConns, Requests: o.Requests, BadStatus: o.BadStatus, Errors: o.Errors, Unanswered: o.Unanswered,
-		P50: micros(o.P50), P99: micros(o.P99), P999: micros(o.P999), Late: micros(o.Late), Resident: mib(u.ResidentKiB), Peak: mib(u.PeakKiB)}
-	s.RequestsPerSecond = float64(o.Requests) / o.Elapsed.Seconds()
-	s.Busy = u.Total.Seconds() / o.Elapsed.Seconds()
-	if o.Requests > 0 {
-		s.CPU = micros(u.Total) / float64(o.Requests)
+func (m measurement) sample() sample {
+	s := sample{OriginConns: m.conns, Requests: m.Requests, BadStatus: m.BadStatus, Errors: m.Errors, Unanswered: m.Unanswered,
+		P50: micros(m.Latency.quantile(0.50)), P99: micros(m.Latency.quantile(0.99)), P999: micros(m.Latency.quantile(0.999)),
+		Registering: micros(m.registering), Resident: mib(m.gateway.ResidentKiB), Peak: mib(m.gateway.PeakKiB)}
+	if m.Late != nil {
+		s.Late = micros(m.Late.quantile(0.99))
 	}
-	if split := u.User + u.System; split > 0 {
-		s.User = s.CPU * u.User.Seconds() / split.Seconds()
+	s.RequestsPerSecond = float64(m.Requests) / m.Elapsed.Seconds()
+	s.Busy = m.gateway.Total.Seconds() / m.Elapsed.Seconds()
+	s.LoadBusy = m.load.Total.Seconds() / m.Elapsed.Seconds()
+	if m.Requests > 0 {
+		s.CPU = micros(m.gateway.Total) / float64(m.Requests)
+	}
+	if split := m.gateway.User + m.gateway.System; split > 0 {
+		s.User = s.CPU * m.gateway.User.Seconds() / split.Seconds()
 		s.System = s.CPU - s.User
 	}
 	return s
@@ -212,7 +276,7 @@ func mib(kib int) float64 { return float64(kib) / 1024 }
 
 // measures are the sample's figures of which a row has medians.
 func (s *sample) measures() []*float64 {
-	return []*float64{&s.CPU, &s.User, &s.System, &s.RequestsPerSecond, &s.P50, &s.P99, &s.P999, &s.Late, &s.Busy, &s.Resident, &s.Peak, &s.PerConn, &s.Registering}
+	return []*float64{&s.CPU, &s.User, &s.System, &s.RequestsPerSecond, &s.P50, &s.P99, &s.P999, &s.Late, &s.Busy, &s.LoadBusy, &s.Resident, &s.Peak, &s.PerConn, &s.Registering}
 }
 
 // summarize fills what the row says about its rounds.

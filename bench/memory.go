@@ -20,17 +20,17 @@ func busyMemory(ctx context.Context, b *bench) ([]*table, error) {
 	}
 	defer g.stop()
 	t.Rows = g.rows()
-	err = takeTurns(ctx, t.Rows, b.fewRounds(), func(ctx context.Context, i int) (sample, error) { return g.watched(ctx, i) })
+	err = takeTurns(ctx, t.Rows, b.fewRounds(), 1, g.watched)
 	t.compare()
 	return []*table{t}, err
 }
 
-// watched drives a subject as fast as it answers. Resident is the median of what it had meanwhile: at the end of a load
+// watched drives a subject as fast as it answers. Its resident size is the median of what it had meanwhile: at the end of a load
 // some give a part back at once.
-func (g *group) watched(ctx context.Context, i int) (sample, error) {
+func (g *group) watched(ctx context.Context, i int) (measurement, error) {
 	pids, err := processTree(g.at[i].cmd.Process.Pid)
 	if err != nil {
-		return sample{}, err
+		return measurement{}, err
 	}
 	ended := make(chan struct{})
 	var seen []float64
@@ -43,17 +43,17 @@ func (g *group) watched(ctx context.Context, i int) (sample, error) {
 			case <-time.After(g.duration / 20):
 			}
 			if u, err := usageOf(pids); err == nil {
-				seen = append(seen, mib(u.ResidentKiB))
+				seen = append(seen, float64(u.ResidentKiB))
 			}
 		}
 	})
-	s, err := g.pace(ctx, i, 0, g.duration)
+	m, err := g.pace(ctx, i, 0, g.duration)
 	close(ended)
 	watching.Wait()
 	if len(seen) > 0 {
-		s.Resident = median(seen)
+		m.gateway.ResidentKiB = int(median(seen))
 	}
-	return s, err
+	return m, err
 }
 
 // idleConnections are so many because a gateway in front of browsers has many more connections than requests.

@@ -49,6 +49,11 @@ func (u usage) sub(before usage) usage {
 	return usage{u.Total - before.Total, u.User - before.User, u.System - before.System, u.ResidentKiB, u.PeakKiB}
 }
 
+// add adds what was used later.
+func (u usage) add(later usage) usage {
+	return usage{u.Total + later.Total, u.User + later.User, u.System + later.System, later.ResidentKiB, later.PeakKiB}
+}
+
 // parseStat returns parent, utime and stime (in ticks) from the text of /proc/PID/stat: proc_pid_stat(5).
 func parseStat(text string) (parent int, utime, stime uint64, err error) {
 	// The second field is the program's name in parentheses, and may itself contain spaces and parentheses.

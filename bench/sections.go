@@ -108,29 +108,35 @@ func (b *bench) closedLoops(ctx context.Context, t *table, origin cpuSet, subjec
 		return err
 	}
 	t.Rows = g.rows()
-	err = takeTurns(ctx, t.Rows, rounds, func(ctx context.Context, i int) (sample, error) {
+	n, d := b.slices()
+	err = takeTurns(ctx, t.Rows, rounds, n, func(ctx context.Context, i int) (measurement, error) {
 		if err := g.connect(ctx, i); err != nil {
-			return sample{}, err
+			return measurement{}, err
 		}
-		return g.drive(ctx, i, b.duration)
+		return g.drive(ctx, i, d)
 	})
 	t.compare()
 	return err
 }
 
 // connect drives a subject with many instances, or one that is compared with such, until there are connections to all:
-// those that rested in the other subjects' turns may be closed. Connecting is not what is to be measured.
+// those that rested for long in the other subjects' turns may be closed. Connecting is not what is to be measured.
 func (g *group) connect(ctx context.Context, i int) error {
-	if !g.subjects[i].setup.hasToken() {
+	const long = 5 * time.Second
+	if !g.subjects[i].setup.hasToken() || time.Since(g.driven[i]) < long && g.connected[i] {
 		return nil
 	}
 	for range 20 {
-		s, err := g.drive(ctx, i, min(g.duration, 500*time.Millisecond))
-		if err != nil || s.OriginConns < s.Requests/100 {
+		m, err := g.drive(ctx, i, min(g.duration, slice))
+		if err != nil {
 			return err
 		}
+		if m.conns < m.Requests/100 {
+			break // else a note will say that it goes on
+		}
 	}
-	return nil // a note will say that it goes on
+	g.connected[i] = true
+	return nil
 }
 
 // warm drives each subject once, so that no first round is unlike the others.

@@ -42,42 +42,42 @@ func storm(ctx context.Context, b *bench) ([]*table, error) {
 	quiet.Setting, busy.Setting = "quiet", "storm"
 	t.Rows = []*row{quiet, busy}
 	next := 0
-	err = takeTurns(ctx, t.Rows, b.latencyRounds(), func(ctx context.Context, i int) (sample, error) {
+	err = takeTurns(ctx, t.Rows, b.latencyRounds(), 1, func(ctx context.Context, i int) (measurement, error) { // a storm takes its time
 		if i == 0 {
 			return g.pace(ctx, 0, rate, b.duration)
 		}
 		first := next
-		s, n, err := g.paceInStorm(ctx, rate, first)
+		m, n, err := g.paceInStorm(ctx, rate, first)
 		if err != nil {
-			return sample{}, err
+			return measurement{}, err
 		}
 		next += n
-		return s, g.calm(ctx, first, next)
+		return m, g.calm(ctx, first, next)
 	})
 	t.compare()
 	if busy.Median.Busy > 0.97 {
-		t.Notes = append(t.Notes, "the storm takes all of the CPU that the requests leave: what registering costs would be more than the difference")
+		t.Notes = append(t.Notes, "the storm takes all of the CPU that the requests leave")
 	}
 	return []*table{t}, err
 }
 
 // paceInStorm is pace while instances are registered, numbered from first; it returns how many were.
-func (g *group) paceInStorm(ctx context.Context, rate float64, first int) (sample, int, error) {
+func (g *group) paceInStorm(ctx context.Context, rate float64, first int) (measurement, int, error) {
 	r := g.at[0]
 	body, err := json.Marshal(instance{stormService, "n-" + counterMark, "http://" + g.origins[0]})
 	if err != nil {
-		return sample{}, 0, err
+		return measurement{}, 0, err
 	}
 	registrations := load{Method: http.MethodPost, Targets: []string{"/register"}, Body: body, Counter: first, Connections: stormCallers,
 		Headers: []string{"Content-Type: application/json", "Authorization: Bearer " + apiToken}}
 	callers, err := startDrive(ctx, g.cpus.load, registrations, r.admin, stormRate, g.duration)
 	if err != nil {
-		return sample{}, 0, err
+		return measurement{}, 0, err
 	}
 	defer callers.stop()
 	requests, err := startDrive(ctx, g.cpus.load, g.subjects[0].load, r.addr, rate, g.duration)
 	if err != nil {
-		return sample{}, 0, err
+		return measurement{}, 0, err
 	}
 	defer requests.stop()
 	var registered outcome
@@ -87,15 +87,15 @@ func (g *group) paceInStorm(ctx context.Context, rate float64, first int) (sampl
 		registered, err = callers.run(ctx)
 		ended <- err
 	}()
-	s, err := g.count(ctx, r, requests)
+	m, err := g.count(ctx, r, requests)
 	if err := errors.Join(err, <-ended); err != nil {
-		return sample{}, 0, err
+		return measurement{}, 0, err
 	}
-	s.Registering = micros(registered.P99)
-	s.BadStatus += registered.BadStatus
-	s.Errors += registered.Errors
-	s.Unanswered += registered.Unanswered
-	return s, stormCallers + registered.Requests + registered.Errors + registered.Unanswered, nil
+	m.registering = registered.Latency.quantile(0.99)
+	m.BadStatus += registered.BadStatus
+	m.Errors += registered.Errors
+	m.Unanswered += registered.Unanswered
+	return m, stormCallers + registered.Requests + registered.Errors + registered.Unanswered, nil
 }
 
 // calm unregisters what a storm brought.

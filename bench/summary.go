@@ -120,17 +120,19 @@ func (t *table) paired(name string) (float64, string) {
 	return 0, ""
 }
 
-// registering returns the percentage of one CPU that a storm costs: at the same rate of requests, round by round.
+// registering returns the percentage of one CPU that a storm costs: what requests cost more in it, round by round, at the
+// rate that they have. How busy the gateway is would say less, where it has no time left.
 func (t *table) registering() (float64, string) {
 	quiet, storm := t.row("quiet"), t.row("storm")
 	if quiet == nil || storm == nil {
 		return 0, ""
 	}
-	var more []float64
-	for i := range min(len(quiet.Rounds), len(storm.Rounds)) {
-		more = append(more, 100*(storm.Rounds[i].Busy-quiet.Rounds[i].Busy))
+	var shares []float64
+	for i, s := range storm.Rounds {
+		q := quiet.Rounds[i]
+		shares = append(shares, 100*(s.CPU-q.CPU)*q.RequestsPerSecond/1e6)
 	}
-	return median(more), ""
+	return median(shares), ""
 }
 
 // verdict is a requirement and how it is met.

@@ -93,9 +93,11 @@ func (r *row) label() string {
 // valid tells whether the figures mean something. Where requests are due at a fixed rate, one that is not answered in
 // time is slow, not wrong; a closed loop asks for no more than is answered.
 func (t *table) valid(r *row) bool {
-	paced := t.Layout == layoutOpen || t.Layout == layoutStorm
-	return r.Median.BadStatus == 0 && r.Median.Errors == 0 && (paced || r.Median.Unanswered == 0)
+	return r.Median.BadStatus == 0 && r.Median.Errors == 0 && (t.paced() || r.Median.Unanswered == 0)
 }
+
+// paced tells whether requests were due at a fixed rate.
+func (t *table) paced() bool { return t.Layout == layoutOpen || t.Layout == layoutStorm }
 
 func (t *table) allValid() bool {
 	for _, r := range t.Rows {
@@ -214,6 +216,7 @@ func (l layout) columns() []column {
 		p999     = number("p99.9 us", "%.0f", func(s sample) float64 { return s.P999 })
 		late     = number("late us", "%.0f", func(s sample) float64 { return s.Late })
 		busy     = number("busy", "%.0f%%", func(s sample) float64 { return 100 * s.Busy })
+		load     = number("load", "%.0f%%", func(s sample) float64 { return 100 * s.LoadBusy })
 		resident = number("MiB", "%.1f", func(s sample) float64 { return s.Resident })
 		peak     = number("peak MiB", "%.1f", func(s sample) float64 { return s.Peak })
 		each     = number("KiB each", "%.2f", func(s sample) float64 { return s.PerConn })
@@ -221,15 +224,15 @@ func (l layout) columns() []column {
 	)
 	switch l {
 	case layoutOpen:
-		return []column{p50, p99, p999, late, cpu, busy}
+		return []column{p50, p99, p999, late, cpu, busy, load}
 	case layoutMemory:
 		return []column{resident, peak, cpu, perSec, busy}
 	case layoutIdle:
 		return []column{each, resident, peak}
 	case layoutStorm:
-		return []column{p50, p99, p999, late, cpu, busy, register}
+		return []column{p50, p99, p999, late, cpu, busy, load, register}
 	}
-	return []column{cpu, user, system, spread, perSec, p50, p99, busy, peak}
+	return []column{cpu, user, system, spread, perSec, p50, p99, busy, load, peak}
 }
 
 func (t *table) print(w io.Writer) {
@@ -268,10 +271,13 @@ func (t *table) print(w io.Writer) {
 		if !t.valid(r) {
 			fmt.Fprintf(w, "INVALID: %s: %d of %d answers not as they should be, %d requests failed\n", r.label(), m.BadStatus, m.Requests, m.Errors+m.Unanswered)
 		}
+		if t.paced() && m.LoadBusy > 0.9 {
+			fmt.Fprintf(w, "NOTE: with %s, load and origin had hardly any time left on their CPU: the latencies are theirs, too\n", r.label())
+		}
 		if m.Unanswered > 0 {
 			fmt.Fprintf(w, "NOTE: %s left %d requests unanswered for more than %s after the end\n", r.label(), m.Unanswered, lastWait)
 		}
-		if t.Load != nil && m.OriginConns > m.Requests/100+t.Load.Connections {
+		if t.Load != nil && m.OriginConns > m.Requests/100+t.Load.Connections*len(r.Rounds) {
 			fmt.Fprintf(w, "NOTE: %s does not keep its connections: %d new ones to the origin for %d requests\n", r.label(), m.OriginConns, m.Requests)
 		}
 	}
