@@ -108,6 +108,17 @@ func New(s Strategy, endpoints []Endpoint, c *Counter) Balancer {
 	panic(fmt.Sprintf("lb: unknown strategy %q", s))
 }
 
+// Even is New for as many endpoints of which nothing else is known, for the strategies that are not NeedsEndpoints.
+func Even(s Strategy, n int, c *Counter) Balancer {
+	if s == Random {
+		return random(n)
+	}
+	return newRoundRobin(n, c)
+}
+
+// NeedsEndpoints says whether a strategy looks at what distinguishes endpoints: their weights or their ids.
+func (s Strategy) NeedsEndpoints() bool { return s.Weighted() || s == IPHash }
+
 // Derive builds the balancer that New would build, and is cheaper where prev (which may be nil) is of the same strategy
 // and has nearly the same endpoints. prev stays as it is and may still be in use. Only IPHash has anything to gain: the
 // others are built within microseconds (a thousand endpoints) to a fraction of a millisecond (ten thousand).

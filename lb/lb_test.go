@@ -311,3 +311,24 @@ func FuzzDerive(f *testing.F) {
 		}
 	})
 }
+
+// Even is New, for strategies that ask for nothing but the number.
+func TestEven(t *testing.T) {
+	for _, s := range Strategies() {
+		if s.NeedsEndpoints() {
+			continue
+		}
+		for _, n := range []int{0, 1, 7} {
+			a, b := New(s, make([]Endpoint, n), new(Counter)), Even(s, n, new(Counter))
+			if a.Len() != n || b.Len() != n {
+				t.Fatalf("%s: %d and %d endpoints, want %d", s, a.Len(), b.Len(), n)
+			}
+			if reflect.TypeOf(a) != reflect.TypeOf(b) {
+				t.Errorf("%s: %T and %T", s, a, b)
+			}
+			if i, j := a.Pick(0, nil), b.Pick(0, nil); s == RoundRobin && i != j || n == 0 && j != -1 {
+				t.Errorf("%s: of %d, %d and %d", s, n, i, j)
+			}
+		}
+	}
+}

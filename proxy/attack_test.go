@@ -70,7 +70,7 @@ func startPiped(t *testing.T) (*client, net.Conn) {
 	g.reg.OnChange(p.Update)
 	g.register(t, "echo", "1", "http://127.0.0.1:1")
 	out, backend := net.Pipe()
-	p.service("echo").view.Load().all[0].pools[0].Store(&pool{pipePool{&backendConn{Conn: out}}})
+	p.service("echo").view.Load().parts[0].members[0].pools[0].Store(&pool{pipePool{&backendConn{Conn: out}}})
 	near, far := net.Pipe()
 	t.Cleanup(func() { near.Close(); backend.Close() })
 	p.accepted(far)

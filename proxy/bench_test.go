@@ -259,7 +259,7 @@ func BenchmarkProbe(b *testing.B) {
 	halfOpen := func(b *testing.B) (*exchange, *upstream) {
 		x := startExchange(b, lb.RoundRobin, 10)
 		s := x.p().service("echo")
-		u := s.view.Load().all[3]
+		u := s.view.Load().parts[0].members[3].upstream
 		token, _ := u.gate.Allow()
 		u.gate.Failure(token, nil)
 		eventually(b, "half-open", func() bool { return len(s.view.Load().probing) == 1 })
@@ -361,7 +361,7 @@ func TestPickDoesNotAllocate(t *testing.T) {
 	for _, strategy := range lb.Strategies() {
 		x := startExchange(t, strategy, 100)
 		seen := map[*upstream]bool{}
-		for _, u := range x.p().service("echo").view.Load().all {
+		for u := range x.p().service("echo").view.Load().all {
 			seen[u] = false
 		}
 		if allocs := testing.AllocsPerRun(300, func() {

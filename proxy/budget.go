@@ -47,7 +47,7 @@ func (b *retryBudget) take(s *service, now time.Time) bool {
 
 // requests is how many requests the service's instances have ended.
 func (s *service) requests() (n uint64) {
-	for _, u := range s.view.Load().all {
+	for u := range s.view.Load().all {
 		for i := range u.outcomes {
 			n += u.outcomes[i].Load()
 		}

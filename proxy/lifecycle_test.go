@@ -83,7 +83,7 @@ func TestChurn(t *testing.T) {
 		if answered.Load() < 100 {
 			t.Errorf("only %d requests", answered.Load())
 		}
-		if all := g.service("echo").view.Load().all; len(all) != 1 || all[0].id != "stays" {
+		if all := slices.Collect(g.service("echo").view.Load().all); len(all) != 1 || all[0].id != "stays" {
 			t.Errorf("%d instances are left", len(all))
 		}
 	}
@@ -105,7 +105,7 @@ func TestStormOfRegistrations(t *testing.T) {
 					t.Error(err)
 				}
 				v := g.service("echo").view.Load()
-				if !slices.ContainsFunc(v.all, func(u *upstream) bool { return u.id == id }) {
+				if !slices.ContainsFunc(slices.Collect(v.all), func(u *upstream) bool { return u.id == id }) {
 					t.Errorf("%s is not published when Register returns", id)
 				}
 				mu.Lock()

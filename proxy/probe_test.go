@@ -14,7 +14,7 @@ import (
 // openBreaker has an instance's breaker hear of failures until it opens.
 func openBreaker(t testing.TB, g *gateway, id string) {
 	t.Helper()
-	for _, u := range g.service("echo").view.Load().all {
+	for u := range g.service("echo").view.Load().all {
 		for u.id == id && u.gate.State() == cb.Closed {
 			if token, ok := u.gate.Allow(); ok {
 				u.gate.Failure(token, errors.New("broken by hand"))
@@ -107,7 +107,7 @@ func TestProbeAsTheLastResort(t *testing.T) {
 	actors["a"].does(answers(503))
 	openBreaker(t, g, "a")
 	g.awaitBreaker(t, "a", "half-open")
-	gate := g.service("echo").view.Load().all[0].gate
+	gate := g.service("echo").view.Load().parts[0].members[0].gate
 	var taken []cb.Token
 	for gate.FreeProbes() > 0 {
 		token, _ := gate.Allow()

@@ -126,7 +126,7 @@ func (o *origin) port() uint16 { return o.Addr().(*net.TCPAddr).AddrPort().Port(
 
 // addresses returns where an instance of echo is dialled, in order.
 func (g *gateway) addresses(id string) (list []string) {
-	for _, u := range g.service("echo").view.Load().all {
+	for u := range g.service("echo").view.Load().all {
 		if u.id == id {
 			for _, ap := range u.addresses.Load().list {
 				list = append(list, ap.Addr().String())
@@ -138,7 +138,7 @@ func (g *gateway) addresses(id string) (list []string) {
 
 // resolveNow looks a name up as the timer would, ten seconds later.
 func (g *gateway) resolveNow(id string) {
-	for _, u := range g.service("echo").view.Load().all {
+	for u := range g.service("echo").view.Load().all {
 		if u.id == id {
 			u.resolve()
 		}
@@ -254,7 +254,7 @@ func TestNamesResolveInTheBackground(t *testing.T) {
 	g.register(t, "echo", "a", fmt.Sprintf("http://known.test:%d", a.port()))
 	g.awaitReady(t, 1)
 	g.dial(t).picks(3)
-	if host := fmt.Sprintf("known.test:%d", a.port()); g.service("echo").view.Load().all[0].target.Authority != host {
+	if host := fmt.Sprintf("known.test:%d", a.port()); g.service("echo").view.Load().parts[0].members[0].target.Authority != host {
 		t.Errorf("the authority is not %s", host)
 	}
 }
@@ -318,7 +318,7 @@ func TestAddrPolicyAtDial(t *testing.T) {
 	port := ln.Addr().(*net.TCPAddr).AddrPort().Port()
 	g.register(t, "echo", "a", fmt.Sprintf("http://sneaky.test:%d", port))
 	g.awaitReady(t, 1)
-	u := g.service("echo").view.Load().all[0]
+	u := g.service("echo").view.Load().parts[0].members[0]
 	u.addresses.Store(&addresses{list: []netip.AddrPort{netip.MustParseAddrPort(fmt.Sprintf("127.0.0.66:%d", port))}})
 	g.dial(t).get("/echo").refused(t, errProhibited)
 	select {
@@ -373,7 +373,7 @@ func TestResolverEnds(t *testing.T) {
 	names.set("leaves.test", "127.0.0.1")
 	g.register(t, "echo", "a", "http://leaves.test:1")
 	g.awaitReady(t, 1)
-	u := g.service("echo").view.Load().all[0]
+	u := g.service("echo").view.Load().parts[0].members[0]
 	g.unregister(t, "echo", "a")
 	u.resolve() // one that was under way
 	u.resolver.mu.Lock()

@@ -286,7 +286,7 @@ func TestRetryBudgetRefills(t *testing.T) {
 	g := startGateway(t, patient(1), nil)
 	g.register(t, "echo", "a", refusedAddr(t))
 	s := g.service("echo")
-	u := s.view.Load().all[0]
+	u := s.view.Load().parts[0].members[0]
 	var b retryBudget
 	at := time.Unix(1000, 0)
 	taken := func(later time.Duration, requests uint64) (n int) {

@@ -155,7 +155,7 @@ func (u *upstream) resolve() {
 	} else if before := u.addresses.Load(); len(before.list) == 0 {
 		u.addresses.Store(&addresses{err: errors.New("unresolved: the name has no address")})
 		u.noteError("resolve: " + err.Error())
-		u.service.touch()
+		u.service.touch(u)
 	}
 	u.resolver.mu.Lock()
 	defer u.resolver.mu.Unlock()
@@ -193,7 +193,7 @@ func (u *upstream) setAddresses(found []netip.AddrPort) {
 	}
 	u.addresses.Store(next)
 	if before != nil && (len(before.list) == 0) != (len(next.list) == 0) {
-		u.service.touch()
+		u.service.touch(u)
 	}
 }
 
@@ -385,7 +385,7 @@ func (u *upstream) breakerChanged(from, to cb.State, reason error) {
 	}
 	u.service.proxy.log.LogAttrs(context.Background(), slog.LevelWarn, "breaker "+to.String(), slog.String("service", u.service.name),
 		slog.String("instance", u.id), slog.String("from", from.String()), slog.String("reason", why))
-	u.service.touch()
+	u.service.touch(u)
 }
 
 // close ends the upstream: idle connections are closed at once, those in use when their request ends.

@@ -4,6 +4,7 @@ import (
 	"log/slog"
 	"math"
 	"slices"
+	"sort"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -31,6 +32,9 @@ type service struct {
 	counter lb.Counter
 	budget  retryBudget
 
+	dirtyMu sync.Mutex           // guards what follows
+	dirty   map[string]*upstream // by id: those that may have become ready, or no longer are
+
 	mu        sync.Mutex // one builder at a time; guards what follows
 	built     uint64     // of changes: what the view has seen
 	builtAt   time.Time
@@ -45,15 +49,49 @@ type view struct {
 	balancer lb.Balancer
 	ipHash   *lb.Rendezvous // the balancer, if that strategy is in force
 	probing  []*upstream    // half-open: each has probes to give away
-	all      []*upstream    // sorted by id
+	parts    []*viewPart    // all instances, sorted by id
 
 	inForce lb.Strategy
 	why     string // why another strategy than the configured one is in force
 }
 
-// touch says that something of the service has changed and has the view built anew soon, by another goroutine: it is
-// called where requests run.
-func (s *service) touch() {
+// viewPart is what a view knows of one part of a registry.Snapshot. It never changes: the next view has it too, unless the
+// part has changed or the readiness of one of its instances. So a change costs a part, and a copy of the list of those that
+// are ready.
+type viewPart struct {
+	instances []*registry.Instance // the part of the snapshot
+	members   []member             // one for each instance of the part of the snapshot, sorted by id
+	ready     []*upstream
+	endpoints []lb.Endpoint // of ready, where the strategy needs them
+	probing   []*upstream
+	noWeight  string // the id of an instance without a weight, if there is one and weights count
+}
+
+// member is an instance in a view. What is beside the pointers spares looking behind them: with 10,000 instances that is
+// most of the cost of a view.
+type member struct {
+	instance *registry.Instance
+	*upstream
+	state memberState
+}
+
+type memberState uint8
+
+const (
+	notReady memberState = iota
+	ready
+	probing // half-open
+)
+
+// touch says that an instance may have become ready, or no longer be, and has the view built anew soon, by another
+// goroutine: it is called where requests run.
+func (s *service) touch(u *upstream) {
+	s.dirtyMu.Lock()
+	if s.dirty == nil {
+		s.dirty = map[string]*upstream{}
+	}
+	s.dirty[u.id] = u
+	s.dirtyMu.Unlock()
 	s.changes.Add(1)
 	if s.touched.CompareAndSwap(false, true) {
 		s.proxy.spawn(func() {
@@ -84,17 +122,13 @@ func (s *service) refresh() {
 func (s *service) build(snapshot *registry.Snapshot) {
 	before := s.view.Load()
 	next := &view{inForce: s.proxy.cfg.Strategy}
-	var instances []*registry.Instance
-	if snapshot != nil {
-		instances = snapshot.Instances()
-	}
 	var gone []*upstream
-	next.all, gone = s.upstreams(before.all, instances)
+	next.parts, gone = s.parts(before.parts, snapshot)
 
 	if next.inForce.Weighted() {
-		for _, in := range instances {
-			if in.Weight < 1 {
-				next.inForce, next.why = next.inForce.Unweighted(), in.ID+" has no weight"
+		for _, p := range next.parts {
+			if p.noWeight != "" {
+				next.inForce, next.why = next.inForce.Unweighted(), p.noWeight+" has no weight"
 				break
 			}
 		}
@@ -105,24 +139,31 @@ func (s *service) build(snapshot *registry.Snapshot) {
 		s.warned = next.why != ""
 	}
 
-	endpoints := make([]lb.Endpoint, 0, len(next.all))
-	next.ready = make([]*upstream, 0, len(next.all))
-	for i, u := range next.all {
-		if ok, _ := u.ready(); ok {
-			next.ready = append(next.ready, u)
-			endpoints = append(endpoints, lb.Endpoint{ID: u.id, Weight: instances[i].Weight})
-		} else if u.gate.State() == cb.HalfOpen {
-			next.probing = append(next.probing, u)
-		}
+	n := 0
+	for _, p := range next.parts {
+		n += len(p.ready)
+		next.probing = append(next.probing, p.probing...)
 	}
-	if before.balancer != nil {
-		next.balancer = lb.Derive(before.balancer, next.inForce, endpoints, &s.counter)
+	next.ready = make([]*upstream, 0, n)
+	for _, p := range next.parts {
+		next.ready = append(next.ready, p.ready...)
+	}
+	if next.inForce.NeedsEndpoints() {
+		endpoints := make([]lb.Endpoint, 0, n)
+		for _, p := range next.parts {
+			endpoints = append(endpoints, p.endpoints...)
+		}
+		if before.balancer != nil {
+			next.balancer = lb.Derive(before.balancer, next.inForce, endpoints, &s.counter)
+		} else {
+			next.balancer = lb.New(next.inForce, endpoints, &s.counter)
+		}
 	} else {
-		next.balancer = lb.New(next.inForce, endpoints, &s.counter)
+		next.balancer = lb.Even(next.inForce, n, &s.counter)
 	}
 	next.ipHash, _ = next.balancer.(*lb.Rendezvous)
 
-	if len(next.all) > 0 {
+	if len(next.parts) > 0 {
 		s.emptied.Store(0)
 	} else if s.emptied.Load() == 0 {
 		s.emptied.Store(time.Now().UnixNano())
@@ -134,37 +175,140 @@ func (s *service) build(snapshot *registry.Snapshot) {
 	}
 }
 
-// upstreams finds the upstream of each instance: the one there is, or a new one. Both lists are sorted by id. gone are
-// those that no instance needs any more.
-func (s *service) upstreams(have []*upstream, instances []*registry.Instance) (all, gone []*upstream) {
-	all = make([]*upstream, 0, len(instances))
-	for _, in := range instances {
-		if len(have) > 0 && have[0].instance.Load() == in { // nearly all: spare the comparison of ids
-			all = append(all, have[0])
-			have = have[1:]
-			continue
-		}
-		for len(have) > 0 && have[0].id < in.ID {
-			gone = append(gone, have[0])
-			have = have[1:]
-		}
-		if len(have) > 0 && have[0].id == in.ID {
-			u := have[0]
-			have = have[1:]
-			if u.instance.Load().Addr == in.Addr {
-				u.instance.Store(in)
-				all = append(all, u)
-				continue
+// parts makes the parts of the next view: those that nothing has happened in are the ones from before. gone are the
+// upstreams that no instance needs any more.
+func (s *service) parts(before []*viewPart, snapshot *registry.Snapshot) (next []*viewPart, gone []*upstream) {
+	s.dirtyMu.Lock()
+	dirty := s.dirty
+	s.dirty = nil
+	s.dirtyMu.Unlock()
+	var have []member // of parts that are no more
+	stale := func(p *viewPart) { have = append(have, p.members...) }
+	if snapshot != nil {
+		next = make([]*viewPart, len(snapshot.Parts()))
+		for i, instances := range snapshot.Parts() {
+			// A part that comes before this one, and was not found yet, is in the snapshot no more.
+			for len(before) > 0 && &before[0].instances[0] != &instances[0] && before[0].members[0].id < instances[0].ID {
+				stale(before[0])
+				before = before[1:]
 			}
-			gone = append(gone, u)
+			if len(before) > 0 && &before[0].instances[0] == &instances[0] && !before[0].hasAny(dirty) {
+				next[i], before = before[0], before[1:]
+			}
 		}
-		all = append(all, s.newUpstream(in))
 	}
-	return all, append(gone, have...)
+	for _, p := range before {
+		stale(p)
+	}
+	for i, p := range next {
+		if p == nil {
+			next[i], have, gone = s.part(have, gone, snapshot.Parts()[i], dirty)
+		}
+	}
+	for _, m := range have {
+		gone = append(gone, m.upstream)
+	}
+	return next, gone
+}
+
+// hasAny reports whether one of these upstreams is in the part.
+func (p *viewPart) hasAny(upstreams map[string]*upstream) bool {
+	for id, u := range upstreams {
+		if p.upstream(id) == u {
+			return true
+		}
+	}
+	return false
+}
+
+// upstream returns that of an instance, or nil.
+func (p *viewPart) upstream(id string) *upstream {
+	if i, ok := slices.BinarySearchFunc(p.members, id, func(m member, id string) int { return strings.Compare(m.id, id) }); ok {
+		return p.members[i].upstream
+	}
+	return nil
+}
+
+// part makes a part of a view. have is what is left over from before, sorted by id; what is in neither is added to gone.
+func (s *service) part(have []member, gone []*upstream, instances []*registry.Instance, dirty map[string]*upstream) (*viewPart, []member, []*upstream) {
+	strategy := s.proxy.cfg.Strategy
+	p := &viewPart{instances: instances, members: make([]member, 0, len(instances)), ready: make([]*upstream, 0, len(instances))}
+	for _, in := range instances {
+		m := member{instance: in}
+		switch {
+		case len(have) > 0 && have[0].instance == in: // nearly all
+			m, have = have[0], have[1:]
+			if len(dirty) > 0 && dirty[m.id] == m.upstream {
+				m.state = m.stateNow()
+			}
+		default:
+			for len(have) > 0 && have[0].id < in.ID {
+				gone, have = append(gone, have[0].upstream), have[1:]
+			}
+			if len(have) > 0 && have[0].id == in.ID {
+				if u := have[0].upstream; u.instance.Load().Addr == in.Addr {
+					u.instance.Store(in)
+					m.upstream = u
+				} else {
+					gone = append(gone, u)
+				}
+				have = have[1:]
+			}
+			if m.upstream == nil {
+				m.upstream = s.newUpstream(in)
+			}
+			m.state = m.stateNow()
+		}
+		p.members = append(p.members, m)
+		switch m.state {
+		case ready:
+			p.ready = append(p.ready, m.upstream)
+			if strategy.NeedsEndpoints() {
+				p.endpoints = append(p.endpoints, lb.Endpoint{ID: in.ID, Weight: in.Weight})
+			}
+		case probing:
+			p.probing = append(p.probing, m.upstream)
+		}
+		if strategy.Weighted() && p.noWeight == "" && in.Weight < 1 {
+			p.noWeight = in.ID
+		}
+	}
+	return p, have, gone
+}
+
+// stateNow looks behind the pointers.
+func (m *member) stateNow() memberState {
+	if ok, _ := m.upstream.ready(); ok {
+		return ready
+	}
+	if m.gate.State() == cb.HalfOpen {
+		return probing
+	}
+	return notReady
 }
 
 // nobody says that no instance could be asked, not even for a probe.
 func (v *view) nobody() bool { return len(v.ready) == 0 && len(v.probing) == 0 }
+
+// all yields the upstreams of all instances, sorted by id.
+func (v *view) all(yield func(*upstream) bool) {
+	for _, p := range v.parts {
+		for _, m := range p.members {
+			if !yield(m.upstream) {
+				return
+			}
+		}
+	}
+}
+
+// upstream returns that of an instance, or nil.
+func (v *view) upstream(id string) *upstream {
+	n := sort.Search(len(v.parts), func(i int) bool { return v.parts[i].members[0].id > id })
+	if n == 0 {
+		return nil
+	}
+	return v.parts[n-1].upstream(id)
+}
 
 // find returns the index of u among the ready ones, or -1.
 func (v *view) find(u *upstream) int {
@@ -178,7 +322,7 @@ func (v *view) find(u *upstream) int {
 // retryAfter is when the first breaker lets a probe through, in seconds, at least 1.
 func (v *view) retryAfter(now time.Time) int {
 	soonest := time.Duration(math.MaxInt64)
-	for _, u := range v.all {
+	for u := range v.all {
 		if until := u.gate.Status().Until; !until.IsZero() {
 			soonest = min(soonest, until.Sub(now))
 		}
@@ -278,7 +422,7 @@ func (s *service) known() bool {
 func (s *service) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, u := range s.view.Load().all {
+	for u := range s.view.Load().all {
 		u.close()
 	}
 }
@@ -299,12 +443,10 @@ func (p *Proxy) DescribeInstance(name, id string) registry.InstanceStatus {
 	if s == nil {
 		return registry.InstanceStatus{Reason: "not published yet"}
 	}
-	all := s.view.Load().all
-	i, ok := slices.BinarySearchFunc(all, id, func(u *upstream, id string) int { return strings.Compare(u.id, id) })
-	if !ok {
+	u := s.view.Load().upstream(id)
+	if u == nil {
 		return registry.InstanceStatus{Reason: "not published yet"}
 	}
-	u := all[i]
 	breaker := u.gate.Status()
 	status := registry.InstanceStatus{
 		Breaker:  registry.BreakerStatus{State: breaker.State.String(), Since: breaker.Since},

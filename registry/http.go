@@ -267,8 +267,8 @@ type instanceJSON struct {
 }
 
 func (a *api) service(s *Snapshot) serviceJSON {
-	out := serviceJSON{s.service, a.d.DescribeService(s.service), make([]instanceJSON, len(s.instances))}
-	for i, in := range s.instances {
+	out := serviceJSON{s.service, a.d.DescribeService(s.service), make([]instanceJSON, s.n)}
+	for i, in := range s.Instances() {
 		out.Instances[i] = a.instance(s.service, in)
 	}
 	return out

@@ -39,7 +39,7 @@ type Config struct {
 
 // Registry holds the live instances. Readers load one service and never wait. Writers take turns, build that service's
 // next Snapshot beside the current one and publish it in one store: a reader sees all of a change, or none. A change
-// costs its own service's instances, however many services there are.
+// costs a part of its own service's instances, however many services there are.
 type Registry struct {
 	cfg      Config
 	services sync.Map // name -> *service: a hash trie, so adding or dropping one copies no others
@@ -156,7 +156,7 @@ func (r *Registry) service(name string) *service {
 // ends it.
 func (r *Registry) publish(name string, slot *service, next *Snapshot) {
 	switch {
-	case len(next.instances) == 0:
+	case next.n == 0:
 		// A reader that loaded the slot before it left the map must not keep seeing the last instance.
 		slot.snapshot.Store(nil)
 		r.services.Delete(name)
