@@ -26,6 +26,7 @@ import (
 	"kerberos/internal/admin"
 	"kerberos/internal/cli"
 	"kerberos/internal/config"
+	"kerberos/internal/memory"
 	"kerberos/proxy"
 	"kerberos/registry"
 )
@@ -104,6 +105,7 @@ func (c *gatewayCommand) Run() error {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	log := slog.New(logHandler(os.Stderr))
+	memory.Tune()
 	g, err := start(c.Gateway, log)
 	if err != nil {
 		return err

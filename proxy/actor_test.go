@@ -162,7 +162,7 @@ func (g *gateway) breaker(id string) string { return g.DescribeInstance("echo", 
 // awaitReady waits until this many instances of echo are in the balancer.
 func (g *gateway) awaitReady(t testing.TB, n int) {
 	t.Helper()
-	eventually(t, fmt.Sprintf("%d instances ready", n), func() bool { return len(g.service("echo").view.Load().ready) == n })
+	eventually(t, fmt.Sprintf("%d instances ready", n), func() bool { return g.service("echo").view.Load().ready == n })
 }
 
 // awaitBreaker waits until an instance's breaker is in a state and the view of echo has seen it.
@@ -174,8 +174,8 @@ func (g *gateway) awaitBreaker(t testing.TB, id, state string) {
 		}
 		v := g.service("echo").view.Load()
 		ready := false
-		for _, u := range v.ready {
-			ready = ready || u.id == id
+		for i := range v.ready {
+			ready = ready || v.at(i).id == id
 		}
 		probing := false
 		for _, u := range v.probing {

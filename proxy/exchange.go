@@ -42,7 +42,7 @@ type exchange struct {
 
 	// whom to ask
 	view     *view
-	tried    lb.Tried // indices into view.ready
+	tried    lb.Tried // indices of view.at
 	asked    asked    // the same across views
 	upstream *upstream
 	token    cb.Token

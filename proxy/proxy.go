@@ -312,13 +312,13 @@ func (x *exchange) pick() *upstream {
 			break
 		}
 		x.tried.Add(i)
-		if u := v.ready[i]; x.admit(u) {
+		if u := v.at(i); x.admit(u) {
 			return u
 		}
 	}
 	// Breakers that opened a moment ago, before the next view, are in the way: look at all.
-	for _, u := range v.ready {
-		if !x.asked.has(u) && x.admit(u) {
+	for i := range v.ready {
+		if u := v.at(i); !x.asked.has(u) && x.admit(u) {
 			return u
 		}
 	}
@@ -346,7 +346,7 @@ func (x *exchange) probe(v *view, nobodyElse bool) *upstream {
 // clients of u probe it.
 func (x *exchange) canCover(v *view, u *upstream) bool {
 	return x.p().cfg.Retries > 0 && x.repeatable() &&
-		x.tried.Len() < len(v.ready) && x.asked.n+1 < lb.MaxTried &&
+		x.tried.Len() < v.ready && x.asked.n+1 < lb.MaxTried &&
 		(v.ipHash == nil || v.ipHash.WouldOwn(x.key, u.id))
 }
 

@@ -45,19 +45,19 @@ type service struct {
 // view is what a request reads of a service: which instances may be picked now. It never changes; the next one replaces
 // it whole.
 type view struct {
-	ready    []*upstream // sorted by id; the balancer's indices are into it
-	balancer lb.Balancer
+	balancer lb.Balancer    // over the ready ones; its indices are those of at
 	ipHash   *lb.Rendezvous // the balancer, if that strategy is in force
 	probing  []*upstream    // half-open: each has probes to give away
 	parts    []*viewPart    // all instances, sorted by id
+	starts   []int          // for each part, how many are ready in those before it
+	ready    int            // how many are ready in all
 
 	inForce lb.Strategy
 	why     string // why another strategy than the configured one is in force
 }
 
 // viewPart is what a view knows of one part of a registry.Snapshot. It never changes: the next view has it too, unless the
-// part has changed or the readiness of one of its instances. So a change costs a part, and a copy of the list of those that
-// are ready.
+// part has changed or the readiness of one of its instances. So a change costs a part and the list of parts.
 type viewPart struct {
 	instances []*registry.Instance // the part of the snapshot
 	members   []member             // one for each instance of the part of the snapshot, sorted by id
@@ -139,17 +139,14 @@ func (s *service) build(snapshot *registry.Snapshot) {
 		s.warned = next.why != ""
 	}
 
-	n := 0
-	for _, p := range next.parts {
-		n += len(p.ready)
+	next.starts = make([]int, len(next.parts))
+	for i, p := range next.parts {
+		next.starts[i] = next.ready
+		next.ready += len(p.ready)
 		next.probing = append(next.probing, p.probing...)
 	}
-	next.ready = make([]*upstream, 0, n)
-	for _, p := range next.parts {
-		next.ready = append(next.ready, p.ready...)
-	}
 	if next.inForce.NeedsEndpoints() {
-		endpoints := make([]lb.Endpoint, 0, n)
+		endpoints := make([]lb.Endpoint, 0, next.ready)
 		for _, p := range next.parts {
 			endpoints = append(endpoints, p.endpoints...)
 		}
@@ -159,7 +156,7 @@ func (s *service) build(snapshot *registry.Snapshot) {
 			next.balancer = lb.New(next.inForce, endpoints, &s.counter)
 		}
 	} else {
-		next.balancer = lb.Even(next.inForce, n, &s.counter)
+		next.balancer = lb.Even(next.inForce, next.ready, &s.counter)
 	}
 	next.ipHash, _ = next.balancer.(*lb.Rendezvous)
 
@@ -288,7 +285,23 @@ func (m *member) stateNow() memberState {
 }
 
 // nobody says that no instance could be asked, not even for a probe.
-func (v *view) nobody() bool { return len(v.ready) == 0 && len(v.probing) == 0 }
+func (v *view) nobody() bool { return v.ready == 0 && len(v.probing) == 0 }
+
+// at returns the i-th of those that are ready, sorted by id. Parts differ in size by little, so it looks near where the
+// i-th would be if they did not.
+func (v *view) at(i int) *upstream {
+	p := 0
+	if len(v.starts) > 1 {
+		p = i * len(v.starts) / v.ready
+		for v.starts[p] > i {
+			p--
+		}
+		for p+1 < len(v.starts) && v.starts[p+1] <= i {
+			p++
+		}
+	}
+	return v.parts[p].ready[i-v.starts[p]]
+}
 
 // all yields the upstreams of all instances, sorted by id.
 func (v *view) all(yield func(*upstream) bool) {
@@ -303,20 +316,29 @@ func (v *view) all(yield func(*upstream) bool) {
 
 // upstream returns that of an instance, or nil.
 func (v *view) upstream(id string) *upstream {
-	n := sort.Search(len(v.parts), func(i int) bool { return v.parts[i].members[0].id > id })
-	if n == 0 {
-		return nil
+	if n := v.part(id); n >= 0 {
+		return v.parts[n].upstream(id)
 	}
-	return v.parts[n-1].upstream(id)
+	return nil
+}
+
+// part returns the index of the part in which that id is, if it is in any; -1 if there is none.
+func (v *view) part(id string) int {
+	return sort.Search(len(v.parts), func(i int) bool { return v.parts[i].members[0].id > id }) - 1
 }
 
 // find returns the index of u among the ready ones, or -1.
 func (v *view) find(u *upstream) int {
-	i, ok := slices.BinarySearchFunc(v.ready, u.id, func(u *upstream, id string) int { return strings.Compare(u.id, id) })
-	if !ok || v.ready[i] != u {
+	n := v.part(u.id)
+	if n < 0 {
 		return -1
 	}
-	return i
+	list := v.parts[n].ready
+	i, ok := slices.BinarySearchFunc(list, u.id, func(u *upstream, id string) int { return strings.Compare(u.id, id) })
+	if !ok || list[i] != u {
+		return -1
+	}
+	return v.starts[n] + i
 }
 
 // retryAfter is when the first breaker lets a probe through, in seconds, at least 1.

@@ -253,12 +253,12 @@ func (c *conn) ask() (s stage, ok bool) {
 		return stageReading, false
 	}
 	v := service.view.Load()
-	if len(v.probing) > 0 || len(v.ready) == 0 {
+	if len(v.probing) > 0 || v.ready == 0 {
 		return stageReading, false
 	}
 	x.use(v)
 	i := v.balancer.Pick(x.key, &x.tried)
-	if i < 0 || !x.admit(v.ready[i]) {
+	if i < 0 || !x.admit(v.at(i)) {
 		return stageReading, false
 	}
 	x.tried.Add(i)

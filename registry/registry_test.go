@@ -440,3 +440,53 @@ func FuzzRegistry(f *testing.F) {
 		}
 	})
 }
+
+// Parts stay in order and of a fit size, whatever comes and goes, and those that a change does not touch are shared.
+func TestParts(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	var s *Snapshot
+	want := map[string]bool{}
+	for step := range 20_000 {
+		id := fmt.Sprintf("%04d", rnd.IntN(3000))
+		before := s
+		if step%10_000 < 6000 {
+			s = s.with("echo", &Instance{ID: id, Generation: uint64(step)})
+			want[id] = true
+		} else if next, ok := s.without(id, uint64(step)); ok != want[id] {
+			t.Fatalf("step %d: without %s: %v", step, id, ok)
+		} else if ok {
+			s = next
+			delete(want, id)
+		}
+		if s.Len() != len(want) {
+			t.Fatalf("step %d: %d instances, want %d", step, s.Len(), len(want))
+		}
+		if step%100 > 0 || before == nil {
+			continue
+		}
+		shared := 0
+		for _, p := range s.Parts() {
+			if len(p) == 0 || len(p) > maxPart {
+				t.Fatalf("step %d: a part of %d", step, len(p))
+			}
+			if slices.ContainsFunc(before.Parts(), func(q []*Instance) bool { return &q[0] == &p[0] }) {
+				shared++
+			}
+		}
+		if shared < len(s.Parts())-2 {
+			t.Fatalf("step %d: only %d of %d parts are shared", step, shared, len(s.Parts()))
+		}
+		if n := s.Len() / (minPart / 2); len(s.Parts()) > n+2 {
+			t.Fatalf("step %d: %d parts for %d instances", step, len(s.Parts()), s.Len())
+		}
+		all := s.Instances()
+		if !slices.IsSortedFunc(all, func(a, b *Instance) int { return strings.Compare(a.ID, b.ID) }) {
+			t.Fatalf("step %d: not sorted", step)
+		}
+		for _, in := range all {
+			if !want[in.ID] || s.Instance(in.ID) != in {
+				t.Fatalf("step %d: %s is wrong, or not found", step, in.ID)
+			}
+		}
+	}
+}
