@@ -89,6 +89,55 @@ func TestDo(t *testing.T) {
 	}
 }
 
+// Who is late to leave something with a loop that ends writes to no descriptor that has become somebody else's.
+func TestDoWhileItEnds(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(16)) // more threads than CPUs: one may stop between any two instructions
+	end := time.Now().Add(2 * time.Second)
+	var rounds sync.WaitGroup
+	for range 4 {
+		rounds.Go(func() {
+			for time.Now().Before(end) && !t.Failed() {
+				endWithCallers(t)
+			}
+		})
+	}
+	rounds.Wait()
+}
+
+func endWithCallers(t *testing.T) {
+	g, err := New(1, nil)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for g.Loops[0].Do(func() {}) {
+				time.Sleep(20 * time.Microsecond) // it parks in between
+			}
+		})
+	}
+	time.Sleep(100 * time.Microsecond)
+	g.Close()
+	var pipes [8][2]int
+	for i := range pipes {
+		if err := unix.Pipe2(pipes[i][:], unix.O_NONBLOCK|unix.O_CLOEXEC); err != nil {
+			t.Error(err)
+			return
+		}
+	}
+	wg.Wait()
+	for _, p := range pipes {
+		b := make([]byte, 8)
+		if n, err := unix.Read(p[0], b); n > 0 || err != unix.EAGAIN {
+			t.Errorf("%d bytes %x, %v in a pipe that nobody wrote to", n, b[:max(n, 0)], err)
+		}
+		unix.Close(p[0])
+		unix.Close(p[1])
+	}
+}
+
 // pingPong saturates a loop: both ends of n connections belong to it, and what comes in on one goes back.
 func pingPong(t testing.TB, l *Loop, n int) (rounds *atomic.Int64) {
 	t.Helper()
