@@ -264,6 +264,31 @@ func TestDeadlinesFromAllSides(t *testing.T) {
 	wg.Wait()
 }
 
+// A closed socket leaves no timer: one would keep it in memory until its deadline.
+func TestCloseStopsTimers(t *testing.T) {
+	l := startGroup(t, 1).Loops[0]
+	for _, held := range []bool{true, false} {
+		s, _ := pair(t, l)
+		s.SetHandler(&handler{})
+		if err := s.SetDeadline(time.Now().Add(time.Hour)); err != nil {
+			t.Fatal(err)
+		}
+		sides := []*side{&s.waits.in, &s.waits.out}
+		if !held {
+			s.Let()
+		}
+		s.Close()
+		for i, side := range sides {
+			if side.timer.Stop() {
+				t.Errorf("held %v: the timer of side %d still ran", held, i)
+			}
+		}
+		if err := s.SetDeadline(time.Now().Add(time.Hour)); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("a deadline of a closed socket: %v", err)
+		}
+	}
+}
+
 // Forget on the loop leaves nothing of what a goroutine needed.
 func TestForget(t *testing.T) {
 	l := startGroup(t, 1).Loops[0]
