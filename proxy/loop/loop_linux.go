@@ -131,12 +131,11 @@ func (l *Loop) Within(d time.Duration) {
 // Do has f run on the loop, soon. It reports false, and f does not run, if the loop has ended.
 func (l *Loop) Do(f func()) bool {
 	l.mu.Lock()
+	defer l.mu.Unlock() // behind the write: the loop may end a moment later, and its descriptor become another's
 	if l.over {
-		l.mu.Unlock()
 		return false
 	}
 	l.inbox = append(l.inbox, f)
-	l.mu.Unlock()
 	l.pending.Store(true)
 	if l.parked.Swap(false) {
 		one := [8]byte{1}

@@ -155,6 +155,9 @@ func (s *Socket) Close() error {
 	if s.held.Load() {
 		s.waits.wake(Readable | writable)
 	}
+	if s.waits != nil {
+		s.waits.stop() // a timer would keep them until the deadline
+	}
 	s.leave()
 	return nil
 }
@@ -240,6 +243,9 @@ func (s *Socket) setDeadline(side *side, t time.Time) error {
 		return net.ErrClosed
 	}
 	side.set(t)
+	if s.closed.Load() { // meanwhile
+		side.set(time.Time{})
+	}
 	return nil
 }
 
