@@ -47,7 +47,9 @@ func (t *tuner) adjust() {
 	}
 }
 
-// percentFor is the GOGC with which a heap of that many live bytes grows by Headroom, or by as much as it is.
+// percentFor is the GOGC with which a heap of that many live bytes grows by Headroom, or by as much as it is. The runtime's
+// own minimum, 4 MiB of heap at 100 %, grows with it too: that bounds it.
 func percentFor(live uint64) int {
-	return int(max(100, Headroom*100/max(live, 1<<20)))
+	const most = Headroom * 100 / (4 << 20)
+	return int(min(max(100, Headroom*100/max(live, 1)), most))
 }

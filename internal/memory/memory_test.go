@@ -12,8 +12,9 @@ func TestPercent(t *testing.T) {
 		live uint64
 		want int
 	}{
-		{0, 6400}, // nothing was collected yet
+		{0, 1600}, // nothing was collected yet
 		{4 << 20, 1600},
+		{16 << 20, 400},
 		{Headroom, 100},
 		{1 << 30, 100},
 	} {
