@@ -484,11 +484,11 @@ func (x *exchange) receive(room []byte, now, limit time.Time) (int, error) {
 // compose makes the response that goes to the client: its head, and its body if that is small and there at once.
 // Then nothing has reached the client yet if the backend breaks off.
 func (x *exchange) compose() error {
-	c, r, res := x.c, &x.c.req, &x.res
+	c, res := x.c, &x.res
 	if x.covered && x.p().failing[res.status] {
 		return statusError(res.status)
 	}
-	bodyless := res.bodyless(string(r.Method) == "HEAD")
+	bodyless := x.bodyless()
 	whole := !bodyless && res.length >= 0 && res.length <= maxWhole
 	c.out = c.out[:0]
 	if whole && x.buffers[outBuffer] == nil && int(res.length)+len(res.lines)+1024 > cap(c.out) {
@@ -533,16 +533,19 @@ func (x *exchange) compose() error {
 	return nil
 }
 
+// bodyless says that the response has no body.
+func (x *exchange) bodyless() bool { return x.res.bodyless(string(x.c.req.Method) == "HEAD") }
+
 // whole says that a response of which so much has come in behind its head is all here, if it is one to wait for.
 func (x *exchange) whole(have int) bool {
-	return x.res.bodyless(string(x.c.req.Method) == "HEAD") ||
+	return x.bodyless() ||
 		x.res.length >= 0 && x.res.length <= maxWhole && x.res.length <= int64(have)
 }
 
 // appendResponse appends the head that goes to the client.
 func (x *exchange) appendResponse(dst []byte) []byte {
 	r, res := &x.c.req, &x.res
-	bodyless := res.bodyless(string(r.Method) == "HEAD")
+	bodyless := x.bodyless()
 	x.keep = (r.minor == 1 || r.keepAlive) && !r.close && x.uploaded() && !x.p().closing.Load()
 	x.chunks = !bodyless && res.length < 0 && r.minor == 1
 	if !bodyless && res.length < 0 && r.minor == 0 {

@@ -1,15 +1,16 @@
 // Package proxy is the way of a request: HTTP/1.1 in, HTTP/1.1 out. It joins the registry (who is there), the balancers
 // (whom to ask) and the breakers (whom not to ask). It does not know configuration files, flags or signals.
 //
-// Client connections are served by a loop of our own, one goroutine each: heads and bodies are taken from and put on the
-// wire as they are, so that fields keep their order and case, and nothing is parsed twice. Connections to instances come
-// from one fasthttp.HostClient an instance.
+// Heads and bodies are taken from and put on the wire as they are, so that fields keep their order and case, and nothing is
+// parsed twice. Connections to instances come from one fasthttp.HostClient an instance and loop.
 //
-// handle, in this file, is a request from top to bottom. Around it: server.go has the client connections, head.go the guard
-// (what is refused), route.go the routes, view.go who is ready; exchange.go is one request with its attempts, upload.go its
-// body where that streams, forward.go what is sent, response.go and body.go what comes back; upstream.go is an instance,
-// backend.go a connection to it, budget.go the bound on retries; errors.go says whose fault it was, answer.go answers where
-// no backend does.
+// handle, in this file, is a request from top to bottom, in a goroutine that may wait at each step. Most requests never need
+// to: worker.go takes the same steps on an event loop, and leaves a request to a goroutine, in the middle of the way if need
+// be, where it would have to wait. Around the two: server.go has the client connections, head.go the guard (what is
+// refused), route.go the routes, view.go who is ready; exchange.go is one request with its attempts, upload.go its body where
+// that streams, forward.go what is sent, response.go and body.go what comes back; upstream.go is an instance, backend.go a
+// connection to it, budget.go the bound on retries; errors.go says whose fault it was, answer.go answers where no backend
+// does. The package loop below this one knows sockets and epoll, and no HTTP.
 package proxy
 
 import (

@@ -365,31 +365,25 @@ func (c *conn) answered(e loop.Events) {
 		}
 	}
 	data := room[:got]
-	if end < 0 || !x.whole(got-end) {
+	var out []byte
+	rest, ok := 0, false // what follows the answer
+	if end > 0 {
+		if x.res.chunked && c.req.minor == 1 && !x.bodyless() {
+			out, rest, ok = w.chunked(x, data[end:])
+		} else {
+			out, rest, ok = w.sized(x, end, got)
+		}
+	}
+	if !ok {
 		x.back.b = x.borrow(backBuffer)
 		x.back.base, x.back.r, x.back.w = 0, 0, copy(x.back.b, data)
 		c.slow(stageAsked)
 		return
 	}
-	out := x.appendResponse(w.out[:0])
-	w.out = out[:0]
-	body := data[end:]
-	if x.res.bodyless(string(c.req.Method) == "HEAD") {
-		body = nil
-	} else {
-		body = body[:x.res.length]
-	}
-	if start := headroom + end - len(out); len(body) > headroom && start >= 0 {
-		copy(w.in[start:], out) // in front of the body: spare the copy of the larger one
-		out = w.in[start : headroom+end+len(body)]
-	} else {
-		out = append(out, body...)
-		w.out = out[:0]
-	}
 	w.done(c)
 	x.started, x.status = true, x.res.status
 	x.end(x.verdict())
-	x.release(end+len(body) == len(data) && e&loop.HangUp == 0)
+	x.release(rest == 0 && e&loop.HangUp == 0)
 	n, err := c.sock.TryWrite(out)
 	switch {
 	case n == len(out):
@@ -405,6 +399,50 @@ func (c *conn) answered(e loop.Events) {
 	default:
 		c.after(false)
 		c.close()
+	}
+}
+
+// sized makes an answer whose body has a length, or that has none, of what is in w.in: the head up to end, and what came
+// behind it up to got. rest is how many bytes follow the answer; ok is false if it is not all here.
+func (w *worker) sized(x *exchange, end, got int) (out []byte, rest int, ok bool) {
+	if !x.whole(got - end) {
+		return nil, 0, false
+	}
+	length := 0
+	if !x.bodyless() {
+		length = int(x.res.length)
+	}
+	out = x.appendResponse(w.out[:0])
+	w.out = out[:0]
+	body := w.in[headroom+end:][:length]
+	if start := headroom + end - len(out); length > headroom && start >= 0 {
+		copy(w.in[start:], out) // in front of the body: spare the copy of the larger one
+		out = w.in[start : headroom+end+length]
+	} else {
+		out = append(out, body...)
+		w.out = out[:0]
+	}
+	return out, got - end - length, true
+}
+
+// chunked makes an answer whose body comes in chunks.
+func (w *worker) chunked(x *exchange, data []byte) (out []byte, rest int, ok bool) {
+	x.resBody.start(x.res.framing)
+	b := buffer{b: data, w: len(data)}
+	out = x.appendResponse(w.out[:0])
+	for {
+		part, done, err := x.resBody.next(&b, len(data))
+		if err != nil || !done && len(part) == 0 {
+			return nil, 0, false // broken, or not all here
+		}
+		if len(part) > 0 {
+			out = appendChunk(out, part)
+		}
+		if done {
+			out = appendLastChunk(out, x.resBody.trailers)
+			w.out = out[:0]
+			return out, len(b.waiting()), true
+		}
 	}
 }
 

@@ -41,6 +41,7 @@ type Group struct {
 	Loops []*Loop
 	table table
 	pipes pipes
+	waits sync.Pool     // of *waits
 	last  atomic.Uint32 // generation of a socket
 }
 
@@ -48,6 +49,7 @@ type Group struct {
 // when the time that its last call returned, or an earlier one given to Within, has passed.
 func New(n int, tick func(loop int, now time.Time) time.Duration) (*Group, error) {
 	g := &Group{}
+	g.waits.New = func() any { return newWaits() }
 	for i := range n {
 		l, err := g.newLoop(i, tick)
 		if err != nil {

@@ -76,7 +76,7 @@ func (s *Socket) SetHandler(h Handler) { s.handler = h }
 // Hold takes the socket from its loop, for a goroutine: the handler is told nothing any more. The caller must own it.
 func (s *Socket) Hold() {
 	if s.waits == nil {
-		s.waits = newWaits()
+		s.waits = s.loop.group.waits.Get().(*waits)
 	}
 	s.held.Store(true)
 }
@@ -91,7 +91,8 @@ func (s *Socket) Held() bool { return s.held.Load() }
 func (s *Socket) Forget() {
 	s.held.Store(false)
 	if s.waits != nil {
-		s.waits.stop()
+		s.waits.reset()
+		s.loop.group.waits.Put(s.waits)
 		s.waits = nil
 	}
 }
@@ -325,6 +326,17 @@ func (w *waits) wake(e Events) {
 func (w *waits) stop() {
 	w.in.set(time.Time{})
 	w.out.set(time.Time{})
+}
+
+// reset makes them fit for another socket.
+func (w *waits) reset() {
+	w.stop()
+	for _, s := range []*side{&w.in, &w.out} {
+		select {
+		case <-s.ready:
+		default:
+		}
+	}
 }
 
 // side is one direction of a socket.
