@@ -428,6 +428,7 @@ type Listener struct {
 	fd     int
 	name   unix.Sockaddr
 	err    error
+	begun  bool // nobody waits who has connected before the options were set
 }
 
 // NewListener takes over a listener, which is closed: its descriptor lives on in the Listener. Connections inherit their
@@ -444,25 +445,29 @@ func NewListener(ln *net.TCPListener) (*Listener, error) {
 		return nil, err
 	}
 	var failed error
-	err = l.raw.Control(func(fd uintptr) {
-		for _, o := range [][3]int{
-			{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
-			{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
-			{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 15},
-			{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15},
-		} {
-			failed = errors.Join(failed, os.NewSyscallError("setsockopt", unix.SetsockoptInt(int(fd), o[0], o[1], o[2])))
-		}
-	})
+	err = l.raw.Control(func(fd uintptr) { failed = setOptions(int(fd)) })
 	if err = errors.Join(err, failed); err != nil {
 		file.Close()
 		return nil, err
 	}
 	l.accept = func(fd uintptr) bool {
 		l.fd, l.name, l.err = unix.Accept4(int(fd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+		l.begun = l.begun || l.err == unix.EAGAIN
 		return l.err != unix.EAGAIN
 	}
 	return l, nil
+}
+
+func setOptions(fd int) (err error) {
+	for _, o := range [][3]int{
+		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
+		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 15},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15},
+	} {
+		err = errors.Join(err, os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, o[0], o[1], o[2])))
+	}
+	return err
 }
 
 // Accept waits for the next connection. One caller at a time.
@@ -472,6 +477,9 @@ func (l *Listener) Accept() (fd int, remote netip.AddrPort, err error) {
 	}
 	if l.err != nil {
 		return -1, netip.AddrPort{}, os.NewSyscallError("accept4", l.err)
+	}
+	if !l.begun {
+		_ = setOptions(l.fd) // one that is reset already fails later
 	}
 	return l.fd, addrPort(l.name), nil
 }

@@ -16,6 +16,7 @@ import (
 	mathrand "math/rand/v2"
 	"net"
 	"os"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -625,12 +626,23 @@ func TestEmptyCalls(t *testing.T) {
 	}
 }
 
-// Connections inherit from their listener no delay and keep-alive probes; its end ends Accept.
+// Connections inherit from their listener no delay and keep-alive probes; those that were there before it was taken over
+// get them. Its end ends Accept.
 func TestListener(t *testing.T) {
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
+	connect := func() net.Addr {
+		t.Helper()
+		near, err := net.Dial("tcp", tcp.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { near.Close() })
+		return near.LocalAddr()
+	}
+	peers := []net.Addr{connect(), connect(), connect()}
 	l, err := NewListener(tcp.(*net.TCPListener))
 	if err != nil {
 		t.Fatal(err)
@@ -638,43 +650,48 @@ func TestListener(t *testing.T) {
 	if err := tcp.Close(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("the listener that was taken over: %v", err)
 	}
-	near, err := net.Dial("tcp", tcp.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer near.Close()
-	fd, remote, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer syscall.Close(fd)
-	if remote != near.LocalAddr().(*net.TCPAddr).AddrPort() {
-		t.Errorf("accepted %v, want %v", remote, near.LocalAddr())
-	}
-	for _, row := range []struct {
-		name                string
-		level, option, want int
-	}{
-		{"TCP_NODELAY", syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1},
-		{"SO_KEEPALIVE", syscall.SOL_SOCKET, syscall.SO_KEEPALIVE, 1},
-		{"TCP_KEEPIDLE", syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE, 15},
-		{"TCP_KEEPINTVL", syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL, 15},
-	} {
-		if got, err := syscall.GetsockoptInt(fd, row.level, row.option); got != row.want || err != nil {
-			t.Errorf("%s is %d, %v, want %d", row.name, got, err, row.want)
+	peers = append(peers, connect())
+	for i := range 6 {
+		if i >= len(peers) {
+			peers = append(peers, connect()) // nobody waits before it
 		}
-	}
-	flags, _, _ := syscall.Syscall(syscall.SYS_FCNTL, uintptr(fd), syscall.F_GETFL, 0)
-	if flags&syscall.O_NONBLOCK == 0 {
-		t.Error("the connection blocks")
-	}
-	flags, _, _ = syscall.Syscall(syscall.SYS_FCNTL, uintptr(fd), syscall.F_GETFD, 0)
-	if flags&syscall.FD_CLOEXEC == 0 {
-		t.Error("the connection is handed to other programs")
+		fd, remote, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer syscall.Close(fd)
+		if remote != peers[i].(*net.TCPAddr).AddrPort() {
+			t.Errorf("%d: accepted %v, want %v", i, remote, peers[i])
+		}
+		for _, row := range []struct {
+			name                string
+			level, option, want int
+		}{
+			{"TCP_NODELAY", syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1},
+			{"SO_KEEPALIVE", syscall.SOL_SOCKET, syscall.SO_KEEPALIVE, 1},
+			{"TCP_KEEPIDLE", syscall.IPPROTO_TCP, syscall.TCP_KEEPIDLE, 15},
+			{"TCP_KEEPINTVL", syscall.IPPROTO_TCP, syscall.TCP_KEEPINTVL, 15},
+		} {
+			if got, err := syscall.GetsockoptInt(fd, row.level, row.option); got != row.want || err != nil {
+				t.Errorf("%d: %s is %d, %v, want %d", i, row.name, got, err, row.want)
+			}
+		}
+		flags, _, _ := syscall.Syscall(syscall.SYS_FCNTL, uintptr(fd), syscall.F_GETFL, 0)
+		if flags&syscall.O_NONBLOCK == 0 {
+			t.Error("the connection blocks")
+		}
+		flags, _, _ = syscall.Syscall(syscall.SYS_FCNTL, uintptr(fd), syscall.F_GETFD, 0)
+		if flags&syscall.FD_CLOEXEC == 0 {
+			t.Error("the connection is handed to other programs")
+		}
 	}
 
 	ended := make(chan error, 1)
 	go func() { _, _, err := l.Accept(); ended <- err }()
+	eventually(t, "it waits", func() bool {
+		buf := make([]byte, 1<<20)
+		return bytes.Contains(buf[:runtime.Stack(buf, true)], []byte("loop.(*Listener).Accept("))
+	})
 	l.Close()
 	select {
 	case err := <-ended:
