@@ -27,6 +27,7 @@ const (
 
 const (
 	maxEvents = 256 // taken from the kernel at a time
+	busyFrom  = 4   // so many events at a time make it likely that there are more behind them
 
 	// yieldEvery is how long a busy loop keeps its CPU from other goroutines: of API calls, streams, timers.
 	yieldEvery = 200 * time.Microsecond
@@ -80,6 +81,7 @@ type Loop struct {
 	now      time.Time
 	yielded  time.Time // when other goroutines last had a chance
 	woken    bool      // a goroutine was made ready
+	busy     bool      // the last wait brought many events
 	stopping bool
 	tick     func(now time.Time) time.Duration
 	tickAt   time.Time // zero: never
@@ -193,9 +195,12 @@ func (l *Loop) yield() {
 
 // wait takes events from the kernel; it returns none when there is something else to do.
 func (l *Loop) wait() int {
-	n, _ := l.poll(0)
-	if n > 0 || l.pending.Load() {
-		return n
+	if l.busy { // or the look would be one in vain: a call more for each wait of a loop with little to do
+		n, _ := l.poll(0)
+		l.busy = n >= busyFrom
+		if n > 0 || l.pending.Load() {
+			return n
+		}
 	}
 	l.yield()
 	rest := Never
@@ -204,11 +209,13 @@ func (l *Loop) wait() int {
 			return 0
 		}
 	}
+	n := 0
 	l.parked.Store(true)
 	if !l.pending.Load() {
 		n = l.sleep(rest)
 	}
 	l.parked.Store(false)
+	l.busy = n >= busyFrom
 	return n
 }
 
