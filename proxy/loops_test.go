@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"bufio"
 	"context"
 	"fmt"
 	"io"
@@ -1245,6 +1246,22 @@ func TestPanicInAnAnswer(t *testing.T) {
 		}
 	}
 	g.quiet(t, "echo", "a")
+}
+
+// A TLS handshake that fails leaves no connection.
+func TestFailedHandshakeCloses(t *testing.T) {
+	var ended atomic.Int64
+	o := startOrigin(t, func(_ *origin, c net.Conn, r *bufio.Reader) {
+		io.WriteString(c, "this is no TLS, but long enough for a record of it\r\n")
+		io.Copy(io.Discard, r)
+		ended.Add(1)
+	})
+	g := startGateway(t, func(cfg *Config) { cfg.Breaker = cb.Config{Failures: 100} }, nil)
+	g.register(t, "echo", "a", "https://"+o.Addr().String())
+	for range 5 {
+		g.dial(t).get("/echo").refused(t, errTLS)
+	}
+	eventually(t, "all closed", func() bool { return ended.Load() == 5 })
 }
 
 // An idle connection holds nothing but itself, wherever its last request was served.
