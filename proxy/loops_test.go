@@ -3,6 +3,7 @@ package proxy
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -1262,6 +1264,31 @@ func TestFailedHandshakeCloses(t *testing.T) {
 		g.dial(t).get("/echo").refused(t, errTLS)
 	}
 	eventually(t, "all closed", func() bool { return ended.Load() == 5 })
+}
+
+// A connection that is accepted while the loops end is closed.
+func TestAcceptedTooLate(t *testing.T) {
+	g := startLoops(t, 1, nil, nil)
+	ln := listen(t)
+	accept, closer, err := g.acceptor(ln)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closer.Close()
+	near, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer near.Close()
+	g.Shutdown(t.Context())
+	g.Close()
+	if err := accept(); err != nil {
+		t.Fatal(err)
+	}
+	near.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if n, err := near.Read(make([]byte, 1)); err != io.EOF && !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("read %d, %v", n, err)
+	}
 }
 
 // An idle connection holds nothing but itself, wherever its last request was served.
