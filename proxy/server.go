@@ -187,7 +187,9 @@ func (p *Proxy) acceptor(ln net.Listener) (accept func() error, _ io.Closer, _ e
 		fd, remote, err := l.Accept()
 		if err == nil {
 			w := p.workers[p.turns.Add(1)%uint64(len(p.workers))]
-			w.loop.Do(func() { w.adopt(fd, remote) })
+			if !w.loop.Do(func() { w.adopt(fd, remote) }) {
+				loop.Discard(fd) // Close was faster
+			}
 		}
 		return err
 	}, l, nil

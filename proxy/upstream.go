@@ -250,7 +250,7 @@ func (u *upstream) connect(i int, ap netip.AddrPort, end time.Time) (net.Conn, e
 	ctx, cancel := context.WithTimeout(context.Background(), min(u.dialer.Timeout, time.Until(end)))
 	defer cancel()
 	if err := secure.HandshakeContext(ctx); err != nil {
-		conn.Close()
+		b.Close() // conn is closed already: the loop has its descriptor
 		return nil, &handshakeError{err}
 	}
 	b.Conn = secure

@@ -62,6 +62,8 @@ func (*Listener) Accept() (int, netip.AddrPort, error) { return -1, netip.AddrPo
 
 func (*Listener) Close() error { return errUnsupported }
 
+func Discard(int) {}
+
 type Pipe struct{}
 
 func (*Group) Pipe() (*Pipe, error)                { return nil, errUnsupported }

@@ -486,3 +486,6 @@ func (l *Listener) Accept() (fd int, remote netip.AddrPort, err error) {
 
 // Close ends Accept.
 func (l *Listener) Close() error { return l.file.Close() }
+
+// Discard closes a connection that was accepted and that no loop takes.
+func Discard(fd int) { unix.Close(fd) }
