@@ -313,7 +313,9 @@ func (c *conn) dial() error {
 		x.sent = c.worker.loop.Now()
 		if !c.put() || c.p.closing.Load() {
 			c.slow(stageAsked)
+			return
 		}
+		c.answered(0) // it may have come before the loop was told of anything
 	})
 	return nil
 }
