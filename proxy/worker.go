@@ -116,8 +116,8 @@ func (w *worker) tick(now time.Time) time.Duration {
 			c.slow(stageAsked)
 		}
 	}
-	now2 := w.seconds(now)
-	for w.second = max(w.second, now2-wheelSize); w.second < now2; {
+	reached := w.seconds(now)
+	for w.second = max(w.second, reached-wheelSize); w.second < reached; {
 		w.second++
 		w.expire(w.second)
 	}
