@@ -175,10 +175,24 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 
 	registration := registry.Config{Addrs: registry.AddrPolicy{Allow: cfg.AddrAllow, Deny: cfg.AddrDeny, Own: own}}
 	forwarding := proxy.Config{
-		Strategy:         cfg.Strategy,
-		RequestTimeout:   cfg.RequestTimeout,
-		ConnectTimeout:   cfg.ConnectTimeout,
-		Retries:          cfg.Retries,
+		Strategy:       cfg.Strategy,
+		RequestTimeout: limit(cfg.RequestTimeout),
+		ConnectTimeout: limit(cfg.ConnectTimeout),
+		UpstreamIdle:   limit(cfg.UpstreamIdleTimeout),
+		Limits: proxy.Limits{
+			FirstByteTimeout: limit(cfg.ClientFirstByteTimeout),
+			HeadTimeout:      limit(cfg.ClientHeadTimeout),
+			IdleTimeout:      limit(cfg.ClientIdleTimeout),
+			BodyTimeout:      limit(cfg.ClientBodyTimeout),
+			WriteTimeout:     limit(cfg.ClientWriteTimeout),
+			SilenceTimeout:   limit(cfg.ResponseIdleTimeout),
+			TotalTimeout:     limit(cfg.TotalTimeout),
+			MinUpload:        limit(cfg.ClientMinUpload),
+			MinDownload:      limit(cfg.ClientMinDownload),
+			Body:             limit(cfg.MaxBody),
+		},
+		IgnoreFIN:        !bool(cfg.AbortOnFin),
+		Retries:          limit(cfg.Retries),
 		Breaker:          cb.Config{Failures: cfg.BreakerFailures, OpenFor: cfg.BreakerOpen, Probes: cfg.BreakerProbes},
 		BreakerStatuses:  cfg.BreakerStatuses,
 		TrustedProxies:   cfg.TrustedProxies,
@@ -192,9 +206,6 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 	}
 	for _, route := range cfg.Route {
 		forwarding.Routes = append(forwarding.Routes, proxy.RoutePrefix(route))
-	}
-	if cfg.Retries == 0 {
-		forwarding.Retries = -1 // none, as 0 is the default there
 	}
 	if cfg.API.OnData() {
 		registration.Reserved = registry.ServedNames()
@@ -230,6 +241,14 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		g.serve("admin", g.admin, g.ops.Serve)
 	}
 	return g, nil
+}
+
+// limit is what a package that is configured takes for a flag: there 0 is the default, and less is none.
+func limit[T int | int64 | time.Duration](flag T) T {
+	if flag == 0 {
+		return -1
+	}
+	return flag
 }
 
 func (g *gateway) serve(name string, ln net.Listener, serve func(net.Listener) error) {

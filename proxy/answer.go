@@ -16,6 +16,9 @@ import (
 	"kerberos/registry"
 )
 
+// statusClientGone is logged for a request whose client left; nobody is there to read it.
+const statusClientGone = 499
+
 // maxNamed is how many services a 404 names.
 const maxNamed = 50
 
@@ -118,8 +121,8 @@ func (c *conn) fail(err error) (keep bool) {
 	switch {
 	case x.started:
 		return false
-	case errors.Is(err, errClientGone):
-		x.status = 499 // for the log: nobody is there to read it
+	case errors.Is(err, errClientGone), errors.Is(err, errClientSlow):
+		x.status = statusClientGone
 		return false
 	case errors.Is(err, errStale):
 		own = errTerminated

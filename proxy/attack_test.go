@@ -45,7 +45,7 @@ func (g *gateway) dialCounted(t testing.TB) (*client, *atomic.Int64) {
 	}
 	reads := &atomic.Int64{}
 	g.accepted(counted{far.(*net.TCPConn), reads})
-	return &client{t, near, bufio.NewReader(near)}, reads
+	return &client{t: t, Conn: near, r: bufio.NewReader(near)}, reads
 }
 
 // pipePool is a pool with one connection, a pipe: a clock that does not wait stands still while a socket is waited for.
@@ -74,7 +74,7 @@ func startPiped(t *testing.T) (*client, net.Conn) {
 	near, far := net.Pipe()
 	t.Cleanup(func() { near.Close(); backend.Close() })
 	p.accepted(far)
-	return &client{t, near, bufio.NewReader(near)}, backend
+	return &client{t: t, Conn: near, r: bufio.NewReader(near)}, backend
 }
 
 // A client may send its request and the end of its stream together: it gets the answer, and the connection is closed at

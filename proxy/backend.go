@@ -18,6 +18,7 @@ type backendConn struct {
 	one      [1]byte     // for a read that is to find nothing
 	client   *conn       // whose request its loop has sent; for the loop only
 	dead     atomic.Bool // something came in while nobody had asked
+	wake     func()      // ends a read that waits
 }
 
 // plain reports whether a loop can read and write it.

@@ -39,6 +39,8 @@ var (
 	errHeadTooLarge     = &refusal{431, "http_request_error", "the request head is larger than 32 KiB"}
 	errHeadTimeout      = &refusal{408, "http_request_error", "the request head did not arrive in time"}
 	errBodyTimeout      = &refusal{408, "http_request_error", "the request body stopped arriving"}
+	errBodySlow         = &refusal{408, "http_request_error", "the request body arrives too slowly"}
+	errBodyTooLarge     = &refusal{413, "http_request_error", "the request body is larger than is allowed here"}
 	errChunk            = &refusal{400, "http_request_error", "the chunked request body is malformed"}
 )
 
@@ -52,6 +54,7 @@ var (
 	errNoRoute    = &refusal{404, "destination_not_found", "no service is at this path"}
 	errNoInstance = &refusal{503, "destination_unavailable", "no instance of the service is ready"}
 	errNoSocket   = &refusal{503, "connection_limit_reached", "the gateway is out of sockets"}
+	errOverTime   = &refusal{504, "http_response_timeout", "the request took longer than is allowed here"}
 	errInternal   = &refusal{500, "proxy_internal_error", "the gateway failed on this request"}
 )
 
@@ -77,6 +80,12 @@ var errBadStatus = &refusal{502, "http_protocol_error", "the only instance that 
 
 // errClientGone ends a request whose client left or broke off its body: there is nobody to answer.
 var errClientGone = errors.New("the client left")
+
+// errClientSlow ends a response that its client takes too slowly, or not at all.
+var errClientSlow = errors.New("the client does not take the response")
+
+// errContinue says that the backend wants the body that it was asked about.
+var errContinue = errors.New("100 continue")
 
 // errStale is a kept-alive connection that the backend had closed before it saw the request: nobody's fault.
 var errStale = errors.New("the backend had closed the kept-alive connection")
@@ -133,7 +142,8 @@ const (
 
 // blame says whose fault an error of an attempt is: the instance's, or nobody's that a breaker should hear of.
 func blame(err error) outcome {
-	for _, other := range []error{errClientGone, errBodyTimeout, errChunk, errStale, errNoSocket} {
+	for _, other := range []error{errClientGone, errClientSlow, errBodyTimeout, errBodySlow, errBodyTooLarge, errChunk, errOverTime,
+		errStale, errNoSocket} {
 		if errors.Is(err, other) {
 			return ignored
 		}
@@ -144,7 +154,7 @@ func blame(err error) outcome {
 // isOwn reports whether an error is one of ours, not one of a connection.
 func isOwn(err error) bool {
 	var r *refusal
-	return errors.Is(err, errClientGone) || errors.As(err, &r)
+	return errors.Is(err, errClientGone) || errors.Is(err, errClientSlow) || errors.As(err, &r)
 }
 
 // statusError is a response status that counts as a failure of the instance.

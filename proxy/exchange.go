@@ -22,12 +22,13 @@ const (
 	settledBytes = 64 << 10    // a response that has run this far,
 	settledTime  = time.Second // or this long, is a success to the breaker
 
-	clientCheck     = time.Second           // how often a request that waits looks whether its client is still there
-	silenceTimeout  = 5 * time.Minute       // a backend that sends nothing in mid-body
+	finGrace        = time.Second           // a client that has ended its stream may still get an answer this long
+	receiveCheck    = time.Second           // how often one who waits for a backend looks at what else has changed
 	maxInterim      = 16                    // responses 1xx before the final one
 	uploadGrace     = 5 * time.Millisecond  // for the goroutine of an upload to say that it has ended
 	chunkPatience   = 20 * time.Millisecond // for the next chunk of a request body before it is sent as it comes
 	uploadTimeout   = 30 * time.Second      // a backend that takes nothing of a request
+	expectPatience  = time.Second           // for a backend to say 100 Continue, before the gateway does
 	continueMessage = "HTTP/1.1 100 Continue\r\n\r\n"
 )
 
@@ -60,6 +61,9 @@ type exchange struct {
 	bodyRead bool    // it was read to its end
 	unread   bool    // it was not, and the connection has to end for that
 
+	uploadPace pace // of the client
+	download   pace
+
 	// one attempt
 	lease    lease
 	backend  *backendConn
@@ -75,9 +79,11 @@ type exchange struct {
 	pipe     *loop.Pipe
 
 	// the response to the client
-	started bool // bytes of it may have reached the client
-	keep    bool // the client connection goes on behind it
-	chunks  bool // it is sent in chunks
+	started bool      // bytes of it may have reached the client
+	interim bool      // an interim response has
+	finAt   time.Time // when the client ended its stream; within a response, when it sent its request
+	keep    bool      // the client connection goes on behind it
+	chunks  bool      // it is sent in chunks
 	status  int
 
 	buffers [3]*[]byte // pooled, by use; given back by giveBack
@@ -118,6 +124,43 @@ func (x *exchange) begin(now time.Time) {
 	x.held, x.complete, x.upload, x.unread = nil, true, nil, false
 	x.bodyRead = !r.chunked && r.length <= 0
 	x.started, x.status, x.settled, x.written = false, 0, false, false
+	x.interim, x.finAt = false, time.Time{}
+	x.uploadPace, x.download = pace{}, pace{}
+}
+
+// within is d, or less if the request has less time left in all.
+func (x *exchange) within(now time.Time, d time.Duration) time.Duration {
+	return min(d, x.p().cfg.Limits.TotalTimeout-now.Sub(x.began))
+}
+
+// late says that the request has taken longer than is allowed.
+func (x *exchange) late(now time.Time) bool { return now.Sub(x.began) >= x.p().cfg.Limits.TotalTimeout }
+
+// left reports whether the client has left: its connection is lost, or it has ended its stream. One that does so behind
+// its request has finGrace for the answer: it may only have ended its half. In the midst of a response that is no longer
+// likely.
+func (x *exchange) left(now time.Time) bool {
+	client := x.c.sock
+	switch {
+	case client == nil || !client.HungUp():
+		return false
+	case client.Lost():
+		return true
+	case x.p().cfg.IgnoreFIN:
+		return false
+	}
+	x.noteFIN(now)
+	return now.Sub(x.finAt) >= finGrace
+}
+
+func (x *exchange) noteFIN(now time.Time) {
+	if !x.finAt.IsZero() {
+		return
+	}
+	x.finAt = now
+	if x.started {
+		x.finAt = x.began
+	}
 }
 
 // use takes a view for the next pick; what was asked in another one stays asked.
@@ -183,7 +226,7 @@ func (x *exchange) verdict() (outcome, error) {
 
 // repeatable reports whether the request may be sent a second time: RFC 9110 section 9.2.2.
 func (x *exchange) repeatable() bool {
-	if !x.complete {
+	if !x.complete && !x.c.req.asking || x.interim {
 		return false
 	}
 	switch string(x.c.req.Method) {
@@ -194,7 +237,9 @@ func (x *exchange) repeatable() bool {
 }
 
 // timeLeft is what is left of the request timeout.
-func (x *exchange) timeLeft() time.Duration { return x.p().cfg.RequestTimeout - x.waited }
+func (x *exchange) timeLeft() time.Duration {
+	return x.within(time.Now(), x.p().cfg.RequestTimeout-x.waited)
+}
 
 // hold reads a request body that is small enough to be sent twice. One that is larger, or comes slowly in chunks, is
 // sent as it comes, unless patient says to wait for slow chunks too. A client that waits for it is told to go on.
@@ -212,9 +257,12 @@ func (x *exchange) hold(patient bool) error {
 	}
 	x.body.start(r.framing)
 	if r.expect && len(b.waiting()) == 0 {
-		c.out = append(c.out[:0], continueMessage...)
-		if c.flush() != nil {
-			return errClientGone
+		if !patient && (r.chunked || r.length > maxHeld) {
+			r.asking, x.complete = true, false
+			return nil
+		}
+		if err := x.goOn(); err != nil {
+			return err
 		}
 	}
 	if r.length > maxHeld {
@@ -231,6 +279,8 @@ func (x *exchange) hold(patient bool) error {
 		switch {
 		case err != nil:
 			return errChunk
+		case int64(len(held)) > x.p().cfg.Limits.Body:
+			return errBodyTooLarge
 		case done:
 			x.bodyRead = true
 			return nil
@@ -240,27 +290,28 @@ func (x *exchange) hold(patient bool) error {
 			x.complete = false
 			return nil
 		}
+		patience := x.p().cfg.Limits.BodyTimeout
 		if r.chunked && !patient {
 			c.read.disarm()
-			if c.nc.SetReadDeadline(slowest) != nil {
-				return errClientGone
-			}
-		} else if c.read.arm(c.nc.SetReadDeadline, time.Now(), bodyTimeout) != nil {
-			return errClientGone
+			patience = min(patience, time.Until(slowest))
 		}
-		n, err := c.nc.Read(b.space(maxHead))
+		n, err := c.receive(b.space(maxHead), patience)
 		b.w += n
 		switch {
-		case n > 0:
-		case r.chunked && !patient && isTimeout(err):
+		case err == errBodyTimeout && r.chunked && !patient:
+			c.read.disarm()
 			x.complete = false
 			return nil
-		case isTimeout(err):
-			return errBodyTimeout
-		default:
-			return errClientGone
+		case err != nil:
+			return err
 		}
 	}
+}
+
+// goOn tells the client to send its body.
+func (x *exchange) goOn() error {
+	x.c.out = append(x.c.out[:0], continueMessage...)
+	return x.c.flush()
 }
 
 // send makes one attempt, up to a response head; a small body is read with it. Where a kept-alive connection turns out to
@@ -331,12 +382,30 @@ func (x *exchange) write(data []byte) (int, error) {
 	if len(data) == 0 {
 		return 0, nil
 	}
-	if err := x.backend.write.arm(x.backend.SetWriteDeadline, x.sent, uploadTimeout); err != nil {
-		return 0, err
-	}
-	n, err := x.backend.Write(data)
+	n, err := x.push(data, x.sent)
 	x.written = x.written || n > 0
 	return n, err
+}
+
+// push sends data to the backend, as long as it takes some of them. It is called by whoever sends the request: this
+// goroutine, or that of an upload.
+func (x *exchange) push(data []byte, now time.Time) (sent int, err error) {
+	b := x.backend
+	for {
+		if err = b.write.arm(b.SetWriteDeadline, now, uploadTimeout); err != nil {
+			return sent, err
+		}
+		if x.overtaken() {
+			return sent, errClientGone
+		}
+		n, err := b.Write(data[sent:])
+		sent += n
+		if sent == len(data) || n == 0 || !isTimeout(err) {
+			return sent, err
+		}
+		b.write.disarm()
+		now = time.Now()
+	}
 }
 
 // answer takes the answer to a request whose writing ended with err.
@@ -353,13 +422,55 @@ func (x *exchange) answer(err error) error {
 	default:
 		return errTerminated
 	}
-	if !x.complete {
+	x.watchClient(true)
+	switch {
+	case x.c.req.asking:
+		if err = x.ask(); err != errContinue {
+			break
+		}
+		x.c.req.asking = false
+		if err = x.goOn(); err != nil {
+			break
+		}
+		fallthrough
+	case !x.complete:
 		x.startUpload()
+		fallthrough
+	default:
+		err = x.await(x.reused)
 	}
-	if err := x.await(x.reused); err != nil {
+	if err != nil {
 		return err
 	}
 	return x.compose()
+}
+
+// ask waits for the backend to say whether it wants the body: errContinue if it does, or says nothing for so long that it
+// may not know how; nil if it has answered without.
+func (x *exchange) ask() error {
+	now := time.Now()
+	err := x.head(&x.back, now.Add(min(expectPatience, x.timeLeft()/2)), x.reused)
+	x.waited += time.Since(now)
+	if err == errResponseTimeout && x.timeLeft() > 0 {
+		return errContinue
+	}
+	x.unread = err == nil
+	return err
+}
+
+// watchClient has a wait for the backend end when the client hangs up, or no more.
+func (x *exchange) watchClient(on bool) {
+	client, b := x.c.sock, x.backend
+	switch {
+	case client == nil:
+	case on:
+		client.OnHangUp(b.wake)
+	default:
+		client.OnHangUp(nil)
+		if client.HungUp() {
+			b.read.disarm()
+		}
+	}
 }
 
 // await reads the response head, over interim responses (RFC 9110 section 15.2).
@@ -401,6 +512,12 @@ func (x *exchange) head(b *buffer, limit time.Time, reused bool) error {
 				return errMalformed
 			}
 			b.base, scanned = 0, 0
+			if x.c.req.asking && x.res.status == 100 {
+				return errContinue
+			}
+			if err := x.passInterim(); err != nil {
+				return err
+			}
 			continue
 		}
 		if bareLF(w) {
@@ -427,19 +544,37 @@ func (x *exchange) head(b *buffer, limit time.Time, reused bool) error {
 	}
 }
 
-// receive reads from the backend into room, or by splice into x.pipe if that is nil, until limit at the latest. While it waits it looks once a second whether the client is
-// still there. now may be a little old. It returns a refusal, errClientGone, or the error of the connection.
+// passInterim passes an interim response on, unless the client would not understand it (RFC 9110 section 15.2).
+func (x *exchange) passInterim() error {
+	if x.c.req.minor == 0 {
+		return nil
+	}
+	x.interim = true
+	x.c.out = append(x.res.append(x.c.out[:0]), '\r', '\n')
+	return x.c.flush()
+}
+
+// receive reads from the backend into room, or by splice into x.pipe if that is nil, until limit at the latest, or until the
+// client has left. now may be a little old. It returns a refusal, errClientGone, or the error of the connection.
 func (x *exchange) receive(room []byte, now, limit time.Time) (int, error) {
 	for {
 		var err error
-		if limit.Sub(now) > clientCheck {
-			err = x.backend.read.arm(x.backend.SetReadDeadline, now, clientCheck)
+		until := limit
+		if !x.finAt.IsZero() {
+			until = earlier(limit, x.finAt.Add(finGrace))
+		}
+		if until.Sub(now) > receiveCheck {
+			err = x.backend.read.arm(x.backend.SetReadDeadline, now, receiveCheck)
 		} else {
 			x.backend.read.disarm()
-			err = x.backend.SetReadDeadline(limit)
+			err = x.backend.SetReadDeadline(until)
 		}
+		// Both wake this wait with a deadline of their own, which the one above may have replaced.
 		if failed := x.uploadFailed(); failed != nil {
 			return 0, failed
+		}
+		if x.left(now) {
+			return 0, errClientGone
 		}
 		if err != nil {
 			return 0, err
@@ -469,8 +604,11 @@ func (x *exchange) receive(room []byte, now, limit time.Time) (int, error) {
 				limit = later
 			}
 		}
-		if x.c.gone() {
+		if x.left(now) {
 			return 0, errClientGone
+		}
+		if x.late(now) {
+			return 0, errOverTime
 		}
 		if x.started && now.Sub(x.sent) > settledTime {
 			x.settle()
@@ -479,6 +617,13 @@ func (x *exchange) receive(room []byte, now, limit time.Time) (int, error) {
 			return 0, errResponseTimeout
 		}
 	}
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
 }
 
 // compose makes the response that goes to the client: its head, and its body if that is small and there at once.
@@ -570,6 +715,9 @@ func (x *exchange) appendResponse(dst []byte) []byte {
 // finish sends the response and ends the exchange. What has not come in yet is passed on as it comes.
 func (x *exchange) finish() (keep bool) {
 	c := x.c
+	if c.sock != nil && c.sock.HungUp() {
+		x.noteFIN(time.Now())
+	}
 	x.started, x.status = true, x.res.status
 	if x.resEnded { // the backend's part is done
 		x.endUpload()
@@ -586,6 +734,9 @@ func (x *exchange) finish() (keep bool) {
 		x.end(x.verdict())
 	case blame(err) == ignored: // the client left, or its upload broke off
 		x.end(ignored, err)
+		if errors.Is(err, errClientGone) || errors.Is(err, errClientSlow) {
+			x.status = statusClientGone
+		}
 	default:
 		x.end(failure, err)
 		x.p().logCut(x, err)
@@ -600,6 +751,7 @@ func (x *exchange) finish() (keep bool) {
 
 // release gives the connection of an answered request back, if both messages on it have ended and nothing follows them.
 func (x *exchange) release(ended bool) {
+	x.watchClient(false)
 	x.upstream.release(x.c.pool(), x.lease, ended && !x.res.close && !x.unread && len(x.back.waiting()) == 0)
 	x.lease = nil
 }
@@ -636,7 +788,7 @@ func (x *exchange) relay() error {
 			c.out = appendChunk(c.out, data)
 		case len(c.out) == 0 && len(data) > firstBuffer: // nothing to send along: spare the copy
 			if err := c.send(data); err != nil {
-				return errClientGone
+				return err
 			}
 		default:
 			c.out = append(c.out, data...)
@@ -645,16 +797,13 @@ func (x *exchange) relay() error {
 			if x.chunks {
 				c.out = appendLastChunk(c.out, x.resBody.trailers)
 			}
-			if c.flush() != nil {
-				return errClientGone
-			}
-			return nil
+			return c.flush()
 		}
 		if len(data) > 0 {
 			continue
 		}
-		if c.flush() != nil {
-			return errClientGone
+		if err := c.flush(); err != nil {
+			return err
 		}
 		n, err := x.more(total, x.back.space(relaySize))
 		x.back.w += n
@@ -664,10 +813,7 @@ func (x *exchange) relay() error {
 			if x.chunks {
 				c.out = appendLastChunk(c.out, nil)
 			}
-			if c.flush() != nil {
-				return errClientGone
-			}
-			return nil
+			return c.flush()
 		case isOwn(err):
 			return err
 		default:
@@ -682,7 +828,7 @@ func (x *exchange) more(total int64, room []byte) (int, error) {
 	if x.running && (total >= settledBytes || now.Sub(x.sent) >= settledTime) {
 		x.settle()
 	}
-	return x.receive(room, now, now.Add(silenceTimeout))
+	return x.receive(room, now, now.Add(x.within(now, x.p().cfg.Limits.SilenceTimeout)))
 }
 
 // splice is relay for a large body with a length, between two sockets.
@@ -690,8 +836,8 @@ func (x *exchange) splice() error {
 	c := x.c
 	data, _, _ := x.resBody.next(&x.back, len(x.back.waiting()))
 	c.out = append(c.out, data...)
-	if c.flush() != nil {
-		return errClientGone
+	if err := c.flush(); err != nil {
+		return err
 	}
 	for total := int64(len(data)); x.resBody.left > 0; {
 		n, err := x.more(total, nil)
@@ -704,11 +850,9 @@ func (x *exchange) splice() error {
 		}
 		x.resBody.left -= int64(n)
 		total += int64(n)
-		if err = c.write.arm(c.nc.SetWriteDeadline, time.Now(), writeTimeout); err == nil {
-			err = c.sock.SpliceFrom(x.pipe, n)
-		}
+		err = c.push(n, func(done int) (int, error) { return c.sock.SpliceFrom(x.pipe, n-done) })
 		if err != nil {
-			return errClientGone
+			return err
 		}
 	}
 	return nil
@@ -717,6 +861,7 @@ func (x *exchange) splice() error {
 // drop closes the connection of an attempt that failed.
 func (x *exchange) drop() {
 	if x.lease != nil {
+		x.watchClient(false)
 		x.backend.Close() // an upload that still writes is woken
 		x.endUpload()
 		x.upstream.release(x.c.pool(), x.lease, false)

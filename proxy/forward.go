@@ -121,6 +121,9 @@ func (c *conn) appendHead(dst []byte, r *Request, t *registry.Target) []byte {
 		dst = strconv.AppendInt(dst, r.length, 10)
 		dst = append(dst, '\r', '\n')
 	}
+	if r.asking {
+		dst = append(dst, "Expect: 100-continue\r\n"...)
+	}
 	if r.maxForwards > 0 {
 		dst = append(dst, "Max-Forwards: "...)
 		dst = strconv.AppendInt(dst, int64(r.maxForwards-1), 10)

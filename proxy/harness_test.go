@@ -78,7 +78,8 @@ func (g *gateway) do(t testing.TB, request string) *message {
 type client struct {
 	t testing.TB
 	net.Conn
-	r *bufio.Reader
+	r       *bufio.Reader
+	interim string // responses before the last one that was read
 }
 
 func (g *gateway) dial(t testing.TB) *client {
@@ -91,7 +92,7 @@ func (g *gateway) dial(t testing.TB) *client {
 	if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
 		t.Fatal(err)
 	}
-	return &client{t, conn, bufio.NewReader(conn)}
+	return &client{t: t, Conn: conn, r: bufio.NewReader(conn)}
 }
 
 func (c *client) send(bytes string) {
@@ -101,8 +102,21 @@ func (c *client) send(bytes string) {
 	}
 }
 
-// read reads one response; head says that it answers a HEAD.
+// read reads one response, and the interim ones before it into c.interim; head says that it answers a HEAD.
 func (c *client) read(head bool) *message {
+	c.t.Helper()
+	c.interim = ""
+	for {
+		m := c.next(head)
+		if m.status() >= 200 || m.status() == 101 {
+			return m
+		}
+		c.interim += m.head
+	}
+}
+
+// next reads one response, which may be an interim one.
+func (c *client) next(head bool) *message {
 	c.t.Helper()
 	m, err := readMessage(c.r, head)
 	if err != nil {

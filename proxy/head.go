@@ -35,6 +35,7 @@ type Request struct {
 	websocket     bool     // Upgrade names websocket
 	expect        bool     // Expect: 100-continue
 	badExpect     bool     // any other expectation
+	asking        bool     // the backend is asked whether it wants the body: Expect is passed on
 	nominated     [][]byte // the fields that Connection names
 	hasHost       bool     // the lines that are sent on hold a Host
 	looped        bool     // a Via line has our own name

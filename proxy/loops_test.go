@@ -93,8 +93,8 @@ func (g *gateway) sound(t testing.TB) {
 		n := 0
 		for i, bucket := range w.wheel {
 			for j, c := range bucket {
-				if n++; c.bucket != i || c.place != j || c.worker != w {
-					t.Errorf("in bucket %d at %d is a connection of bucket %d at %d", i, j, c.bucket, c.place)
+				if n++; int(c.shelf%wheelSize) != i || c.place != j || c.worker != w {
+					t.Errorf("in bucket %d at %d is a connection of bucket %d at %d", i, j, c.shelf%wheelSize, c.place)
 				}
 				if c.slot < 0 && !c.sock.Held() && c.workspace != nil {
 					t.Error("an idle connection has a workspace")

@@ -48,12 +48,16 @@ type Config struct {
 	Strategy lb.Strategy        // round-robin
 	Routes   []RoutePrefix      // none: FirstSegment
 
-	RequestTimeout  time.Duration // 30 s: from the last byte of a request sent to the response head, over all attempts
-	ConnectTimeout  time.Duration // 2 s, for each address of an instance, and again for a TLS handshake
-	UpstreamIdle    time.Duration // 4 s: how long a connection to an instance is kept without a request
-	Retries         int           // 2 further attempts; negative: none
-	Breaker         cb.Config     // 5 failures in a row, 30 s, 3 probes
-	BreakerStatuses []int         // 502, 503, 504: what counts as a failure of the instance
+	// Time limits: zero is the default, negative is none.
+	RequestTimeout time.Duration // 30 s: from the last byte of a request sent to the response head, over all attempts
+	ConnectTimeout time.Duration // 2 s, for each address of an instance, and again for a TLS handshake
+	UpstreamIdle   time.Duration // 4 s: how long a connection to an instance is kept without a request
+	Limits         Limits        // of clients and bodies
+	IgnoreFIN      bool          // a client that has ended its stream is waited on; else 1 s, and not at all within a response
+
+	Retries         int       // 2 further attempts; negative: none
+	Breaker         cb.Config // 5 failures in a row, 30 s, 3 probes
+	BreakerStatuses []int     // 502, 503, 504: what counts as a failure of the instance
 
 	TrustedProxies   []netip.Prefix // none: whose forwarding fields are believed
 	UpstreamCA       *x509.CertPool // nil: the system's roots
@@ -83,22 +87,10 @@ func (cfg Config) withDefaults() (Config, error) {
 	if _, err := lb.ParseStrategy(string(cfg.Strategy)); err != nil {
 		return cfg, fmt.Errorf("proxy: Config.Strategy: %w", err)
 	}
-	for _, d := range []struct {
-		name     string
-		value    *time.Duration
-		standard time.Duration
-	}{
-		{"RequestTimeout", &cfg.RequestTimeout, 30 * time.Second},
-		{"ConnectTimeout", &cfg.ConnectTimeout, 2 * time.Second},
-		{"UpstreamIdle", &cfg.UpstreamIdle, 4 * time.Second},
-	} {
-		if *d.value < 0 {
-			return cfg, fmt.Errorf("proxy: Config.%s is %v: it must be more than 0", d.name, *d.value)
-		}
-		if *d.value == 0 {
-			*d.value = d.standard
-		}
-	}
+	cfg.RequestTimeout = orForever(cfg.RequestTimeout, 30*time.Second)
+	cfg.ConnectTimeout = orForever(cfg.ConnectTimeout, 2*time.Second)
+	cfg.UpstreamIdle = orForever(cfg.UpstreamIdle, 4*time.Second)
+	cfg.Limits = cfg.Limits.withDefaults()
 	switch {
 	case cfg.Retries == 0:
 		cfg.Retries = 2
@@ -196,7 +188,7 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 	for i := range p.workers {
 		p.workers[i] = &worker{}
 	}
-	p.slowAfter = min(slowAfter, cfg.RequestTimeout/8)
+	p.slowAfter = min(slowAfter, cfg.RequestTimeout/8, cfg.Limits.TotalTimeout/8)
 	p.conns = map[*conn]struct{}{}
 	p.noConns = sync.NewCond(&p.mu)
 	if route == nil {
@@ -233,6 +225,9 @@ func (c *conn) handle() (keep bool) {
 	x.service = s
 	if s.view.Load().nobody() { // before the body is asked for: 100-continue is not sent for nothing
 		return c.fail(errNoInstance)
+	}
+	if r.length > p.cfg.Limits.Body {
+		return c.fail(errBodyTooLarge)
 	}
 	if err := x.hold(false); err != nil {
 		return c.fail(err)

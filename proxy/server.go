@@ -16,15 +16,10 @@ import (
 	"kerberos/proxy/loop"
 )
 
-// What a client may take its time for.
+// What is left of a refused upload is read and dropped this long and this far, so that the answer is not lost in a reset.
 const (
-	firstByteTimeout = 30 * time.Second // a new connection that sends nothing is closed without a word
-	headTimeout      = 10 * time.Second // from the first byte of a head to its end
-	idleTimeout      = 75 * time.Second // a kept-alive connection between requests
-	bodyTimeout      = 30 * time.Second // between two reads of a request body
-	writeTimeout     = 60 * time.Second // a client that takes no byte of the response
-	lingerTimeout    = time.Second      // what is left of a refused upload is read and dropped this long,
-	lingerBytes      = 1 << 20          // and this far, so that the answer is not lost in a reset
+	lingerTimeout = time.Second
+	lingerBytes   = 1 << 20
 )
 
 const (
@@ -57,9 +52,9 @@ type conn struct {
 	more    bool    // the socket may hold something
 	ending  bool    // the client may have ended its stream: it has if the socket holds nothing and does not say ErrAgain
 	slot    int     // in worker.waiting; -1: no request is at a backend
-	bucket  int     // in worker.wheel,
-	place   int     // and there; -1: not in it
-	expires int64   // the second of the wheel in which it is closed, unless something comes
+	shelf   int64   // the second for which it is in worker.wheel,
+	place   int     // and where there; -1: not in it
+	expires int64   // the second in which it is closed, unless something comes
 
 	*workspace // nil between requests
 }
@@ -299,6 +294,7 @@ func (c *conn) serve(s stage) {
 			c.req = Request{} // not the one before: the answer would be made for its method
 		}
 		if err != nil {
+			c.x.begin(time.Now())
 			c.refuse(err, true)
 			c.linger()
 			return
@@ -372,15 +368,15 @@ func (c *conn) readHead(first bool) ([]byte, *refusal) {
 		var err error
 		switch now := time.Now(); {
 		case len(w) > 0 && deadline.IsZero():
-			deadline = now.Add(headTimeout)
+			deadline = now.Add(c.p.cfg.Limits.HeadTimeout)
 			c.read.disarm()
 			err = c.nc.SetReadDeadline(deadline)
 		case len(w) > 0:
 		default:
 			deadline = time.Time{} // what had come was an empty line
-			patience := idleTimeout
+			patience := c.p.cfg.Limits.IdleTimeout
 			if first {
-				patience = firstByteTimeout
+				patience = c.p.cfg.Limits.FirstByteTimeout
 			}
 			err = c.read.arm(c.nc.SetReadDeadline, now, patience)
 		}
@@ -415,9 +411,6 @@ func (c *conn) flush() error {
 	}
 	return c.send(rest)
 }
-
-// gone reports whether the client has left while we work for it.
-func (c *conn) gone() bool { return c.sock != nil && c.sock.Gone() }
 
 // linger reads what a client still sends after an answer that came early, and drops it: closing at once would reset the
 // connection, and the answer could be lost on its way.
@@ -521,11 +514,76 @@ func (c *conn) reset() {
 
 // send writes data, and nothing else, to the client.
 func (c *conn) send(data []byte) error {
-	err := c.write.arm(c.nc.SetWriteDeadline, time.Now(), writeTimeout)
-	if err == nil {
-		_, err = c.nc.Write(data)
+	return c.push(len(data), func(done int) (int, error) { return c.nc.Write(data[done:]) })
+}
+
+// push calls write, which sends what follows the first done bytes, until all have gone, as long as the client takes some
+// of them within the limits. It returns errClientGone, errClientSlow or errOverTime.
+func (c *conn) push(all int, write func(done int) (int, error)) error {
+	limits := &c.p.cfg.Limits
+	patience := limits.WriteTimeout
+	if limits.MinDownload > 0 {
+		patience = min(patience, paceWindow)
 	}
-	return err
+	began := time.Now()
+	for done, last := 0, began; done < all; began = time.Now() {
+		d := patience
+		if c.x.started { // what says that a request is late has its own time
+			d = c.x.within(began, patience)
+		}
+		if c.write.arm(c.nc.SetWriteDeadline, began, d) != nil {
+			return errClientGone
+		}
+		n, err := write(done)
+		done += n
+		if limits.MinDownload > 0 {
+			c.x.download.add(n, began)
+		}
+		switch {
+		case done == all:
+		case !isTimeout(err):
+			return errClientGone
+		case c.x.started && c.x.late(time.Now()):
+			return errOverTime
+		case c.x.download.below(limits.MinDownload), n == 0 && time.Since(last) >= limits.WriteTimeout:
+			return errClientSlow
+		}
+		if n > 0 {
+			last = began
+		}
+		if err != nil {
+			c.write.disarm()
+		}
+	}
+	return nil
+}
+
+// receive reads more of the request body into room, for patience or the limits at most. It returns errClientGone,
+// errBodyTimeout, errBodySlow or errOverTime.
+func (c *conn) receive(room []byte, patience time.Duration) (int, error) {
+	limits := &c.p.cfg.Limits
+	began := time.Now()
+	if c.read.arm(c.nc.SetReadDeadline, began, c.x.within(began, patience)) != nil {
+		return 0, errClientGone
+	}
+	if c.x.overtaken() {
+		return 0, errClientGone
+	}
+	n, err := c.nc.Read(room)
+	if limits.MinUpload > 0 {
+		c.x.uploadPace.add(n, began)
+	}
+	switch {
+	case n == 0 && !isTimeout(err):
+		return 0, errClientGone
+	case n == 0 && c.x.late(time.Now()):
+		return 0, errOverTime
+	case n == 0:
+		return 0, errBodyTimeout
+	case c.x.uploadPace.below(limits.MinUpload):
+		return n, errBodySlow
+	}
+	return n, nil
 }
 
 // pool says whose connections to instances it uses.

@@ -22,7 +22,7 @@ func TestClientTakesNothing(t *testing.T) {
 		near, far := net.Pipe()
 		defer near.Close()
 		p.accepted(far)
-		c := &client{t, near, bufio.NewReader(near)}
+		c := &client{t: t, Conn: near, r: bufio.NewReader(near)}
 		c.send("OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n")
 		open := func() int {
 			synctest.Wait()

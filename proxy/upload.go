@@ -27,7 +27,7 @@ func (x *exchange) startUpload() {
 // backend.
 func (up *upload) run(c *conn, backend *backendConn, b *body) {
 	defer close(up.done)
-	err := up.copy(c, backend, b)
+	err := up.copy(c, b)
 	up.whole = err == nil
 	up.ended.Store(true)
 	if err != nil && isOwn(err) && !up.stopped.Load() {
@@ -36,9 +36,10 @@ func (up *upload) run(c *conn, backend *backendConn, b *body) {
 	}
 }
 
-func (up *upload) copy(c *conn, backend *backendConn, b *body) error {
+func (up *upload) copy(c *conn, b *body) error {
 	c.in.grow(c.in.base + relaySize)
 	var parts, framed []byte
+	left := c.p.cfg.Limits.Body - int64(len(c.x.held))
 	for {
 		data, done, err := b.next(&c.in, relaySize)
 		if err != nil {
@@ -58,16 +59,14 @@ func (up *upload) copy(c *conn, backend *backendConn, b *body) error {
 			if done {
 				framed = appendLastChunk(framed, b.trailers)
 			}
+			left -= int64(len(parts))
 			data = framed
 		}
+		if left < 0 {
+			return errBodyTooLarge
+		}
 		if len(data) > 0 {
-			if err := backend.write.arm(backend.SetWriteDeadline, time.Now(), uploadTimeout); err != nil {
-				return err
-			}
-			if up.stopped.Load() { // endUpload sets the deadline behind stopped: one of the two is seen
-				return errClientGone
-			}
-			if _, err := backend.Write(data); err != nil {
+			if _, err := c.x.push(data, time.Now()); err != nil {
 				if isTimeout(err) {
 					return errWriteTimeout
 				}
@@ -81,23 +80,13 @@ func (up *upload) copy(c *conn, backend *backendConn, b *body) error {
 		if len(data) > 0 {
 			continue
 		}
-		if err := c.read.arm(c.nc.SetReadDeadline, time.Now(), bodyTimeout); err != nil {
-			return errClientGone
-		}
-		if up.stopped.Load() {
-			return errClientGone
-		}
 		up.waiting.Store(true)
-		n, err := c.nc.Read(c.in.space(relaySize))
+		n, err := c.receive(c.in.space(relaySize), c.p.cfg.Limits.BodyTimeout)
 		up.progress.Store(time.Now().UnixNano())
 		up.waiting.Store(false)
 		c.in.w += n
-		switch {
-		case n > 0:
-		case isTimeout(err):
-			return errBodyTimeout
-		default:
-			return errClientGone
+		if err != nil {
+			return err
 		}
 	}
 }
@@ -130,11 +119,15 @@ func (x *exchange) uploadFailed() error {
 		return nil
 	}
 	failed := x.upload.failed.Load()
-	if failed == nil || x.started && *failed == errBodyTimeout { // who only reads a response that has begun may go on
+	if failed == nil || x.started && (*failed == errBodyTimeout || *failed == errBodySlow) { // who only reads a response that has begun may go on
 		return nil
 	}
 	return *failed
 }
+
+// overtaken says that the upload is to end. endUpload sets deadlines behind it: who looks here behind its own sees one of
+// the two.
+func (x *exchange) overtaken() bool { return x.upload != nil && x.upload.stopped.Load() }
 
 // endUpload stops an upload that the response has overtaken, and waits for its goroutine.
 func (x *exchange) endUpload() {

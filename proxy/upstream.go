@@ -271,6 +271,7 @@ func (p *Proxy) watch(i int, tcp *net.TCPConn) (*backendConn, error) {
 		return nil, err
 	}
 	b := &backendConn{Conn: sock, sock: sock}
+	b.wake = func() { b.SetReadDeadline(time.Unix(1, 0)) }
 	sock.SetHandler(b)
 	return b, nil
 }

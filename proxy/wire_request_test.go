@@ -549,7 +549,7 @@ func TestPeerAddress(t *testing.T) {
 		near, far := net.Pipe()
 		defer near.Close()
 		g.accepted(addressed{far, net.TCPAddrFromAddrPort(netip.MustParseAddrPort(remote))})
-		c := &client{t, near, bufio.NewReader(near)}
+		c := &client{t: t, Conn: near, r: bufio.NewReader(near)}
 		c.send("GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 203.0.113.1\r\n\r\n")
 		c.read(false)
 		if want == "192.0.2.1" {
@@ -750,7 +750,7 @@ func TestExpectContinue(t *testing.T) {
 		t.Run(row.name, func(t *testing.T) {
 			c := g.dial(t)
 			c.send(row.head)
-			if m := c.read(false); m.head != "HTTP/1.1 100 Continue\r\n\r\n" {
+			if m := c.next(false); m.head != "HTTP/1.1 100 Continue\r\n\r\n" {
 				t.Fatal(m.head)
 			}
 			c.send(row.body)
@@ -818,7 +818,7 @@ func TestClientTimeouts(t *testing.T) {
 				near, far := net.Pipe()
 				defer near.Close()
 				p.accepted(far)
-				c := &client{t, near, bufio.NewReader(near)}
+				c := &client{t: t, Conn: near, r: bufio.NewReader(near)}
 				row.script(c)
 				began := time.Now()
 				if row.status != 0 {

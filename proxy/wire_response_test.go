@@ -142,6 +142,9 @@ func TestForwardedResponses(t *testing.T) {
 					}
 					m.head = strings.Replace(m.head, m.field("Date"), "{now}", 1)
 				}
+				if interim, _, _ := strings.Cut(response, "HTTP/1.1 2"); strings.HasPrefix(response, "HTTP/1.1 1") && c.interim != interim {
+					t.Errorf("%s: the interim responses were\n%s, want\n%s", row.source, c.interim, interim)
+				}
 				want := &message{head: row.head, body: row.body, trailer: row.trailer, chunked: strings.Contains(row.head, "chunked\r\n")}
 				if diff := cmp.Diff(want, m, cmp.AllowUnexported(message{})); diff != "" {
 					t.Fatalf("%s: request %d: the client saw (-want +got):\n%s", row.source, n+1, diff)

@@ -15,7 +15,7 @@ const (
 	// slowAfter is how long a loop waits for a backend; then a goroutine does, which also looks after the client.
 	slowAfter = 100 * time.Millisecond
 
-	wheelSize = 128              // seconds, more than any timeout that the wheel keeps
+	wheelSize = 128              // seconds, more than the usual timeouts: what expires later is looked at meanwhile
 	readSize  = maxWhole + 8<<10 // a response that is read whole, with its head
 	firstRead = 20 << 10         // of it: what is larger than 64 KiB shall be moved by splice
 	headroom  = 1 << 10          // in front of what is read: a head that has grown finds room before its body
@@ -77,13 +77,17 @@ func (w *worker) adopt(fd int, remote netip.AddrPort) {
 		return
 	}
 	w.conns++
-	w.keep(c, firstByteTimeout)
+	w.keep(c, w.p.cfg.Limits.FirstByteTimeout)
 }
 
 // keep has a connection close unless a request comes within d.
 func (w *worker) keep(c *conn, d time.Duration) {
 	c.expires = w.seconds(w.loop.Now().Add(d + time.Second))
-	if c.place < 0 {
+	switch {
+	case c.place < 0:
+		w.shelve(c, c.expires)
+	case c.expires < c.shelf:
+		w.unshelve(c)
 		w.shelve(c, c.expires)
 	}
 	w.loop.Within(time.Second)
@@ -94,17 +98,17 @@ func (w *worker) seconds(t time.Time) int64 { return int64(t.Sub(w.began) / time
 // shelve puts a connection into the wheel, to be looked at in that second. It stays there when it expires later: a
 // kept-alive connection costs a look a minute, not one a request.
 func (w *worker) shelve(c *conn, second int64) {
-	c.bucket = int(second % wheelSize)
-	c.place = len(w.wheel[c.bucket])
-	w.wheel[c.bucket] = append(w.wheel[c.bucket], c)
+	bucket := &w.wheel[second%wheelSize]
+	c.shelf, c.place = second, len(*bucket)
+	*bucket = append(*bucket, c)
 }
 
 func (w *worker) unshelve(c *conn) {
-	bucket := w.wheel[c.bucket]
+	bucket := w.wheel[c.shelf%wheelSize]
 	last := bucket[len(bucket)-1]
 	bucket[c.place], last.place = last, c.place
 	bucket[len(bucket)-1] = nil
-	w.wheel[c.bucket] = bucket[:len(bucket)-1]
+	w.wheel[c.shelf%wheelSize] = bucket[:len(bucket)-1]
 	c.place = -1
 }
 
@@ -244,7 +248,7 @@ func (c *conn) ask() (s stage, ok bool) {
 	waiting := b.waiting()
 	end := bytes.Index(waiting, headEnd) + len(headEnd)
 	if end < len(headEnd) || waiting[0] == '\r' || r.parse(waiting[:end], c.p.pseudonym, c.trusted) != nil ||
-		r.chunked || r.length > int64(len(waiting)-end) || c.isLocal() {
+		r.chunked || r.length > int64(len(waiting)-end) || r.length > c.p.cfg.Limits.Body || c.isLocal() {
 		return stageReading, false
 	}
 	x.begin(w.loop.Now())
@@ -340,7 +344,7 @@ func (c *conn) rejoin() {
 			c.close()
 			return
 		}
-		c.worker.keep(c, idleTimeout)
+		c.worker.keep(c, c.p.cfg.Limits.IdleTimeout)
 		c.step()
 	})
 }
@@ -390,7 +394,7 @@ func (c *conn) answered(e loop.Events) {
 	switch {
 	case n == len(out):
 		if c.after(x.keep) {
-			w.keep(c, idleTimeout)
+			w.keep(c, c.p.cfg.Limits.IdleTimeout)
 			c.step()
 		} else {
 			c.close()

@@ -35,8 +35,8 @@ type Gateway struct {
 
 	Strategy       lb.Strategy   `default:"round-robin" also:"BALANCER_STRATEGY" group:"traffic" help:"How requests spread: ${strategies}."`
 	Route          []Route       `placeholder:"PREFIX=SERVICE" group:"traffic" help:"Send paths under PREFIX to SERVICE; repeatable. '/*' keeps the rule without routes, that the first path segment names the service, as the last resort."`
-	RequestTimeout time.Duration `default:"30s" min:"1ms" also:"REQUEST_TIMEOUT" group:"traffic" help:"From the last byte of a request to the head of its response, all attempts together."`
-	ConnectTimeout time.Duration `default:"2s" min:"1ms" group:"traffic" help:"For one connection to one address."`
+	RequestTimeout time.Duration `default:"30s" min:"0s" also:"REQUEST_TIMEOUT" group:"traffic" help:"From the last byte of a request to the head of its response, all attempts together."`
+	ConnectTimeout time.Duration `default:"2s" min:"0s" group:"traffic" help:"For one connection to one address."`
 	Retries        int           `default:"2" min:"0" also:"RETRY_MAX" group:"traffic" help:"Further attempts once an instance may have seen the request. What was not written at all is always tried elsewhere, at up to ${most_tried} instances."`
 
 	BreakerFailures int           `default:"5" min:"1" also:"BREAKER_FAILURES" group:"traffic" help:"Failures in a row that open the breaker of an instance."`
@@ -47,6 +47,19 @@ type Gateway struct {
 	UpstreamCA       *x509.CertPool `placeholder:"FILE" group:"traffic" help:"PEM file of the certificate authorities for https backends, instead of the system's."`
 	UpstreamInsecure Switch         `default:"off" group:"traffic" help:"Do not verify https backends. For trials only."`
 	Via              Switch         `default:"on" negatable:"" group:"traffic" help:"Add Via to what is passed on, so that loops are found."`
+
+	ClientFirstByteTimeout time.Duration `default:"30s" min:"0s" group:"limits" help:"A new connection that sends nothing is closed."`
+	ClientHeadTimeout      time.Duration `default:"10s" min:"0s" group:"limits" help:"From the first byte of a request head to its end."`
+	ClientIdleTimeout      time.Duration `default:"75s" min:"0s" group:"limits" help:"A kept-alive connection between requests."`
+	ClientBodyTimeout      time.Duration `default:"30s" min:"0s" group:"limits" help:"A client that sends no byte of its request body."`
+	ClientWriteTimeout     time.Duration `default:"60s" min:"0s" group:"limits" help:"A client that takes no byte of its response."`
+	ClientMinUpload        int64         `default:"0" type:"size" placeholder:"SIZE" group:"limits" help:"Bytes a second that a client must send of a request body, over the time that it is waited for."`
+	ClientMinDownload      int64         `default:"0" type:"size" placeholder:"SIZE" group:"limits" help:"Bytes a second that a client must take of a response, over the time that it is waited for."`
+	AbortOnFin             Switch        `default:"on" negatable:"" group:"limits" help:"A client that ends its stream is taken for gone after 1s."`
+	ResponseIdleTimeout    time.Duration `default:"5m" min:"0s" group:"limits" help:"A backend that sends no byte in the middle of a response."`
+	UpstreamIdleTimeout    time.Duration `default:"4s" min:"0s" group:"limits" help:"How long a connection to a backend is kept without a request."`
+	TotalTimeout           time.Duration `default:"0s" min:"0s" group:"limits" help:"From the end of a request head to the end of the response."`
+	MaxBody                int64         `default:"0" type:"size" placeholder:"SIZE" group:"limits" help:"Bytes of a request body."`
 }
 
 // AfterApply checks what no single flag can know.

@@ -190,12 +190,13 @@ func TestRefused(t *testing.T) {
 		{"--route /services/x=b --api data", nil, []string{"--route", `"/services/x"`, "API"}},
 		{"--route /a=services", nil, []string{"--route", `"services"`, "cannot be a service", "--api=admin"}},
 		{"--route /*,/=a", nil, []string{"--route", "/*", "beside /"}},
-		{"--request-timeout -1s", nil, []string{"--request-timeout", `"-1s"`, "at least 1ms"}},
+		{"--request-timeout -1s", nil, []string{"--request-timeout", `"-1s"`, "at least 0s"}},
 		{"--retries -1", nil, []string{"--retries", `"-1"`, "at least 0"}},
 		{"--log-requests on", nil, []string{"--log-requests=on"}},
 		{"--via off", nil, []string{"--via=off"}},
 		{"--request-timeout 5", nil, []string{"--request-timeout", `"5"`, "30s"}},
-		{"--request-timeout 0s", nil, []string{"--request-timeout", `"0s"`, "at least 1ms"}},
+		{"--client-min-upload 5x", nil, []string{"--client-min-upload", `"5x"`, "KiB"}},
+		{"--max-body=-1", nil, []string{"--max-body", `"-1"`, "KiB"}},
 		{"--shutdown-delay=-1s", nil, []string{"--shutdown-delay", `"-1s"`, "at least 0s"}},
 		{"", map[string]string{"REQUEST_TIMEOUT": "soon"}, []string{"--request-timeout", "REQUEST_TIMEOUT", `"soon"`, "30s"}},
 		{"--retries=-1", nil, []string{"--retries", `"-1"`, "at least 0"}},
@@ -333,7 +334,7 @@ func FuzzParse(f *testing.F) {
 				}
 				continue
 			}
-			if g.RequestTimeout <= 0 || g.Retries < 0 {
+			if g.RequestTimeout < 0 || g.Retries < 0 {
 				t.Errorf("%s=%q is let through: %+v", flag, value, g)
 			}
 			for _, route := range g.Route {

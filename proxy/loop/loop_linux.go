@@ -260,6 +260,9 @@ func (l *Loop) dispatch(i, n int) (done int) {
 			continue // closed since
 		}
 		e := Events(ev.Events)
+		if e&HangUp != 0 {
+			s.hangUp()
+		}
 		if s.held.Load() {
 			s.waits.wake(e)
 			l.woken = true

@@ -49,7 +49,9 @@ func (*Socket) Held() bool                   { return false }
 func (*Socket) TryRead([]byte) (int, error)  { return 0, errUnsupported }
 func (*Socket) TryWrite([]byte) (int, error) { return 0, errUnsupported }
 func (*Socket) Peek() int                    { return -1 }
-func (*Socket) Gone() bool                   { return false }
+func (*Socket) HungUp() bool                 { return false }
+func (*Socket) OnHangUp(func())              {}
+func (*Socket) Lost() bool                   { return false }
 func (*Socket) CloseRead() error             { return errUnsupported }
 func (*Socket) CloseWrite() error            { return errUnsupported }
 func (*Socket) SetLinger(int) error          { return errUnsupported }
@@ -69,4 +71,4 @@ type Pipe struct{}
 func (*Group) Pipe() (*Pipe, error)                { return nil, errUnsupported }
 func (*Group) Release(*Pipe, bool)                 {}
 func (*Socket) SpliceTo(*Pipe, int64) (int, error) { return 0, errUnsupported }
-func (*Socket) SpliceFrom(*Pipe, int) error        { return errUnsupported }
+func (*Socket) SpliceFrom(*Pipe, int) (int, error) { return 0, errUnsupported }

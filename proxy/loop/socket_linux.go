@@ -31,6 +31,10 @@ type Socket struct {
 	closed   atomic.Bool
 	users    atomic.Int32 // calls that use the descriptor now, and one until it is closed
 	released atomic.Bool  // the descriptor is closed
+
+	hungUp   atomic.Bool
+	mu       sync.Mutex // guards what follows
+	onHangUp func()
 }
 
 // Watch makes a Socket of a non-blocking descriptor, which it owns from then on, and watches it. It is held if held is set:
@@ -113,16 +117,33 @@ func (s *Socket) Peek() int {
 	return peek(s.fd)
 }
 
-// Gone reports whether the peer has left: it has ended its stream and all of that was read, or the connection is reset or
-// closed in both directions, which bytes that wait to be read hide from a peek.
-func (s *Socket) Gone() bool {
+// HungUp says that the peer has ended its stream, even if not all of that was read yet, or that the connection is lost.
+func (s *Socket) HungUp() bool { return s.hungUp.Load() }
+
+// OnHangUp has f called on the loop when HungUp turns true, or says so again; not if it was true before the call. nil is
+// nobody, and f does not run any more when OnHangUp returns. f must not wait.
+func (s *Socket) OnHangUp(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.onHangUp = f
+}
+
+func (s *Socket) hangUp() {
+	s.hungUp.Store(true)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.onHangUp != nil {
+		s.onHangUp()
+	}
+}
+
+// Lost reports whether nothing that is sent can reach the peer any more: the connection is reset, or closed in both
+// directions.
+func (s *Socket) Lost() bool {
 	if !s.enter() {
 		return true
 	}
 	defer s.leave()
-	if peek(s.fd) == 0 {
-		return true
-	}
 	fds := []unix.PollFd{{Fd: int32(s.fd)}} // POLLERR and POLLHUP are always looked for
 	n, err := unix.Poll(fds, 0)
 	return err == nil && n > 0 && fds[0].Revents&(unix.POLLERR|unix.POLLHUP) != 0
@@ -190,28 +211,46 @@ func (s *Socket) Read(b []byte) (int, error) {
 	return 0, os.ErrDeadlineExceeded
 }
 
-// Write writes all of b, within the write deadline.
-func (s *Socket) Write(b []byte) (n int, err error) {
+// Write writes all of b, within the write deadline. When that passes while it waits, it tries once more: a slow peer may
+// have made less room than is worth an event.
+func (s *Socket) Write(b []byte) (int, error) {
+	return s.push(len(b), func(done int) (int, error) {
+		n, err := write(s.fd, b[done:])
+		if err != nil && err != ErrAgain {
+			err = os.NewSyscallError("write", err)
+		}
+		return max(n, 0), err
+	})
+}
+
+// push calls some, which sends what follows the first done bytes, until all have gone or the write deadline passes.
+func (s *Socket) push(all int, some func(done int) (int, error)) (done int, err error) {
 	if !s.enter() {
 		return 0, net.ErrClosed
 	}
 	defer s.leave()
-	for !s.waits.out.passed() {
-		m, err := write(s.fd, b[n:])
+	if s.waits.out.passed() {
+		return 0, os.ErrDeadlineExceeded
+	}
+	var late error
+	for {
+		n, err := some(done)
+		if done += n; done == all {
+			return done, nil
+		}
 		if err != nil && err != ErrAgain {
-			return n, os.NewSyscallError("write", err)
+			return done, err
 		}
-		if n += m; n == len(b) {
-			return n, nil
+		if late != nil {
+			return done, late
 		}
-		if m > 0 {
+		if n > 0 {
 			continue // there may be room for more
 		}
-		if err := s.await(&s.waits.out); err != nil {
-			return n, err
+		if late = s.await(&s.waits.out); late != nil && late != os.ErrDeadlineExceeded {
+			return done, late
 		}
 	}
-	return n, os.ErrDeadlineExceeded
 }
 
 // await waits for readiness of one side.

@@ -328,7 +328,7 @@ func TestClosed(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if !s.Gone() || s.Peek() != 0 || s.LocalAddr() != nil {
+	if !s.Lost() || s.Peek() != 0 || s.LocalAddr() != nil {
 		t.Error("it is gone, has ended, and has no address")
 	}
 	if s.RemoteAddr() == nil {
@@ -367,7 +367,9 @@ func TestDescriptorReuse(t *testing.T) {
 				users.Go(func() { readNumbers(t, far, id) })
 				users.Go(func() {
 					for {
-						s.Gone()
+						s.Lost()
+						s.HungUp()
+						s.OnHangUp(func() {})
 						s.Peek()
 						s.LocalAddr()
 						s.SetDeadline(time.Now().Add(time.Second))
@@ -421,39 +423,43 @@ func readNumbers(t *testing.T, r io.Reader, id uint64) {
 	}
 }
 
-// Gone: the peer has left, whether bytes wait or not; a peer that has ended its stream with bytes unread is there.
-func TestGoneAndPeek(t *testing.T) {
+// A peer that has ended its stream has hung up, whether bytes wait or not; one whose connection is reset is lost too.
+func TestHangUpAndPeek(t *testing.T) {
 	reset := func(far *net.TCPConn) { far.SetLinger(0); far.Close() }
 	bytes := func(far *net.TCPConn) { far.Write([]byte("bytes")) }
 	for _, row := range []struct {
 		name string
 		do   []func(far *net.TCPConn)
 		peek int
-		gone bool
+		hung bool
+		lost bool
 	}{
-		{"nothing", nil, -1, false},
-		{"bytes", []func(*net.TCPConn){bytes}, 1, false},
-		{"end of stream", []func(*net.TCPConn){func(far *net.TCPConn) { far.CloseWrite() }}, 0, true},
-		{"closed", []func(*net.TCPConn){func(far *net.TCPConn) { far.Close() }}, 0, true},
-		{"end of stream behind bytes", []func(*net.TCPConn){bytes, func(far *net.TCPConn) { far.CloseWrite() }}, 1, false},
-		{"reset", []func(*net.TCPConn){reset}, 0, true},
-		{"reset behind bytes", []func(*net.TCPConn){bytes, reset}, 1, true},
+		{"nothing", nil, -1, false, false},
+		{"bytes", []func(*net.TCPConn){bytes}, 1, false, false},
+		{"end of stream", []func(*net.TCPConn){func(far *net.TCPConn) { far.CloseWrite() }}, 0, true, false},
+		{"closed", []func(*net.TCPConn){func(far *net.TCPConn) { far.Close() }}, 0, true, false},
+		{"end of stream behind bytes", []func(*net.TCPConn){bytes, func(far *net.TCPConn) { far.CloseWrite() }}, 1, true, false},
+		{"reset", []func(*net.TCPConn){reset}, 0, true, true},
+		{"reset behind bytes", []func(*net.TCPConn){bytes, reset}, 1, true, true},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			s, far := pair(t, startGroup(t, 1).Loops[0])
+			var told atomic.Int32
+			s.OnHangUp(func() { told.Add(1) })
 			for _, f := range row.do {
 				f(far)
 			}
 			// A reset drops what was not read, or leaves it: Linux leaves it.
-			eventually(t, "peek and gone", func() bool {
-				return s.Gone() == row.gone && (s.Peek() == row.peek || row.gone && s.Peek() >= 0)
+			eventually(t, "peek and hang-up", func() bool {
+				return s.HungUp() == row.hung && s.Lost() == row.lost && (told.Load() > 0) == row.hung &&
+					(s.Peek() == row.peek || row.lost && s.Peek() >= 0)
 			})
 			for range 3 { // looking changes nothing, but that a reset is told of once
-				if s.Gone() != row.gone {
-					t.Errorf("gone: %v", !row.gone)
+				if s.HungUp() != row.hung || s.Lost() != row.lost {
+					t.Errorf("hung up %v, lost %v", !row.hung, !row.lost)
 				}
 			}
-			if row.peek == 1 && !row.gone {
+			if row.peek == 1 && !row.lost {
 				b := make([]byte, 10)
 				if n, err := s.Read(b); n != 5 || err != nil {
 					t.Errorf("then read %d, %v", n, err)

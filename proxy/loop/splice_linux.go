@@ -94,27 +94,18 @@ func (s *Socket) SpliceTo(p *Pipe, limit int64) (int, error) {
 }
 
 // SpliceFrom is Write of the n bytes that are in a pipe.
-func (s *Socket) SpliceFrom(p *Pipe, n int) error {
-	if !s.enter() {
-		return net.ErrClosed
-	}
-	defer s.leave()
-	for !s.waits.out.passed() {
-		m, err := splice(p.r, s.fd, n)
-		if err != nil && err != unix.EAGAIN {
-			return os.NewSyscallError("splice", err)
+func (s *Socket) SpliceFrom(p *Pipe, n int) (int, error) {
+	return s.push(n, func(done int) (int, error) {
+		m, err := splice(p.r, s.fd, n-done)
+		switch err {
+		case nil:
+		case unix.EAGAIN:
+			err = ErrAgain
+		default:
+			err = os.NewSyscallError("splice", err)
 		}
-		if n -= max(m, 0); n == 0 {
-			return nil
-		}
-		if m > 0 {
-			continue // there may be room for more
-		}
-		if err := s.await(&s.waits.out); err != nil {
-			return err
-		}
-	}
-	return os.ErrDeadlineExceeded
+		return max(m, 0), err
+	})
 }
 
 // splice moves at most n bytes; unix.EAGAIN says that the socket is not ready.

@@ -29,7 +29,7 @@ func spliced(g *Group, from, to *Socket, n int64) error {
 		}
 		n -= int64(m)
 		empty = false
-		if err := to.SpliceFrom(p, m); err != nil {
+		if _, err := to.SpliceFrom(p, m); err != nil {
 			return err
 		}
 		empty = true

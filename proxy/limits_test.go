@@ -1,0 +1,353 @@
+package proxy
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"kerberos/registry"
+)
+
+func TestLimitsDefaults(t *testing.T) {
+	standard := Limits{
+		FirstByteTimeout: 30 * time.Second, HeadTimeout: 10 * time.Second, IdleTimeout: 75 * time.Second, BodyTimeout: 30 * time.Second,
+		WriteTimeout: time.Minute, SilenceTimeout: 5 * time.Minute, TotalTimeout: forever, Body: math.MaxInt64,
+	}
+	if got := (Limits{}).withDefaults(); got != standard {
+		t.Errorf("defaults: %+v", got)
+	}
+	none := Limits{
+		FirstByteTimeout: forever, HeadTimeout: forever, IdleTimeout: forever, BodyTimeout: forever,
+		WriteTimeout: forever, SilenceTimeout: forever, TotalTimeout: forever, Body: math.MaxInt64,
+	}
+	if got := (Limits{-1, -1, -1, -1, -1, -1, -1, -1, -1, -1}).withDefaults(); got != none {
+		t.Errorf("none: %+v", got)
+	}
+	g := startGateway(t, func(cfg *Config) {
+		cfg.Limits = Limits{-1, -1, -1, -1, -1, -1, -1, -1, -1, -1}
+		cfg.RequestTimeout, cfg.ConnectTimeout, cfg.UpstreamIdle = -1, -1, -1
+	}, nil)
+	g.register(t, "echo", "1", naming(t, "ok ").url())
+	for _, c := range []*client{g.dial(t), g.dial(t)} {
+		c.send("POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhel")
+		c.send("lo" + toHTTP11)
+		if m := c.read(false); m.body != "ok hello" {
+			t.Error(m)
+		}
+		c.read(false)
+	}
+}
+
+// What clients may take their time for, as settings, on real sockets.
+func TestClientTimeoutSettings(t *testing.T) {
+	const body = "POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: "
+	for _, row := range []struct {
+		name   string
+		set    func(*Limits)
+		send   []string // each after an answer, but the first
+		status int      // 0: closed without a word
+	}{
+		{"first byte", func(l *Limits) { l.FirstByteTimeout = time.Second }, nil, 0},
+		{"head", func(l *Limits) { l.HeadTimeout = 100 * time.Millisecond }, []string{"GET /echo HTTP/1.1\r\nHost"}, 408},
+		{"head behind a request", func(l *Limits) { l.HeadTimeout = 100 * time.Millisecond }, []string{toHTTP11, "GET"}, 408},
+		{"idle", func(l *Limits) { l.IdleTimeout = time.Second }, []string{toHTTP11, ""}, 0},
+		{"small body", func(l *Limits) { l.BodyTimeout = 100 * time.Millisecond }, []string{body + "5\r\n\r\nhell"}, 408},
+		{"large body", func(l *Limits) { l.BodyTimeout = 100 * time.Millisecond }, []string{body + "500000\r\n\r\n" + filler(400_000)}, 408},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			g := startGateway(t, func(cfg *Config) { row.set(&cfg.Limits) }, nil)
+			g.register(t, "echo", "1", naming(t, "ok").url())
+			c := g.dial(t)
+			c.SetDeadline(time.Now().Add(10 * time.Second)) // the limit, a second of the wheel's, ten times that
+			for i, bytes := range row.send {
+				if i > 0 {
+					c.read(false)
+				}
+				c.send(bytes)
+			}
+			if row.status != 0 {
+				if m := c.read(false); m.status() != row.status || m.field("Connection") != "close" {
+					t.Error(m.head)
+				}
+			}
+			c.closed()
+			g.idle(t)
+		})
+	}
+}
+
+// narrow is a client whose kernel takes little for it.
+func (g *gateway) narrow(t *testing.T) *client {
+	dialer := net.Dialer{Control: func(_, _ string, raw syscall.RawConn) error {
+		return raw.Control(func(fd uintptr) { _ = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4<<10) })
+	}}
+	conn, err := dialer.Dial("tcp", g.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(30 * time.Second))
+	return &client{t: t, Conn: conn, r: bufio.NewReader(conn)}
+}
+
+// A client that takes no byte is closed, and so is the backend's connection; one that takes some, however slowly, is not.
+func TestWriteTimeout(t *testing.T) {
+	const size = 6 << 20 // more than the kernel takes for the client
+	for _, kind := range []string{"length", "chunks"} {
+		for _, slow := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, takes some: %v", kind, slow), func(t *testing.T) {
+				t.Parallel()
+				left := make(chan struct{})
+				o := startOrigin(t, func(o *origin, c net.Conn, r *bufio.Reader) {
+					if _, err := o.next(r); err != nil {
+						return
+					}
+					if kind == "length" {
+						fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", size, filler(size))
+					} else {
+						io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"+inChunks(filler(size), 50_000))
+					}
+					io.Copy(io.Discard, r)
+					close(left)
+				})
+				const patience = 300 * time.Millisecond
+				g := startGateway(t, func(cfg *Config) { cfg.Limits.WriteTimeout, cfg.LogRequests = patience, true }, nil)
+				g.register(t, "echo", "1", o.url())
+				c := g.narrow(t)
+				c.send(toHTTP11)
+				if !slow {
+					select {
+					case <-left:
+					case <-time.After(10 * time.Second):
+						t.Fatal("the backend's connection is still open")
+					}
+					c.Close()
+					g.idle(t)
+					if g.logged("status=499") != 1 {
+						t.Error(g.logs)
+					}
+				} else { // so slowly that what is written at a time takes longer than the timeout
+					body := bodyReader(t, c.r)
+					piece := make([]byte, 48<<10)
+					for total := 0; total < size; {
+						n, err := io.ReadFull(body, piece)
+						if total += n; err != nil && total < size {
+							t.Fatalf("%d bytes, %v", total, err)
+						}
+						time.Sleep(patience / 4)
+					}
+				}
+				c.Close()
+				g.idle(t)
+				if s := g.DescribeInstance("echo", "1"); s.Failure != 0 {
+					t.Errorf("outcomes: %+v", s)
+				}
+			})
+		}
+	}
+}
+
+// The rates, on a clock that does not wait: connections are pipes.
+func TestMinimumRates(t *testing.T) {
+	drip := func(w io.Writer, n int, every time.Duration) {
+		for range n {
+			time.Sleep(every)
+			if _, err := w.Write([]byte("x")); err != nil {
+				return
+			}
+		}
+	}
+	start := func(t *testing.T, limits Limits) *client {
+		reg := registry.New(registry.Config{})
+		p, err := New(Config{Registry: reg, Limits: limits, API: registry.NewHandler(reg, nil)}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		near, far := net.Pipe()
+		t.Cleanup(func() { near.Close(); p.Close() })
+		p.accepted(far)
+		return &client{t: t, Conn: near, r: bufio.NewReader(near)}
+	}
+	for _, row := range []struct {
+		name   string
+		rate   int64 // the client sends 2 bytes a second
+		status int
+	}{{"none", -1, 415}, {"kept", 1, 415}, {"not kept", 4, 408}} {
+		t.Run("upload, "+row.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := start(t, Limits{MinUpload: row.rate})
+				c.send("POST /register HTTP/1.1\r\nHost: localhost\r\nContent-Length: 60\r\n\r\n")
+				dripped := make(chan struct{})
+				go func() { defer close(dripped); drip(c, 60, time.Second/2) }()
+				defer func() { c.Close(); <-dripped }()
+				began := time.Now()
+				if m := c.read(false); m.status() != row.status {
+					t.Error(m.head)
+				}
+				if took := time.Since(began); row.status == 408 && took > paceWindow+2*time.Second || row.status != 408 && took < 29*time.Second {
+					t.Errorf("after %v", took)
+				}
+			})
+		})
+	}
+	for _, row := range []struct {
+		name string
+		rate int64 // the client takes 2 bytes a second
+		cut  bool
+	}{{"none", -1, false}, {"kept", 1, false}, {"not kept", 4, true}} {
+		t.Run("download, "+row.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := start(t, Limits{MinDownload: row.rate})
+				c.send("OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n")
+				began, n := time.Now(), 0
+				for b := make([]byte, 1); ; n++ {
+					if time.Sleep(time.Second / 2); n == 60 {
+						break
+					}
+					if _, err := c.Read(b); err != nil {
+						break
+					}
+				}
+				if took := time.Since(began); (n < 60) != row.cut || row.cut && took > 2*paceWindow+2*time.Second {
+					t.Errorf("%d bytes in %v", n, took)
+				}
+			})
+		})
+	}
+}
+
+func TestTotalTimeout(t *testing.T) {
+	for _, row := range []struct {
+		name    string
+		request string
+		origin  func(c net.Conn)
+		status  int // 0: it is cut; -1: nobody sees that
+	}{
+		{"no answer", toHTTP11, func(net.Conn) {}, 504},
+		{"half a head", toHTTP11, func(c net.Conn) { io.WriteString(c, "HTTP/1.1 200 OK\r\nX") }, 504},
+		{"stream that goes on", toHTTP11, func(c net.Conn) {
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+			for {
+				if _, err := io.WriteString(c, "1\r\nx\r\n"); err != nil {
+					return
+				}
+				time.Sleep(10 * time.Millisecond)
+			}
+		}, 0},
+		{"large body that nobody reads", toHTTP11, func(c net.Conn) {
+			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", 64<<20)
+			io.WriteString(c, filler(64<<20))
+		}, -1},
+		{"upload that stops", "PUT /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 500000\r\n\r\n" + filler(100_000), func(net.Conn) {}, 504},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			o := startOrigin(t, func(o *origin, c net.Conn, r *bufio.Reader) {
+				for {
+					if line, err := r.ReadString('\n'); err != nil || line == "\r\n" {
+						break
+					}
+				}
+				row.origin(c)
+				io.Copy(io.Discard, r)
+			})
+			g := startGateway(t, func(cfg *Config) { cfg.Limits.TotalTimeout = 300 * time.Millisecond }, nil)
+			g.register(t, "echo", "1", o.url())
+			g.register(t, "echo", "2", o.url())
+			c := g.dial(t)
+			c.SetDeadline(time.Now().Add(10 * time.Second))
+			began := time.Now()
+			c.send(row.request)
+			switch {
+			case row.status > 0:
+				if m := c.read(false); m.status() != row.status || m.field("Proxy-Status") != "kerberos; error=http_response_timeout" {
+					t.Error(m.head)
+				}
+			case row.status == 0:
+				if m, err := readMessage(c.r, false); err == nil || !strings.HasPrefix(m.head, "HTTP/1.1 200") {
+					t.Errorf("%s%v", m.head, err)
+				}
+			default:
+				c.headOf()
+				eventually(t, "it is over", func() bool {
+					return g.DescribeInstance("echo", "1").InFlight+g.DescribeInstance("echo", "2").InFlight == 0
+				})
+			}
+			c.Close()
+			g.idle(t)
+			if took := time.Since(began); took < 250*time.Millisecond || took > 3*time.Second {
+				t.Errorf("over after %v", took)
+			}
+			for _, id := range []string{"1", "2"} {
+				if s := g.DescribeInstance("echo", id); s.Failure != 0 || s.InFlight != 0 {
+					t.Errorf("outcomes: %+v", s)
+				}
+			}
+		})
+	}
+}
+
+func TestBodyLimit(t *testing.T) {
+	for _, limit := range []int64{1000, 200_000} {
+		var bodies atomic.Int32
+		o := startOrigin(t, func(o *origin, c net.Conn, r *bufio.Reader) {
+			for {
+				if _, err := o.next(r); err != nil {
+					return
+				}
+				bodies.Add(1)
+				io.WriteString(c, "HTTP/1.1 204 x\r\n\r\n")
+			}
+		})
+		g := startGateway(t, func(cfg *Config) { cfg.Limits.Body = limit }, nil)
+		g.register(t, "echo", "1", o.url())
+		for _, row := range []struct {
+			name, head string
+			body       string
+			status     int
+			seen       bool // by the backend
+		}{
+			{"at the limit", fmt.Sprintf("Content-Length: %d", limit), filler(int(limit)), 204, true},
+			{"past it", fmt.Sprintf("Content-Length: %d", limit+1), filler(int(limit + 1)), 413, false},
+			{"past it, unsent", fmt.Sprintf("Content-Length: %d\r\nExpect: 100-continue", limit+1), "", 413, false},
+			{"chunks at the limit", "Transfer-Encoding: chunked", inChunks(filler(int(limit)), 700), 204, true},
+			{"chunks past it", "Transfer-Encoding: chunked", inChunks(filler(int(limit+1)), 700), 413, false},
+			{"chunks without an end", "Transfer-Encoding: chunked", strings.TrimSuffix(inChunks(filler(int(limit+1)), 700), "0\r\n\r\n"), 413, false},
+		} {
+			t.Run(fmt.Sprint(limit, " ", row.name), func(t *testing.T) {
+				bodies.Store(0)
+				c := g.dial(t)
+				c.send("PUT /echo HTTP/1.1\r\nHost: a\r\n" + row.head + "\r\n\r\n" + row.body)
+				m := c.read(false)
+				if m.status() != row.status || c.interim != "" {
+					t.Errorf("%s%s", c.interim, m.head)
+				}
+				if row.status == 413 {
+					if m.field("Proxy-Status") != "kerberos; error=http_request_error" {
+						t.Error(m.head)
+					}
+					if here := row.name == "past it" && limit < firstBuffer; !here { // its end is known: the connection may go on
+						c.closed()
+					}
+				}
+				c.Close()
+				g.idle(t)
+				if seen := bodies.Load() == 1; seen != row.seen {
+					t.Errorf("the backend has seen a whole request: %v", seen)
+				}
+			})
+		}
+		if s := g.DescribeInstance("echo", "1"); s.Failure != 0 {
+			t.Errorf("outcomes: %+v", s)
+		}
+	}
+}
