@@ -128,13 +128,14 @@ func (x *exchange) begin(now time.Time) {
 	x.uploadPace, x.download = pace{}, pace{}
 }
 
-// within is d, or less if the request has less time left in all.
-func (x *exchange) within(now time.Time, d time.Duration) time.Duration {
-	return min(d, x.p().cfg.Limits.TotalTimeout-now.Sub(x.began))
-}
+// over is when the request has taken as long as it may in all.
+func (x *exchange) over() time.Time { return x.began.Add(x.p().cfg.Limits.TotalTimeout) }
 
-// late says that the request has taken longer than is allowed.
-func (x *exchange) late(now time.Time) bool { return now.Sub(x.began) >= x.p().cfg.Limits.TotalTimeout }
+// within is d, or less if the request is over before.
+func (x *exchange) within(now time.Time, d time.Duration) time.Duration { return min(d, x.over().Sub(now)) }
+
+// late says that the request is over.
+func (x *exchange) late(now time.Time) bool { return !now.Before(x.over()) }
 
 // left reports whether the client has left: its connection is lost, or it has ended its stream. One that does so behind
 // its request has finGrace for the answer: it may only have ended its half. In the midst of a response that is no longer
@@ -477,7 +478,7 @@ func (x *exchange) watchClient(on bool) {
 func (x *exchange) await(reused bool) error {
 	b := &x.back
 	began := x.sent
-	limit := x.timeLeft()
+	limit := x.p().cfg.RequestTimeout - x.waited
 	if x.covered {
 		limit /= 2 // leave the other half to the instance that makes up for a probe that hangs
 	}
@@ -557,11 +558,12 @@ func (x *exchange) passInterim() error {
 // receive reads from the backend into room, or by splice into x.pipe if that is nil, until limit at the latest, or until the
 // client has left. now may be a little old. It returns a refusal, errClientGone, or the error of the connection.
 func (x *exchange) receive(room []byte, now, limit time.Time) (int, error) {
+	over := x.over()
 	for {
 		var err error
-		until := limit
+		until := earlier(limit, over)
 		if !x.finAt.IsZero() {
-			until = earlier(limit, x.finAt.Add(finGrace))
+			until = earlier(until, x.finAt.Add(finGrace))
 		}
 		if until.Sub(now) > receiveCheck {
 			err = x.backend.read.arm(x.backend.SetReadDeadline, now, receiveCheck)
@@ -600,14 +602,14 @@ func (x *exchange) receive(room []byte, now, limit time.Time) (int, error) {
 		now = time.Now()
 		if x.upload != nil && !x.started {
 			// Time in which an upload makes progress does not count. It may have ended since the last look.
-			if later := x.upload.since(now).Add(x.timeLeft()); later.After(limit) {
+			if later := x.upload.since(now).Add(x.p().cfg.RequestTimeout - x.waited); later.After(limit) {
 				limit = later
 			}
 		}
 		if x.left(now) {
 			return 0, errClientGone
 		}
-		if x.late(now) {
+		if !now.Before(over) {
 			return 0, errOverTime
 		}
 		if x.started && now.Sub(x.sent) > settledTime {
@@ -828,7 +830,7 @@ func (x *exchange) more(total int64, room []byte) (int, error) {
 	if x.running && (total >= settledBytes || now.Sub(x.sent) >= settledTime) {
 		x.settle()
 	}
-	return x.receive(room, now, now.Add(x.within(now, x.p().cfg.Limits.SilenceTimeout)))
+	return x.receive(room, now, now.Add(x.p().cfg.Limits.SilenceTimeout))
 }
 
 // splice is relay for a large body with a length, between two sockets.
