@@ -45,13 +45,17 @@ func (b *buffer) grow(size int) {
 	}
 }
 
-// fill puts what has just come in into an empty buffer, which grows to the next power of two if need be.
+// fill adds what has just come in; the buffer grows to the next power of two if need be. What was used before is gone.
 func (b *buffer) fill(data []byte) {
-	b.base, b.r, b.w = 0, 0, len(data)
-	if len(data) > len(b.b) {
-		b.b = make([]byte, 1<<bits.Len(uint(len(data)-1)))
+	rest := b.waiting()
+	if size := len(rest) + len(data); size > len(b.b) {
+		next := make([]byte, 1<<bits.Len(uint(size-1)))
+		copy(next, rest)
+		b.b = next
+	} else if b.r > 0 {
+		copy(b.b, rest)
 	}
-	copy(b.b, data)
+	b.base, b.r, b.w = 0, 0, len(rest)+copy(b.b[len(rest):], data)
 }
 
 // next forgets the request that was served; what came in behind it moves to the front.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -357,4 +358,45 @@ func TestExpectIsPassedOn(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Heads that come in pieces wait on the loop: a client that drips costs no goroutine.
+func TestSlowHeadsNeedNoGoroutine(t *testing.T) {
+	g := startGateway(t, func(cfg *Config) { cfg.Limits.HeadTimeout = 5 * time.Second }, nil)
+	g.register(t, "echo", "1", naming(t, "ok ").url())
+	var clients []*client
+	for range 200 {
+		c := g.dial(t)
+		c.send("GET /echo HTTP/1.1\r\nHo")
+		clients = append(clients, c)
+	}
+	eventually(t, "all are taken", func() bool {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		return len(g.conns) == len(clients)
+	})
+	before := runtime.NumGoroutine()
+	for _, piece := range []string{"s", "t: a\r", "\nX: " + strings.Repeat("x", 5000), "\r\n\r"} {
+		for _, c := range clients {
+			c.send(piece)
+		}
+	}
+	if n := runtime.NumGoroutine(); n > before+len(clients)/10 {
+		t.Errorf("%d goroutines more", n-before)
+	}
+	for _, c := range clients[:100] {
+		c.send("\n" + toHTTP11 + "GET")
+		for range 2 {
+			if m := c.read(false); m.body != "ok " {
+				t.Fatal(m)
+			}
+		}
+	}
+	for _, c := range clients {
+		if m := c.read(false); m.status() != 408 {
+			t.Fatal(m.head)
+		}
+		c.closed()
+	}
+	g.idle(t)
 }

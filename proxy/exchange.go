@@ -132,7 +132,9 @@ func (x *exchange) begin(now time.Time) {
 func (x *exchange) over() time.Time { return x.began.Add(x.p().cfg.Limits.TotalTimeout) }
 
 // within is d, or less if the request is over before.
-func (x *exchange) within(now time.Time, d time.Duration) time.Duration { return min(d, x.over().Sub(now)) }
+func (x *exchange) within(now time.Time, d time.Duration) time.Duration {
+	return min(d, x.over().Sub(now))
+}
 
 // late says that the request is over.
 func (x *exchange) late(now time.Time) bool { return !now.Before(x.over()) }

@@ -319,7 +319,7 @@ func TestShutdownDeadline(t *testing.T) {
 	half := g.dial(t)
 	half.send("GET /echo HT")
 	g.dial(t) // idle
-	eventually(t, "under way", func() bool { return a.served.Load() == 3 && g.active() == 4 })
+	eventually(t, "under way", func() bool { return a.served.Load() == 3 && g.active() == 3 && g.halfRead() == 1 })
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()
 	if cut := g.Shutdown(ctx); cut != 4 {

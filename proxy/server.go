@@ -51,6 +51,7 @@ type conn struct {
 	worker  *worker // nil: there is none
 	more    bool    // the socket may hold something
 	ending  bool    // the client may have ended its stream: it has if the socket holds nothing and does not say ErrAgain
+	reading bool    // a head has begun and is not at its end
 	slot    int     // in worker.waiting; -1: no request is at a backend
 	shelf   int64   // the second for which it is in worker.wheel,
 	place   int     // and where there; -1: not in it
@@ -267,6 +268,9 @@ func (c *conn) serve(s stage) {
 	c.takeScratch(c.p)
 	switch s {
 	case stageReading:
+	case stageLate:
+		c.unreadable(errHeadTimeout)
+		return
 	case stagePanicked:
 		c.afterPanic()
 		return
@@ -290,19 +294,23 @@ func (c *conn) serve(s stage) {
 		if err == nil && head != nil {
 			c.head = head
 			err = c.req.parse(head, c.p.pseudonym, c.trusted)
-		} else {
-			c.req = Request{} // not the one before: the answer would be made for its method
 		}
 		if err != nil {
-			c.x.begin(time.Now())
-			c.refuse(err, true)
-			c.linger()
+			c.unreadable(err)
 			return
 		}
 		if head == nil || !c.after(c.handle()) {
 			return
 		}
 	}
+}
+
+// unreadable refuses what is no request, or none that could be read to its end.
+func (c *conn) unreadable(err *refusal) {
+	c.req = Request{} // not the one before: the answer would be made for its method
+	c.x.begin(time.Now())
+	c.refuse(err, true)
+	c.linger()
 }
 
 // after ends a request, and reports whether the connection can serve another one.

@@ -146,6 +146,9 @@ func (w *worker) expire(second int64) {
 		case c.expires > second:
 			w.unshelve(c)
 			w.shelve(c, c.expires)
+		case c.reading:
+			c.reading = false
+			c.slow(stageLate)
 		default:
 			c.close()
 		}
@@ -159,6 +162,9 @@ func (w *worker) shutdown() {
 			switch {
 			case c.slot >= 0:
 				c.slow(stageAsked)
+			case c.reading:
+				c.reading = false
+				c.slow(stageReading)
 			case !c.sock.Held():
 				c.close()
 			case c.state.CompareAndSwap(stateIdle, stateClosed):
@@ -188,7 +194,9 @@ func (w *worker) done(c *conn) {
 type stage uint8
 
 const (
-	stageReading  stage = iota // not to its end, or it is none that a loop serves
+	stageHead     stage = iota // not to the end of its head
+	stageLate                  // nor will it come: there was time enough
+	stageReading               // not to its end, or it is none that a loop serves
 	stagePicked                // to an instance that a loop cannot talk to
 	stageDial                  // to one to which no connection is idle
 	stageAsked                 // it is at the instance, but for x.unsent
@@ -216,28 +224,38 @@ func (c *conn) step() {
 	for {
 		c.occupy()
 		b := &c.in
-		if b.r == b.w {
-			if !c.more {
-				c.vacate()
+		if b.r < b.w {
+			switch s, ok := c.ask(); {
+			case ok:
+				c.reading = false
 				return
-			}
-			n, err := c.sock.TryRead(c.worker.request)
-			if err == loop.ErrAgain {
-				c.more, c.ending = false, false
-				continue
-			}
-			if err != nil || n == 0 {
-				c.close()
+			case s != stageHead:
+				c.reading = false
+				c.slow(s)
 				return
+			case !c.reading:
+				c.reading = true
+				c.worker.keep(c, c.p.cfg.Limits.HeadTimeout)
 			}
-			b.fill(c.worker.request[:n])
-			c.more = n == len(c.worker.request) || c.ending
 		}
-		if s, ok := c.ask(); !ok {
-			c.slow(s)
+		if !c.more {
+			if b.r == b.w {
+				c.vacate()
+			}
 			return
 		}
-		return
+		room := c.worker.request[:maxHead-len(b.waiting())]
+		n, err := c.sock.TryRead(room)
+		if err == loop.ErrAgain {
+			c.more, c.ending = false, false
+			continue
+		}
+		if err != nil || n == 0 {
+			c.close()
+			return
+		}
+		b.fill(room[:n])
+		c.more = n == len(room) || c.ending
 	}
 }
 
@@ -247,6 +265,9 @@ func (c *conn) ask() (s stage, ok bool) {
 	b, r, x, w := &c.in, &c.req, &c.x, c.worker
 	waiting := b.waiting()
 	end := bytes.Index(waiting, headEnd) + len(headEnd)
+	if end < len(headEnd) && waiting[0] != '\r' && len(waiting) < maxHead && !bareLF(waiting) {
+		return stageHead, false
+	}
 	if end < len(headEnd) || waiting[0] == '\r' || r.parse(waiting[:end], c.p.pseudonym, c.trusted) != nil ||
 		r.chunked || r.length > int64(len(waiting)-end) || r.length > c.p.cfg.Limits.Body || c.isLocal() {
 		return stageReading, false

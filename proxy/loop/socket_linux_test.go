@@ -848,3 +848,22 @@ func TestEventsOfTheClosed(t *testing.T) {
 	}
 	t.Log("no descriptor was used again at once")
 }
+
+// A write whose deadline passes takes what room there is by then, even if it is too little for an event.
+func TestWriteTriesAtItsEnd(t *testing.T) {
+	s, far := pair(t, startGroup(t, 1).Loops[0])
+	fill(t, s)
+	wrote := make(chan int)
+	go func() {
+		s.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
+		n, err := s.Write(make([]byte, 32<<20))
+		if err != os.ErrDeadlineExceeded {
+			t.Error(err)
+		}
+		wrote <- n
+	}()
+	io.ReadFull(far, make([]byte, 256<<10))
+	if n := <-wrote; n == 0 {
+		t.Error("nothing was written, though there was room")
+	}
+}
