@@ -383,6 +383,19 @@ func TestQueueDoesNotCountAsRequestTime(t *testing.T) {
 	queued[0].read(false).want(t, 200)
 }
 
+func TestTotalTimeoutInTheQueue(t *testing.T) {
+	g := startGateway(t, func(cfg *Config) {
+		cfg.Limits = Limits{InFlightPerService: 1, QueueTimeout: 20 * time.Second, TotalTimeout: 300 * time.Millisecond}
+	}, nil)
+	h := startHeld(t, "x")
+	g.register(t, "echo", "a", h.url())
+	first := g.ask(t, "/echo")
+	h.arrived(t)
+	g.queue(t, "/echo")[0].read(false).refused(t, errOverTime)
+	first.read(false).refused(t, errOverTime)
+	g.settled(t)
+}
+
 // A request that has to go to another instance waits for a place there, and gives up its own.
 func TestRetryWaitsForAPlace(t *testing.T) {
 	g := startGateway(t, func(cfg *Config) {
@@ -572,6 +585,21 @@ func TestConnectionsAreLimited(t *testing.T) {
 	g.dial(t).read(false).want(t, 503) // without a request, after a moment
 	if n := g.open(); n != 3 {
 		t.Errorf("%d are open", n)
+	}
+}
+
+// However long connections may be idle, one of them makes room.
+func TestIdleConnectionsMakeRoom(t *testing.T) {
+	for _, idle := range []time.Duration{0, 10 * time.Minute, -1} {
+		g := startLoops(t, 1, func(cfg *Config) { cfg.Limits.Connections, cfg.Limits.IdleTimeout = 2, idle }, nil)
+		g.register(t, "echo", "a", naming(t, "x").url())
+		for range 5 {
+			g.dial(t).get("/echo").want(t, 200)
+			g.ages()
+		}
+		if n := g.open(); n != 2 {
+			t.Errorf("idle timeout %v: %d are open", idle, n)
+		}
 	}
 }
 
