@@ -190,6 +190,12 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 			MinUpload:        limit(cfg.ClientMinUpload),
 			MinDownload:      limit(cfg.ClientMinDownload),
 			Body:             limit(cfg.MaxBody),
+
+			Connections:          cfg.MaxConnections.Of(descriptors()),
+			ConnectionsPerClient: cfg.MaxConnectionsPerClient,
+			InFlightPerInstance:  cfg.MaxInFlightPerInstance,
+			InFlightPerService:   cfg.MaxInFlightPerService,
+			QueueTimeout:         limit(cfg.QueueTimeout),
 		},
 		IgnoreFIN:        !bool(cfg.AbortOnFin),
 		Retries:          limit(cfg.Retries),

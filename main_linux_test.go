@@ -1,11 +1,16 @@
 package main
 
 import (
+	"bufio"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -61,4 +66,52 @@ func TestLogOnTerminal(t *testing.T) {
 	if line := shown.String(); !strings.HasPrefix(line, "time=") || !strings.Contains(line, " level=INFO msg=listening listener=data addr=127.0.0.1:") {
 		t.Errorf("shown: %q", line)
 	}
+}
+
+// By default there may be as many connections of clients as leave a tenth of the descriptors for what they ask for.
+func TestConnectionsLeaveDescriptors(t *testing.T) {
+	const descriptors, connections = 400, 360
+	cmd := exec.Command("sh", "-c", fmt.Sprintf(`ulimit -n %d && exec "$0" "$@"`, descriptors), binary, "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
+	cmd.Env = environment()
+	g := &running{child: beginCommand(t, cmd)}
+	g.listening()
+	g.register("echo", "a", named(t, "a"))
+	var clients []net.Conn
+	ask := func(conn net.Conn) int {
+		t.Helper()
+		if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(conn, "GET /echo HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = io.Copy(io.Discard, response.Body)
+		return response.StatusCode
+	}
+	open := func() net.Conn {
+		conn, err := net.Dial("tcp", g.data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		return conn
+	}
+	began := time.Now()
+	for range connections {
+		clients = append(clients, open())
+	}
+	for i, c := range clients {
+		if status := ask(c); status != 200 {
+			t.Fatalf("connection %d of %d got %d", i+1, connections, status)
+		}
+	}
+	if status := ask(open()); status != 503 && time.Since(began) < time.Second { // later, one that is idle makes room
+		t.Errorf("one more got %d", status)
+	}
+	clients[0].Close()
+	eventually(t, "there is room again", func() bool { return ask(open()) == 200 })
 }

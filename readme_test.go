@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -394,6 +395,42 @@ func TestReadmeLimits(t *testing.T) {
 	for what := range limits {
 		if !flags[what] {
 			t.Errorf("%s: nothing tests this limit", what)
+		}
+	}
+}
+
+// The limits of what is at once, with the flags that set them: one request or connection is served, the next is not.
+func TestReadmeLimitsAtOnce(t *testing.T) {
+	for _, test := range []struct {
+		flags []string
+		want  int
+	}{
+		{[]string{"--max-connections=1"}, 503},
+		{[]string{"--max-connections-per-client=1"}, 429},
+		{[]string{"--max-in-flight-per-instance=1", "--queue-timeout=10ms"}, 503},
+		{[]string{"--max-in-flight-per-service=1", "--queue-timeout=0s"}, 503},
+	} {
+		g := launch(t, nil, test.flags...)
+		came, answered := make(chan struct{}), make(chan struct{})
+		g.register("echo", "a", backend(t, func(http.ResponseWriter, *http.Request) {
+			close(came)
+			<-answered
+		}))
+		first := make(chan error)
+		go func() {
+			response, _, err := converse(&net.Dialer{}, g.data, get("/echo"))
+			if err == nil && response.StatusCode != 200 {
+				err = errors.New(response.Status)
+			}
+			first <- err
+		}()
+		<-came
+		if response, body := exchange(t, g.data, get("/echo")); response.StatusCode != test.want || response.Header.Get("Retry-After") != "1" {
+			t.Errorf("%v: %d %q past the limit", test.flags, response.StatusCode, body)
+		}
+		close(answered)
+		if err := <-first; err != nil {
+			t.Errorf("%v: %v at the limit", test.flags, err)
 		}
 	}
 }

@@ -133,6 +133,9 @@ func (c *conn) fail(err error) (keep bool) {
 	if own == errNoInstance {
 		return c.refuseWith(own, !c.persistent(), own.text, x.service.view.Load().retryAfter(time.Now()))
 	}
+	if c.p.limited.has(own) {
+		return c.refuseWith(own, !c.persistent(), own.text, 1)
+	}
 	return c.refuse(own, !c.persistent())
 }
 

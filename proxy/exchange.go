@@ -40,6 +40,9 @@ type exchange struct {
 	key     uint64 // of the client, for ip-hash
 	retries int    // what is left of Config.Retries
 	waited  time.Duration
+	counted bool // it has a place below the limit of the service
+	full    bool // an instance had no place for it
+	queued  bool // it has waited for a place
 
 	// whom to ask
 	view     *view
@@ -126,6 +129,7 @@ func (x *exchange) begin(now time.Time) {
 	x.started, x.status, x.settled, x.written = false, 0, false, false
 	x.interim, x.finAt = false, time.Time{}
 	x.uploadPace, x.download = pace{}, pace{}
+	x.counted, x.full, x.queued = false, false, false
 }
 
 // over is when the request has taken as long as it may in all.
@@ -204,6 +208,9 @@ func (x *exchange) end(o outcome, reason error) {
 	}
 	u.outcomes[o].Add(1)
 	u.inFlight.Add(-1)
+	if x.p().cfg.Limits.InFlightPerInstance > 0 {
+		u.service.crowd.wake()
+	}
 }
 
 // settle tells the breaker that a long response is a success while it still runs.
@@ -346,7 +353,7 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 	x.drop()
 	var err error
 	x.sent = x.began
-	if x.attempts > 1 || !x.complete || len(x.held) > 0 {
+	if x.attempts > 1 || !x.complete || len(x.held) > 0 || x.queued {
 		x.sent = time.Now()
 	}
 	if x.lease, x.backend, x.reused, err = u.acquire(x.c.pool(), fresh, x.timeLeft()); err != nil {
@@ -877,6 +884,7 @@ func (x *exchange) drop() {
 func (x *exchange) abandon() {
 	x.drop()
 	x.end(ignored, nil)
+	x.leave()
 	x.giveBack()
 }
 

@@ -20,6 +20,13 @@ type Limits struct {
 	MinDownload int64 // none: bytes a second that a client takes of a response, in the same way, then it is closed
 
 	Body int64 // none: bytes of a request body; 413 by Content-Length before it is read, and by counting
+
+	Connections          int // none: of clients, on all listeners; one that is idle makes room, or 503
+	ConnectionsPerClient int // none: of one address, 429; proxies that are trusted speak for many and have no limit
+
+	InFlightPerInstance int           // none: requests at one instance at once; what finds no place waits
+	InFlightPerService  int           // none: requests of one service, from their admission to their end
+	QueueTimeout        time.Duration // 1 s: how long a request waits for a place, then 503; negative: not at all
 }
 
 // The defaults of the time limits.
@@ -34,6 +41,9 @@ const (
 
 // forever is in the place of a time limit that is not set.
 const forever = 100 * 365 * 24 * time.Hour
+
+// maxCount keeps sums of limits far from where they overflow.
+const maxCount = 1 << 30
 
 // withDefaults fills the gaps, so that what is no limit is one that nothing reaches.
 func (l Limits) withDefaults() Limits {
@@ -55,6 +65,13 @@ func (l Limits) withDefaults() Limits {
 		l.Body = math.MaxInt64
 	}
 	l.MinUpload, l.MinDownload = max(l.MinUpload, 0), max(l.MinDownload, 0)
+	for _, n := range []*int{&l.Connections, &l.ConnectionsPerClient, &l.InFlightPerInstance, &l.InFlightPerService} {
+		*n = min(max(*n, 0), maxCount) // 0 is no limit
+	}
+	if l.QueueTimeout == 0 {
+		l.QueueTimeout = time.Second
+	}
+	l.QueueTimeout = max(l.QueueTimeout, 0) // 0 is no queue
 	return l
 }
 

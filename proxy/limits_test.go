@@ -20,6 +20,7 @@ func TestLimitsDefaults(t *testing.T) {
 	standard := Limits{
 		FirstByteTimeout: 30 * time.Second, HeadTimeout: 10 * time.Second, IdleTimeout: 75 * time.Second, BodyTimeout: 30 * time.Second,
 		WriteTimeout: time.Minute, SilenceTimeout: 5 * time.Minute, TotalTimeout: forever, Body: math.MaxInt64,
+		QueueTimeout: time.Second,
 	}
 	if got := (Limits{}).withDefaults(); got != standard {
 		t.Errorf("defaults: %+v", got)
@@ -28,11 +29,11 @@ func TestLimitsDefaults(t *testing.T) {
 		FirstByteTimeout: forever, HeadTimeout: forever, IdleTimeout: forever, BodyTimeout: forever,
 		WriteTimeout: forever, SilenceTimeout: forever, TotalTimeout: forever, Body: math.MaxInt64,
 	}
-	if got := (Limits{-1, -1, -1, -1, -1, -1, -1, -1, -1, -1}).withDefaults(); got != none {
+	if got := (Limits{-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1}).withDefaults(); got != none {
 		t.Errorf("none: %+v", got)
 	}
 	g := startGateway(t, func(cfg *Config) {
-		cfg.Limits = Limits{-1, -1, -1, -1, -1, -1, -1, -1, -1, -1}
+		cfg.Limits = Limits{-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1}
 		cfg.RequestTimeout, cfg.ConnectTimeout, cfg.UpstreamIdle = -1, -1, -1
 	}, nil)
 	g.register(t, "echo", "1", naming(t, "ok ").url())

@@ -132,6 +132,8 @@ type Proxy struct {
 	route      RouteFunc
 	pseudonym  []byte    // our name in Via, unique to the process (RFC 9110 section 7.6.3); nil if we add none
 	failing    [600]bool // by status: Config.BreakerStatuses
+	capped     bool      // requests in flight are limited
+	limited    limited
 	services   sync.Map  // name -> *service
 	large      sync.Pool // of *[]byte, for bodies
 	workspaces sync.Pool // of *workspace
@@ -152,6 +154,9 @@ type Proxy struct {
 	listeners  []io.Closer
 	conns      map[*conn]struct{} // open client connections
 	noConns    *sync.Cond         // conns has become empty
+	clients    map[netip.Addr]int // how many of them have that address; only counted where there is a limit
+	refused    int                // connections, since the last line in the log
+	refusedAt  time.Time          // of that line
 	departures []departure        // services that lost their last instance, the oldest first
 	stopped    bool               // Close has begun
 }
@@ -165,7 +170,8 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 	}
 	var id [6]byte
 	rand.Read(id[:]) // never fails
-	p := &Proxy{cfg: cfg, log: cfg.Log, route: route}
+	p := &Proxy{cfg: cfg, log: cfg.Log, route: route, limited: cfg.Limits.refusals()}
+	p.capped = cfg.Limits.InFlightPerInstance > 0 || cfg.Limits.InFlightPerService > 0
 	if !cfg.NoVia {
 		p.pseudonym = []byte("kerberos-" + hex.EncodeToString(id[:]))
 	}
@@ -189,7 +195,7 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 		p.workers[i] = &worker{}
 	}
 	p.slowAfter = min(slowAfter, cfg.RequestTimeout/8, cfg.Limits.TotalTimeout/8)
-	p.conns = map[*conn]struct{}{}
+	p.conns, p.clients = map[*conn]struct{}{}, map[netip.Addr]int{}
 	p.noConns = sync.NewCond(&p.mu)
 	if route == nil {
 		p.route = FirstSegment
@@ -229,6 +235,9 @@ func (c *conn) handle() (keep bool) {
 	if r.length > p.cfg.Limits.Body {
 		return c.fail(errBodyTooLarge)
 	}
+	if s.packed() {
+		return c.fail(x.noPlace())
+	}
 	if err := x.hold(false); err != nil {
 		return c.fail(err)
 	}
@@ -241,12 +250,9 @@ func (x *exchange) run(s stage, err error) (keep bool) {
 	for {
 		switch s {
 		case stageReading:
-			u := x.pick()
-			if u == nil {
-				if x.err == nil {
-					x.err = errNoInstance
-				}
-				return x.c.fail(x.err)
+			u, why := x.next()
+			if why != nil {
+				return x.c.fail(why)
 			}
 			err = x.send(u, false)
 		case stagePicked, stageAsked:
@@ -290,8 +296,12 @@ func (p *Proxy) find(r *Request) (*service, *refusal) {
 
 // pick chooses the instance to ask next and passes its breaker; nil if nobody is left. Balancers hold ready instances
 // only. A free probe of a half-open instance goes to a request that a ready one could still answer, so that no client
-// pays for it; to any request if that did not happen for a second, or if no instance is ready.
+// pays for it; to any request if that did not happen for a second, or if no instance is ready. x.full says that the limit
+// of an instance was in the way.
 func (x *exchange) pick() *upstream {
+	if x.full { // those that had no place may have one now
+		x.full, x.view = false, nil
+	}
 	if x.asked.n == lb.MaxTried {
 		return nil
 	}
@@ -302,6 +312,20 @@ func (x *exchange) pick() *upstream {
 			return u
 		}
 	}
+	if u := x.choose(v); u != nil {
+		return u
+	}
+	// Limits, or breakers that opened a moment ago, before the next view, are in the way: look at all.
+	for i := range v.ready {
+		if u := v.at(i); !x.asked.has(u) && x.admit(u) {
+			return u
+		}
+	}
+	return x.probe(v, true)
+}
+
+// choose takes the instance whose turn it is, or the next one that has a place and whose breaker does not block.
+func (x *exchange) choose(v *view) *upstream {
 	for x.tried.Len() < lb.MaxTried {
 		i := v.balancer.Pick(x.key, &x.tried)
 		if i < 0 {
@@ -312,13 +336,7 @@ func (x *exchange) pick() *upstream {
 			return u
 		}
 	}
-	// Breakers that opened a moment ago, before the next view, are in the way: look at all.
-	for i := range v.ready {
-		if u := v.at(i); !x.asked.has(u) && x.admit(u) {
-			return u
-		}
-	}
-	return x.probe(v, true)
+	return nil
 }
 
 // probe takes a free probe of a half-open instance that was not asked yet.
@@ -346,15 +364,21 @@ func (x *exchange) canCover(v *view, u *upstream) bool {
 		(v.ipHash == nil || v.ipHash.WouldOwn(x.key, u.id))
 }
 
-// admit passes the breaker of u; false if that blocks.
+// admit takes a place of u and passes its breaker; false if there is none, or that blocks.
 func (x *exchange) admit(u *upstream) bool {
+	if limit := x.p().cfg.Limits.InFlightPerInstance; limit == 0 {
+		u.inFlight.Add(1)
+	} else if !take(&u.inFlight, limit) {
+		x.full = true
+		return false
+	}
 	token, ok := u.gate.Allow()
 	if !ok {
+		u.inFlight.Add(-1)
 		return false
 	}
 	x.asked.add(u)
 	x.upstream, x.token, x.running, x.settled, x.covered = u, token, true, false, false
-	u.inFlight.Add(1)
 	return true
 }
 

@@ -55,7 +55,8 @@ type conn struct {
 	slot    int     // in worker.waiting; -1: no request is at a backend
 	shelf   int64   // the second for which it is in worker.wheel,
 	place   int     // and where there; -1: not in it
-	expires int64   // the second in which it is closed, unless something comes
+	since   int64   // the second since which nothing has come,
+	expires int64   // and the one in which it is closed, unless something comes
 
 	*workspace // nil between requests
 }
@@ -204,8 +205,8 @@ func (p *Proxy) accepted(nc net.Conn) {
 	}
 	c := p.newConn(peer)
 	c.nc = nc
-	if !p.add(c) {
-		nc.Close()
+	if err := p.add(c); err != nil {
+		c.turnAway(err)
 		return
 	}
 	go c.serve(stageReading)
@@ -214,26 +215,6 @@ func (p *Proxy) accepted(nc net.Conn) {
 func (p *Proxy) newConn(peer netip.Addr) *conn {
 	peer = peer.Unmap().WithZone("")
 	return &conn{p: p, peer: peer, trusted: p.trusts(peer), constant: forwardingFields(peer), slot: -1, place: -1}
-}
-
-// add notes a connection, unless Shutdown has begun.
-func (p *Proxy) add(c *conn) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.closing.Load() {
-		return false
-	}
-	p.conns[c] = struct{}{}
-	return true
-}
-
-func (p *Proxy) remove(c *conn) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	delete(p.conns, c)
-	if len(p.conns) == 0 {
-		p.noConns.Broadcast()
-	}
 }
 
 // serve runs requests of a connection in a goroutine: first the one that its loop has brought to a stage, then those that
@@ -318,6 +299,7 @@ func (c *conn) after(keep bool) bool {
 	if c.p.cfg.LogRequests {
 		c.logRequest()
 	}
+	c.x.leave()
 	if c.x.unread {
 		c.linger()
 	}

@@ -31,6 +31,7 @@ type service struct {
 	emptied atomic.Int64  // Unix nanoseconds of when the last instance left; 0 while there is one
 	counter lb.Counter
 	budget  retryBudget
+	crowd   crowd
 
 	dirtyMu sync.Mutex           // guards what follows
 	dirty   map[string]*upstream // by id: those that may have become ready, or no longer are
@@ -167,6 +168,7 @@ func (s *service) build(snapshot *registry.Snapshot) {
 		s.proxy.departed(s)
 	}
 	s.view.Store(next)
+	s.crowd.wake() // if nobody is left who could have a place, they all go, one after the other
 	for _, u := range gone {
 		u.close()
 	}

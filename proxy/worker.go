@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"log/slog"
+	"math"
 	"net/netip"
 	"runtime/debug"
 	"time"
@@ -39,6 +40,7 @@ type worker struct {
 	second  int64     // of the wheel: the last one that is done
 	began   time.Time // when second was 0
 	conns   int       // in the wheel
+	leaving []*parting
 }
 
 // startLoops starts the loops, one for each CPU that the program may use.
@@ -72,8 +74,15 @@ func (w *worker) adopt(fd int, remote netip.AddrPort) {
 		return
 	}
 	c.sock, c.nc = sock, sock
-	if !w.p.add(c) {
-		sock.Close()
+	err = w.p.add(c)
+	if err == error(w.p.limited.connections) {
+		if other := w.spare(); other != nil {
+			other.close()
+			err = w.p.add(c)
+		}
+	}
+	if err != nil {
+		w.turnAway(sock, err)
 		return
 	}
 	w.conns++
@@ -82,7 +91,8 @@ func (w *worker) adopt(fd int, remote netip.AddrPort) {
 
 // keep has a connection close unless a request comes within d.
 func (w *worker) keep(c *conn, d time.Duration) {
-	c.expires = w.seconds(w.loop.Now().Add(d + time.Second))
+	now := w.loop.Now()
+	c.since, c.expires = w.seconds(now), w.seconds(now.Add(d+time.Second))
 	switch {
 	case c.place < 0:
 		w.shelve(c, c.expires)
@@ -125,10 +135,11 @@ func (w *worker) tick(now time.Time) time.Duration {
 		w.second++
 		w.expire(w.second)
 	}
+	w.part(reached)
 	switch {
 	case len(w.waiting) > 0:
 		return patience / 2
-	case w.conns > 0:
+	case w.conns > 0 || len(w.leaving) > 0:
 		return time.Second
 	}
 	return loop.Never
@@ -138,14 +149,8 @@ func (w *worker) tick(now time.Time) time.Duration {
 func (w *worker) expire(second int64) {
 	bucket := w.wheel[second%wheelSize]
 	for i := len(bucket) - 1; i >= 0; i-- {
-		c := bucket[i]
-		switch {
-		case c.sock.Held() || c.slot >= 0:
-			w.unshelve(c)
-			w.shelve(c, second+wheelSize/2)
-		case c.expires > second:
-			w.unshelve(c)
-			w.shelve(c, c.expires)
+		switch c := bucket[i]; {
+		case w.reshelve(c, second):
 		case c.reading:
 			c.reading = false
 			c.slow(stageLate)
@@ -155,8 +160,24 @@ func (w *worker) expire(second int64) {
 	}
 }
 
+// reshelve moves a connection of that second to a later one, if it is not to expire in this.
+func (w *worker) reshelve(c *conn, second int64) bool {
+	switch {
+	case c.sock.Held() || c.slot >= 0:
+		w.unshelve(c)
+		w.shelve(c, second+wheelSize/2)
+	case c.expires > second:
+		w.unshelve(c)
+		w.shelve(c, c.expires)
+	default:
+		return false
+	}
+	return true
+}
+
 // shutdown closes what is idle, and leaves requests under way to goroutines, which Shutdown can count and cut.
 func (w *worker) shutdown() {
+	w.part(math.MaxInt64)
 	for _, bucket := range w.wheel {
 		for _, c := range append([]*conn(nil), bucket...) {
 			switch {
@@ -281,13 +302,15 @@ func (c *conn) ask() (s stage, ok bool) {
 	if len(v.probing) > 0 || v.ready == 0 {
 		return stageReading, false
 	}
-	x.use(v)
-	i := v.balancer.Pick(x.key, &x.tried)
-	if i < 0 || !x.admit(v.at(i)) {
+	x.service = service
+	if c.p.capped && (service.crowd.waiting.Load() > 0 || !x.enter()) {
 		return stageReading, false
 	}
-	x.tried.Add(i)
-	x.service = service
+	x.use(v)
+	if x.choose(v) == nil {
+		x.leave()
+		return stageReading, false
+	}
 	c.head = waiting[:end]
 	b.r += end
 	b.base = b.r

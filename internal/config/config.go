@@ -60,6 +60,12 @@ type Gateway struct {
 	UpstreamIdleTimeout    time.Duration `default:"4s" min:"0s" group:"limits" help:"How long a connection to a backend is kept without a request."`
 	TotalTimeout           time.Duration `default:"0s" min:"0s" group:"limits" help:"From the end of a request head to the end of the response."`
 	MaxBody                int64         `default:"0" type:"size" placeholder:"SIZE" group:"limits" help:"Bytes of a request body."`
+
+	MaxConnections          Share         `default:"90%" group:"limits" help:"Connections of clients at once: a number, or a percentage of the descriptors that the process may open."`
+	MaxConnectionsPerClient int           `default:"0" min:"0" group:"limits" help:"Connections of one client address at once, but for trusted proxies."`
+	MaxInFlightPerInstance  int           `default:"0" min:"0" group:"limits" help:"Requests at one instance at once."`
+	MaxInFlightPerService   int           `default:"0" min:"0" group:"limits" help:"Requests of one service at once."`
+	QueueTimeout            time.Duration `default:"1s" min:"0s" group:"limits" help:"How long a request may wait for these two. 0s is not at all."`
 }
 
 // AfterApply checks what no single flag can know.

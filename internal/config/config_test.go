@@ -47,6 +47,10 @@ func TestValues(t *testing.T) {
 		Listen: ":8080", Admin: "127.0.0.1:9901", DrainTimeout: 30 * time.Second, API: APIBoth,
 		Strategy: lb.RoundRobin, RequestTimeout: 30 * time.Second, ConnectTimeout: 2 * time.Second, Retries: 2,
 		BreakerFailures: 5, BreakerOpen: 30 * time.Second, BreakerProbes: 3, BreakerStatuses: []int{502, 503, 504}, Via: true,
+		ClientFirstByteTimeout: 30 * time.Second, ClientHeadTimeout: 10 * time.Second, ClientIdleTimeout: 75 * time.Second,
+		ClientBodyTimeout: 30 * time.Second, ClientWriteTimeout: time.Minute, AbortOnFin: true,
+		ResponseIdleTimeout: 5 * time.Minute, UpstreamIdleTimeout: 4 * time.Second,
+		MaxConnections: Share{Percent: 90}, QueueTimeout: time.Second,
 	}
 	tests := []struct {
 		name string
@@ -77,6 +81,12 @@ func TestValues(t *testing.T) {
 			g.APIAllow = Allow{Networks: prefixes("127.0.0.0/8", "::1/128", "10.0.0.0/8", "192.0.2.1/32"), Set: true}
 		}},
 		{"api access for nobody", "--api-allow none", nil, func(g *Gateway) { g.APIAllow = Allow{None: true, Set: true} }},
+		{"limits", "--max-connections 1000 --max-connections-per-client 10 --max-in-flight-per-instance 20 --max-in-flight-per-service 100 --queue-timeout 0s", nil, func(g *Gateway) {
+			g.MaxConnections, g.MaxConnectionsPerClient = Share{Number: 1000}, 10
+			g.MaxInFlightPerInstance, g.MaxInFlightPerService, g.QueueTimeout = 20, 100, 0
+		}},
+		{"a share", "", map[string]string{"KERBEROS_MAX_CONNECTIONS": "50%"}, func(g *Gateway) { g.MaxConnections = Share{Percent: 50} }},
+		{"no limit", "--max-connections 0", nil, func(g *Gateway) { g.MaxConnections = Share{} }},
 		{"routes", "--route /web/=web --route /api/v1=api,/*", nil, func(g *Gateway) {
 			g.Route = []Route{{"/web/", "web"}, {"/api/v1", "api"}, {"/*", ""}}
 		}},
@@ -201,6 +211,12 @@ func TestRefused(t *testing.T) {
 		{"", map[string]string{"REQUEST_TIMEOUT": "soon"}, []string{"--request-timeout", "REQUEST_TIMEOUT", `"soon"`, "30s"}},
 		{"--retries=-1", nil, []string{"--retries", `"-1"`, "at least 0"}},
 		{"--retries=two", nil, []string{"--retries", `"two"`, "at least 0"}},
+		{"--max-connections 0%", nil, []string{"--max-connections", `"0%"`, "1% to 100%"}},
+		{"--max-connections 101%", nil, []string{"--max-connections", `"101%"`, "1% to 100%"}},
+		{"--max-connections many", nil, []string{"--max-connections", `"many"`, "whole number"}},
+		{"--max-connections=-1", nil, []string{"--max-connections", `"-1"`, "whole number"}},
+		{"--max-in-flight-per-service=-1", nil, []string{"--max-in-flight-per-service", `"-1"`, "at least 0"}},
+		{"--queue-timeout=-1s", nil, []string{"--queue-timeout", `"-1s"`, "at least 0s"}},
 		{"--breaker-failures 0", nil, []string{"--breaker-failures", `"0"`, "at least 1"}},
 		{"--breaker-probes 0", nil, []string{"--breaker-probes", `"0"`, "at least 1"}},
 		{"--breaker-open 0s", nil, []string{"--breaker-open", `"0s"`, "at least 1ms"}},
@@ -225,6 +241,26 @@ func TestRefused(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestShare(t *testing.T) {
+	for _, tt := range []struct {
+		share Share
+		whole uint64
+		want  int
+	}{
+		{Share{Percent: 90}, 1024, 921},
+		{Share{Percent: 100}, 1024, 1024},
+		{Share{Percent: 1}, 10, 1},
+		{Share{Percent: 90}, 1<<64 - 1, 966367641}, // no limit, as some systems write it
+		{Share{Percent: 90}, 0, 0},
+		{Share{Number: 7}, 1024, 7},
+		{Share{}, 1024, 0},
+	} {
+		if got := tt.share.Of(tt.whole); got != tt.want {
+			t.Errorf("%+v of %d is %d, want %d", tt.share, tt.whole, got, tt.want)
+		}
 	}
 }
 

@@ -34,6 +34,7 @@ func Parse(grammar any, args []string, env func(string) (string, bool), options 
 		kong.TypeMapper(reflect.TypeFor[time.Duration](), kong.MapperFunc(duration)),
 		kong.TypeMapper(reflect.TypeFor[lb.Strategy](), text(lb.ParseStrategy)),
 		kong.TypeMapper(reflect.TypeFor[API](), text(parseAPI)),
+		kong.TypeMapper(reflect.TypeFor[Share](), text(parseShare)),
 		kong.TypeMapper(reflect.TypeFor[[]Route](), each(parseRoute)),
 		kong.TypeMapper(reflect.TypeFor[[]netip.Prefix](), each(parseNetwork)),
 		kong.TypeMapper(reflect.TypeFor[*x509.CertPool](), text(readPool)),

@@ -103,6 +103,30 @@ func onOrOff(word string) (on, known bool) {
 	return false, false
 }
 
+// Share is a number, or a part of one that is known only where the gateway runs.
+type Share struct{ Number, Percent int }
+
+// Of returns the number, or the part of whole that it is. 0 is no limit, and so is a part of what is not known (0).
+func (s Share) Of(whole uint64) int {
+	if s.Percent == 0 || whole == 0 {
+		return s.Number
+	}
+	const most = 1 << 30 // what a limit may be
+	return max(1, int(min(whole, most)*uint64(s.Percent)/100))
+}
+
+func parseShare(s string) (Share, error) {
+	digits, percent := strings.CutSuffix(s, "%")
+	n, err := strconv.ParseUint(digits, 10, 30)
+	if err != nil || percent && (n < 1 || n > 100) {
+		return Share{}, fmt.Errorf("%q is neither a whole number from 0 to %d nor a percentage from 1%% to 100%%", s, 1<<30-1)
+	}
+	if percent {
+		return Share{Percent: int(n)}, nil
+	}
+	return Share{Number: int(n)}, nil
+}
+
 // Route sends the paths under Prefix to Service. Service is empty for the prefix "/*", which stands for the rule that the
 // first path segment names the service.
 type Route struct{ Prefix, Service string }
