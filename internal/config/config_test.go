@@ -305,6 +305,19 @@ func TestHelp(t *testing.T) {
 	}
 }
 
+func TestSize(t *testing.T) {
+	for s, want := range map[string]int64{"0": 0, "4096": 4096, "1KiB": 1024, "32KiB": 32 << 10, "1MiB": 1 << 20, "2GiB": 2 << 30, "9223372036854775807": 1<<63 - 1, "8589934591GiB": 8589934591 << 30} {
+		if got, err := parseSize(s); err != nil || got != want {
+			t.Errorf("%q: %d, %v, want %d", s, got, err, want)
+		}
+	}
+	for _, s := range []string{"", "KiB", "-1", "+1", "1K", "1kb", "1 KiB", "1.5MiB", "0x10", "1KiBKiB", "9223372036854775808", "8589934592GiB"} {
+		if got, err := parseSize(s); err == nil || !strings.Contains(err.Error(), "32KiB") {
+			t.Errorf("%q: %d, %v, want an error that says how a size is written", s, got, err)
+		}
+	}
+}
+
 func FuzzParse(f *testing.F) {
 	for _, seed := range []string{"/a=b", "loopback,::1", "10.0.0.0/8", ":0", "[::]:80", "none", "/*", "5s", "502,503", "off", ""} {
 		f.Add(seed)

@@ -4,6 +4,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
 	"net/url"
@@ -262,6 +263,50 @@ func count(ctx *kong.DecodeContext, target reflect.Value) error {
 	}
 	target.SetInt(int64(n))
 	return nil
+}
+
+// units are the powers of 1024 that a size is written in.
+var units = []struct {
+	name  string
+	bytes int64
+}{{"KiB", 1 << 10}, {"MiB", 1 << 20}, {"GiB", 1 << 30}}
+
+// size reads a number of bytes that is at most what its flag's max tag says, if it has one.
+func size(ctx *kong.DecodeContext, target reflect.Value) error {
+	s, err := popNumber(ctx, "size")
+	if err != nil {
+		return err
+	}
+	n, err := parseSize(s)
+	if err != nil {
+		return err
+	}
+	if tag := ctx.Value.Tag.Get("max"); tag != "" {
+		most, err := parseSize(tag)
+		if err != nil {
+			return fmt.Errorf("its max tag: %w", err)
+		}
+		if n > most {
+			return fmt.Errorf("%q is more than %s", s, tag)
+		}
+	}
+	target.SetInt(n)
+	return nil
+}
+
+// parseSize reads 4096, 32KiB, 1MiB or 2GiB.
+func parseSize(s string) (int64, error) {
+	number, unit := s, int64(1)
+	for _, u := range units {
+		if cut, ok := strings.CutSuffix(s, u.name); ok {
+			number, unit = cut, u.bytes
+		}
+	}
+	n, err := strconv.ParseUint(number, 10, 63)
+	if err != nil || int64(n) > math.MaxInt64/unit {
+		return 0, fmt.Errorf("%q is not a number of bytes, written like 4096, 32KiB, 1MiB or 2GiB", s)
+	}
+	return int64(n) * unit, nil
 }
 
 // duration reads a time that is at least what its flag's min tag says.
