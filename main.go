@@ -178,7 +178,7 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		Strategy:         cfg.Strategy,
 		RequestTimeout:   cfg.RequestTimeout,
 		ConnectTimeout:   cfg.ConnectTimeout,
-		Retries:          cfg.Retries,
+		Retries:          orNone(cfg.Retries),
 		Breaker:          cb.Config{Failures: cfg.BreakerFailures, OpenFor: cfg.BreakerOpen, Probes: cfg.BreakerProbes},
 		BreakerStatuses:  cfg.BreakerStatuses,
 		TrustedProxies:   cfg.TrustedProxies,
@@ -188,13 +188,15 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		HealthPath:       cfg.HealthPath,
 		Ready:            g.ready.Load,
 		LogRequests:      bool(cfg.LogRequests),
-		Log:              log,
+		Limits: proxy.Limits{
+			Head:        orNone(cfg.MaxHead),
+			Fields:      orNone(cfg.MaxFields),
+			RequestLine: orNone(cfg.MaxRequestLine),
+		},
+		Log: log,
 	}
 	for _, route := range cfg.Route {
 		forwarding.Routes = append(forwarding.Routes, proxy.RoutePrefix(route))
-	}
-	if cfg.Retries == 0 {
-		forwarding.Retries = -1 // none, as 0 is the default there
 	}
 	if cfg.API.OnData() {
 		registration.Reserved = registry.ServedNames()
@@ -230,6 +232,14 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		g.serve("admin", g.admin, g.ops.Serve)
 	}
 	return g, nil
+}
+
+// orNone is a limit as proxy.Config has it, where 0 is the default and less is none.
+func orNone[T int | int64 | time.Duration](limit T) T {
+	if limit == 0 {
+		return -1
+	}
+	return limit
 }
 
 func (g *gateway) serve(name string, ln net.Listener, serve func(net.Listener) error) {

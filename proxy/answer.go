@@ -21,7 +21,7 @@ const maxNamed = 50
 
 // refuse sends an error of the gateway's own: status, one line that says why, Proxy-Status (RFC 9209).
 func (c *conn) refuse(err *refusal, last bool) (keep bool) {
-	return c.refuseWith(err, last, err.text, 0)
+	return c.refuseWith(err, last, c.p.cfg.Limits.explain(err), 0)
 }
 
 // refuseWith is refuse with another text, and Retry-After (in seconds) if that is more than 0.

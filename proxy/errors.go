@@ -23,23 +23,25 @@ func (r *refusal) Error() string { return r.text }
 // What clients did wrong. What makes a head or body unclear ends the connection: neither is clear then where the next
 // request begins.
 var (
-	errBareLF           = &refusal{400, "http_request_error", "a line of the request head does not end in CRLF"}
-	errRequestLine      = &refusal{400, "http_request_error", "the request line is not METHOD TARGET HTTP/1.1"}
-	errVersion          = &refusal{505, "http_request_error", "only HTTP/1.0 and HTTP/1.1 are spoken here"}
-	errTarget           = &refusal{400, "http_request_error", "the request target has bytes that must be percent-encoded, or is none of /path, http://host/path and *"}
-	errFieldName        = &refusal{400, "http_request_error", "a field line of the request has no valid name, or is folded"}
-	errFieldValue       = &refusal{400, "http_request_error", "a field value of the request has control bytes"}
-	errHost             = &refusal{400, "http_request_error", "the request needs one valid Host field"}
-	errContentLength    = &refusal{400, "http_request_error", "Content-Length must be one number, sent once"}
-	errTransferEncoding = &refusal{400, "http_request_error", "Transfer-Encoding must be sent once, with HTTP/1.1"}
-	errTransferCoding   = &refusal{501, "http_request_error", "the only transfer coding understood here is chunked"}
-	errBothLengths      = &refusal{400, "http_request_error", "a request has Content-Length or Transfer-Encoding, not both"}
-	errConnection       = &refusal{400, "http_request_error", "the Connection field names more than 32 fields"}
-	errMaxForwards      = &refusal{400, "http_request_error", "Max-Forwards must be a number"}
-	errHeadTooLarge     = &refusal{431, "http_request_error", "the request head is larger than 32 KiB"}
-	errHeadTimeout      = &refusal{408, "http_request_error", "the request head did not arrive in time"}
-	errBodyTimeout      = &refusal{408, "http_request_error", "the request body stopped arriving"}
-	errChunk            = &refusal{400, "http_request_error", "the chunked request body is malformed"}
+	errBareLF             = &refusal{400, "http_request_error", "a line of the request head does not end in CRLF"}
+	errRequestLine        = &refusal{400, "http_request_error", "the request line is not METHOD TARGET HTTP/1.1"}
+	errVersion            = &refusal{505, "http_request_error", "only HTTP/1.0 and HTTP/1.1 are spoken here"}
+	errTarget             = &refusal{400, "http_request_error", "the request target has bytes that must be percent-encoded, or is none of /path, http://host/path and *"}
+	errFieldName          = &refusal{400, "http_request_error", "a field line of the request has no valid name, or is folded"}
+	errFieldValue         = &refusal{400, "http_request_error", "a field value of the request has control bytes"}
+	errHost               = &refusal{400, "http_request_error", "the request needs one valid Host field"}
+	errContentLength      = &refusal{400, "http_request_error", "Content-Length must be one number, sent once"}
+	errTransferEncoding   = &refusal{400, "http_request_error", "Transfer-Encoding must be sent once, with HTTP/1.1"}
+	errTransferCoding     = &refusal{501, "http_request_error", "the only transfer coding understood here is chunked"}
+	errBothLengths        = &refusal{400, "http_request_error", "a request has Content-Length or Transfer-Encoding, not both"}
+	errConnection         = &refusal{400, "http_request_error", "the Connection field names more than 32 fields"}
+	errMaxForwards        = &refusal{400, "http_request_error", "Max-Forwards must be a number"}
+	errHeadTooLarge       = &refusal{431, "http_request_error", "the request head is larger than the limit"}
+	errFields             = &refusal{431, "http_request_error", "the request has more field lines than the limit"}
+	errRequestLineTooLong = &refusal{414, "http_request_error", "the request line is longer than the limit"}
+	errHeadTimeout        = &refusal{408, "http_request_error", "the request head did not arrive in time"}
+	errBodyTimeout        = &refusal{408, "http_request_error", "the request body stopped arriving"}
+	errChunk              = &refusal{400, "http_request_error", "the chunked request body is malformed"}
 )
 
 // What the gateway does not do, or cannot do now.
@@ -67,7 +69,8 @@ var (
 	errResponseTimeout = &refusal{504, "http_response_timeout", "the backend did not answer in time"}
 	errWriteTimeout    = &refusal{504, "connection_write_timeout", "the backend stopped taking the request"}
 	errMalformed       = &refusal{502, "http_protocol_error", "the backend's response is malformed"}
-	errResponseHead    = &refusal{502, "http_response_header_section_size", "the backend's response head is larger than 32 KiB"}
+	errResponseHead    = &refusal{502, "http_response_header_section_size", "the backend's response head is larger than the limit"}
+	errResponseFields  = &refusal{502, "http_response_header_section_size", "the backend's response has more field lines than the limit"}
 	errIncomplete      = &refusal{502, "http_response_incomplete", "the backend broke off its response"}
 	errSwitch          = &refusal{502, "http_upgrade_failed", "the backend switched protocols unasked"}
 )

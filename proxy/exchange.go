@@ -248,7 +248,7 @@ func (x *exchange) hold(patient bool) error {
 		} else if c.read.arm(c.nc.SetReadDeadline, time.Now(), bodyTimeout) != nil {
 			return errClientGone
 		}
-		n, err := c.nc.Read(b.space(maxHead))
+		n, err := c.nc.Read(b.space(relaySize))
 		b.w += n
 		switch {
 		case n > 0:
@@ -378,16 +378,16 @@ func (x *exchange) await(reused bool) error {
 }
 
 func (x *exchange) head(b *buffer, limit time.Time, reused bool) error {
-	scanned := 0
+	scanned, limits := 0, &x.p().cfg.Limits
 	for interim := 0; ; {
 		w := b.waiting()
 		if end := bytes.Index(w[scanned:], headEnd); end >= 0 {
 			end += scanned + len(headEnd)
-			switch {
-			case end > maxHead:
+			if end > limits.Head {
 				return errResponseHead
-			case !x.res.parse(w[:end]):
-				return errMalformed
+			}
+			if err := x.res.parse(w[:end], limits); err != nil {
+				return err
 			}
 			b.r += end
 			b.base = b.r
@@ -407,10 +407,10 @@ func (x *exchange) head(b *buffer, limit time.Time, reused bool) error {
 			return errMalformed
 		}
 		scanned = max(0, len(w)-len(headEnd)+1)
-		room := b.space(maxHead)
-		if room == nil || len(w) >= maxHead {
+		if len(w) >= limits.Head {
 			return errResponseHead
 		}
+		room := b.space(limits.Head)
 		n, err := x.receive(room, x.sent, limit)
 		b.w += n
 		switch {

@@ -107,7 +107,7 @@ func checkRequestHead(t *testing.T, c *conn, data []byte, trusted bool) bool {
 	}
 	head := data[:end+len(headEnd)]
 	r := &Request{}
-	if r.parse(head, c.p.pseudonym, trusted) != nil || is(r.Method, "connect") {
+	if r.parse(head, c.p.pseudonym, trusted, &standard) != nil || is(r.Method, "connect") {
 		return false // CONNECT is answered with 405, whatever its target means
 	}
 	want, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(head)))
@@ -123,7 +123,7 @@ func checkRequestHead(t *testing.T, c *conn, data []byte, trusted bool) bool {
 	c.trusted = trusted
 	sent := c.appendHead(nil, r, &registry.Target{Authority: "backend:80"})
 	again := &Request{}
-	if err := again.parse(sent, nil, false); err != nil {
+	if err := again.parse(sent, nil, false, &standard); err != nil {
 		t.Fatalf("%q goes on as %q, which we would not take: %v", head, sent, err)
 	}
 	if want, err = http.ReadRequest(bufio.NewReader(bytes.NewReader(sent))); err != nil {
@@ -232,7 +232,7 @@ func checkResponseHead(t *testing.T, data []byte, head bool) bool {
 	}
 	data = data[:end+len(headEnd)]
 	var r response
-	if !r.parse(data) {
+	if r.parse(data, &standard) != nil {
 		return false
 	}
 	method := http.MethodGet
@@ -262,7 +262,7 @@ func checkResponseHead(t *testing.T, data []byte, head bool) bool {
 
 	sent := append(r.append(nil), "\r\n"...)
 	var again response
-	if !again.parse(sent) {
+	if again.parse(sent, &standard) != nil {
 		t.Fatalf("%q goes on as %q, which we would not take", data, sent)
 	}
 	if again.status != r.status || again.minor != 1 || again.chunked || again.close || again.hasDate != r.hasDate ||

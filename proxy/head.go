@@ -7,9 +7,8 @@ import (
 	"unsafe"
 )
 
-// Limits of what the wire may ask of us. They are the same for requests and responses.
+// Limits of what the wire may ask of us beside those that can be set. They are the same for requests and responses.
 const (
-	maxHead      = 32 << 10 // start line and fields, in bytes: 431 past it, 502 when a backend goes past it
 	maxChunkLine = 4 << 10  // a chunk's size with its extensions, or one line of a trailer section
 	maxTrailers  = 16 << 10 // a whole trailer section
 	maxNominated = 32       // fields that Connection names: each is looked for among all others
@@ -303,20 +302,26 @@ func visibleBytes(b []byte) bool {
 	return true
 }
 
-// parse reads a whole request head, from the request line to the empty line. via is our own name there, nil if we have none; trusted says
-// whether the peer's forwarding fields are believed. The errors are the answers that the client gets.
-func (r *Request) parse(b, via []byte, trusted bool) *refusal {
+// parse reads a whole request head, from the request line to the empty line. via is our own name there, nil if we have
+// none; trusted says whether the peer's forwarding fields are believed. The errors are the answers that the client gets.
+func (r *Request) parse(b, via []byte, trusted bool, limits *Limits) *refusal {
 	*r = Request{drops: r.drops[:0], xff: r.xff[:0], nominated: r.nominated[:0], reading: r.reading[:0], framing: framing{length: -1}, maxForwards: -1}
 	nl := bytes.IndexByte(b, '\n')
 	if nl < 1 || b[nl-1] != '\r' {
 		return errBareLF
+	}
+	if nl >= limits.RequestLine {
+		return errRequestLineTooLong
 	}
 	if err := r.startLine(b[:nl-1]); err != nil {
 		return err
 	}
 	absolute := len(r.Host) > 0
 	r.lines = b[nl+1 : len(b)-2]
-	for at := 0; at < len(r.lines); {
+	for at, fields := 0, 0; at < len(r.lines); fields++ {
+		if fields == limits.Fields {
+			return errFields
+		}
 		f, n, err := readField(r.lines[at:])
 		if err != nil {
 			return err

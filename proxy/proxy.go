@@ -55,6 +55,8 @@ type Config struct {
 	Breaker         cb.Config     // 5 failures in a row, 30 s, 3 probes
 	BreakerStatuses []int         // 502, 503, 504: what counts as a failure of the instance
 
+	Limits Limits // of what peers may ask
+
 	TrustedProxies   []netip.Prefix // none: whose forwarding fields are believed
 	UpstreamCA       *x509.CertPool // nil: the system's roots
 	UpstreamInsecure bool           // certificates of instances are not verified
@@ -118,6 +120,9 @@ func (cfg Config) withDefaults() (Config, error) {
 		return cfg, fmt.Errorf("proxy: Config.Breaker: %w", err)
 	}
 	gate.Close()
+	if cfg.Limits, err = cfg.Limits.withDefaults(); err != nil {
+		return cfg, err
+	}
 	if cfg.Loops < 0 {
 		return cfg, fmt.Errorf("proxy: Config.Loops is %d: it must be at least 1, or 0 for GOMAXPROCS", cfg.Loops)
 	}

@@ -15,10 +15,11 @@ const (
 	// slowAfter is how long a loop waits for a backend; then a goroutine does, which also looks after the client.
 	slowAfter = 100 * time.Millisecond
 
-	wheelSize = 128              // seconds, more than any timeout that the wheel keeps
-	readSize  = maxWhole + 8<<10 // a response that is read whole, with its head
-	firstRead = 20 << 10         // of it: what is larger than 64 KiB shall be moved by splice
-	headroom  = 1 << 10          // in front of what is read: a head that has grown finds room before its body
+	wheelSize   = 128              // seconds, more than any timeout that the wheel keeps
+	readRequest = 32 << 10         // of a client at once; a larger head is read in a goroutine
+	readSize    = maxWhole + 8<<10 // a response that is read whole, with its head
+	firstRead   = 20 << 10         // of it: what is larger than 64 KiB shall be moved by splice
+	headroom    = 1 << 10          // in front of what is read: a head that has grown finds room before its body
 )
 
 // worker is what the connections of one loop share; only the loop touches it.
@@ -50,7 +51,7 @@ func (p *Proxy) startLoops() error {
 		}
 		for i, l := range p.group.Loops {
 			l.Call(func() {
-				*p.workers[i] = worker{p: p, loop: l, index: i, request: make([]byte, maxHead), in: make([]byte, headroom+readSize), began: l.Now()}
+				*p.workers[i] = worker{p: p, loop: l, index: i, request: make([]byte, readRequest), in: make([]byte, headroom+readSize), began: l.Now()}
 			})
 		}
 	})
@@ -243,7 +244,8 @@ func (c *conn) ask() (s stage, ok bool) {
 	b, r, x, w := &c.in, &c.req, &c.x, c.worker
 	waiting := b.waiting()
 	end := bytes.Index(waiting, headEnd) + len(headEnd)
-	if end < len(headEnd) || waiting[0] == '\r' || r.parse(waiting[:end], c.p.pseudonym, c.trusted) != nil ||
+	if end < len(headEnd) || waiting[0] == '\r' || end > c.p.cfg.Limits.Head ||
+		r.parse(waiting[:end], c.p.pseudonym, c.trusted, &c.p.cfg.Limits) != nil ||
 		r.chunked || r.length > int64(len(waiting)-end) || c.isLocal() {
 		return stageReading, false
 	}
@@ -358,7 +360,7 @@ func (c *conn) answered(e loop.Events) {
 		got += max(n, 0)
 		if end == 0 {
 			end = bytes.Index(room[:got], headEnd) + len(headEnd)
-			if end < len(headEnd) || end > maxHead || !x.res.parse(room[:end]) || x.res.status < 200 {
+			if end < len(headEnd) || end > w.p.cfg.Limits.Head || x.res.parse(room[:end], &w.p.cfg.Limits) != nil || x.res.status < 200 {
 				end = -1
 			}
 		}

@@ -47,6 +47,7 @@ func TestValues(t *testing.T) {
 		Listen: ":8080", Admin: "127.0.0.1:9901", DrainTimeout: 30 * time.Second, API: APIBoth,
 		Strategy: lb.RoundRobin, RequestTimeout: 30 * time.Second, ConnectTimeout: 2 * time.Second, Retries: 2,
 		BreakerFailures: 5, BreakerOpen: 30 * time.Second, BreakerProbes: 3, BreakerStatuses: []int{502, 503, 504}, Via: true,
+		MaxHead: 32 << 10, MaxFields: 200, MaxRequestLine: 16 << 10,
 	}
 	tests := []struct {
 		name string
@@ -93,6 +94,9 @@ func TestValues(t *testing.T) {
 		{"a comma in a prefix", `--route /a\,b=a`, nil, func(g *Gateway) { g.Route = []Route{{"/a,b", "a"}} }},
 		{"a prefix with =", "--route /a=b=c", nil, func(g *Gateway) { g.Route = []Route{{"/a=b", "c"}} }},
 		{"statuses", "--breaker-statuses 500,503", nil, func(g *Gateway) { g.BreakerStatuses = []int{500, 503} }},
+		{"limits", "--max-head 1MiB --max-fields 0 --max-request-line 1000", nil, func(g *Gateway) {
+			g.MaxHead, g.MaxFields, g.MaxRequestLine = 1<<20, 0, 1000
+		}},
 		{"no retries", "--retries 0", nil, func(g *Gateway) { g.Retries = 0 }},
 		{"environment", "", map[string]string{
 			"KERBEROS_ROUTE": "/a=a,/*", "KERBEROS_VIA": "off", "KERBEROS_LOG_REQUESTS": "1", "KERBEROS_API_ALLOW": "none",
@@ -205,6 +209,10 @@ func TestRefused(t *testing.T) {
 		{"--breaker-open 0s", nil, []string{"--breaker-open", `"0s"`, "at least 1ms"}},
 		{"--breaker-statuses 200", nil, []string{"--breaker-statuses", `"200"`, "400 to 599"}},
 		{"--breaker-statuses 502,", nil, []string{"--breaker-statuses", `"502,"`, "400 to 599"}},
+		{"--max-head 1025KiB", nil, []string{"--max-head", `"1025KiB"`, "more than 1MiB"}},
+		{"--max-head 32k", nil, []string{"--max-head", `"32k"`, "32KiB"}},
+		{"--max-request-line -1", nil, []string{"--max-request-line", `"-1"`, "32KiB"}},
+		{"--max-fields -1", nil, []string{"--max-fields", `"-1"`, "at least 0"}},
 		{"--upstream-ca /does/not/exist.pem", nil, []string{"--upstream-ca", "/does/not/exist.pem", "no such file"}},
 		{"--upstream-ca " + noPEM, nil, []string{"--upstream-ca", noPEM, "no certificate"}},
 		{"--via=perhaps", nil, []string{"--via", `"perhaps"`, "on nor off"}},

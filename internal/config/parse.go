@@ -28,6 +28,7 @@ func Parse(grammar any, args []string, env func(string) (string, bool), options 
 			{Key: "listeners", Title: "Listening and stopping:"},
 			{Key: "access", Title: "Who may do what:"},
 			{Key: "traffic", Title: "Traffic:"},
+			{Key: "limits", Title: "Limits:"},
 		}),
 		kong.KindMapper(reflect.Int, kong.MapperFunc(count)),
 		kong.TypeMapper(reflect.TypeFor[time.Duration](), kong.MapperFunc(duration)),
