@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -31,7 +32,7 @@ func (c *conn) refuseWith(err *refusal, last bool, text string, retryAfter int) 
 	out = append(out, err.kind...)
 	out = append(out, "\r\n"...)
 	if err.status == 405 {
-		out = append(out, allowField...)
+		out = append(out, c.p.allow...)
 	}
 	if retryAfter > 0 {
 		out = append(out, "Retry-After: "...)
@@ -57,7 +58,7 @@ func (c *conn) plain(status int, text string) (keep bool) {
 	last := !c.persistent()
 	out := c.ownHead(status)
 	if string(c.req.Method) == "OPTIONS" {
-		out = append(out, allowField...)
+		out = append(out, c.p.allow...)
 	}
 	out = c.endOwnHead(out, len(text), last)
 	if string(c.req.Method) != "HEAD" {
@@ -67,8 +68,12 @@ func (c *conn) plain(status int, text string) (keep bool) {
 	return c.flush() == nil && !last
 }
 
-// allowField names the methods that are not answered here.
-const allowField = "Allow: DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT\r\n"
+// allowField names the methods that are not refused.
+func allowField(more []string) []byte {
+	methods := append([]string{"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}, more...)
+	slices.Sort(methods)
+	return []byte("Allow: " + strings.Join(slices.Compact(methods), ", ") + "\r\n")
+}
 
 // ownHead begins a response of the gateway's own.
 func (c *conn) ownHead(status int) []byte {
@@ -96,9 +101,13 @@ func (c *conn) endOwnHead(out []byte, length int, last bool) []byte {
 }
 
 // persistent reports whether the connection goes on after an answer that is not a backend's. A body that was not read
-// ends it, unless all of it is here.
+// ends it, unless all of it is here; so does a CONNECT, whose client may have sent on what is meant for its tunnel.
 func (c *conn) persistent() bool {
 	r, x := &c.req, &c.x
+	if is(r.Method, "connect") {
+		x.unread = true
+		return false
+	}
 	if !x.bodyRead {
 		if r.chunked || int64(len(c.in.waiting())) < r.length {
 			x.unread = true
@@ -166,10 +175,28 @@ func (p *Proxy) routes(text string) string {
 // gateway's own paths.
 func (c *conn) isLocal() bool {
 	r, p := &c.req, c.p
-	return is(r.Method, "connect") || is(r.Method, "trace") || // in any case: a backend may be lenient
-		r.badExpect || r.upgrade && r.websocket || r.looped ||
+	return p.restricted(r) != nil || r.badExpect || r.upgrade && r.websocket || r.looped ||
 		len(r.Path) == 1 && r.Path[0] == '*' || r.maxForwards == 0 || c.isHealthCheck() ||
 		p.cfg.API != nil && registry.Serves(unsafe.String(unsafe.SliceData(r.Path), len(r.Path)))
+}
+
+// restricted is what stands against a CONNECT or TRACE, which Config.AllowMethods must name, as the grammar has them: a
+// backend may be lenient in their case.
+func (p *Proxy) restricted(r *Request) *refusal {
+	connect := is(r.Method, "connect")
+	switch {
+	case !connect && !is(r.Method, "trace"):
+		return nil
+	case !slices.Contains(p.cfg.AllowMethods, unsafe.String(unsafe.SliceData(r.Method), len(r.Method))):
+		return errMethod
+	case r.chunked || r.length > 0:
+		return errMethodBody
+	case connect && !r.authority:
+		return errMethodTarget
+	case r.maxForwards == 0:
+		return errTrace // RFC 9110 section 7.6.2: not sent on
+	}
+	return nil
 }
 
 func (c *conn) isHealthCheck() bool {
@@ -180,8 +207,8 @@ func (c *conn) isHealthCheck() bool {
 func (c *conn) local() (keep bool) {
 	r, p := &c.req, c.p
 	switch {
-	case is(r.Method, "connect"), is(r.Method, "trace"):
-		return c.refuse(errMethod, !c.persistent())
+	case p.restricted(r) != nil:
+		return c.refuse(p.restricted(r), !c.persistent())
 	case r.badExpect:
 		return c.refuse(errExpect, !c.persistent())
 	case r.upgrade && r.websocket:

@@ -46,15 +46,19 @@ var (
 
 // What the gateway does not do, or cannot do now.
 var (
-	errMethod     = &refusal{405, "http_request_denied", "CONNECT and TRACE are not allowed here"}
-	errPath       = &refusal{400, "http_request_denied", "the path can be read in two ways that lead to different services"}
-	errExpect     = &refusal{417, "http_request_denied", "the only expectation met here is 100-continue"}
-	errUpgrade    = &refusal{501, "http_upgrade_failed", "WebSocket is not supported here"}
-	errLoop       = &refusal{508, "proxy_loop_detected", "the request came back to the gateway that sent it"}
-	errNoRoute    = &refusal{404, "destination_not_found", "no service is at this path"}
-	errNoInstance = &refusal{503, "destination_unavailable", "no instance of the service is ready"}
-	errNoSocket   = &refusal{503, "connection_limit_reached", "the gateway is out of sockets"}
-	errInternal   = &refusal{500, "proxy_internal_error", "the gateway failed on this request"}
+	errMethod       = &refusal{405, "http_request_denied", "this method is not allowed here"}
+	errMethodTarget = &refusal{400, "http_request_error", "the target of a CONNECT request is not HOST:PORT"}
+	errMethodBody   = &refusal{400, "http_request_error", "a CONNECT or TRACE request has no body"}
+	errTrace        = &refusal{405, "http_request_denied", "Max-Forwards ends at the gateway, which does not answer TRACE"}
+	errTunnel       = &refusal{501, "http_upgrade_failed", "tunnels are not supported here"}
+	errPath         = &refusal{400, "http_request_denied", "the path can be read in two ways that lead to different services"}
+	errExpect       = &refusal{417, "http_request_denied", "the only expectation met here is 100-continue"}
+	errUpgrade      = &refusal{501, "http_upgrade_failed", "WebSocket is not supported here"}
+	errLoop         = &refusal{508, "proxy_loop_detected", "the request came back to the gateway that sent it"}
+	errNoRoute      = &refusal{404, "destination_not_found", "no service is at this path"}
+	errNoInstance   = &refusal{503, "destination_unavailable", "no instance of the service is ready"}
+	errNoSocket     = &refusal{503, "connection_limit_reached", "the gateway is out of sockets"}
+	errInternal     = &refusal{500, "proxy_internal_error", "the gateway failed on this request"}
 )
 
 // What backends did wrong.
@@ -136,7 +140,7 @@ const (
 
 // blame says whose fault an error of an attempt is: the instance's, or nobody's that a breaker should hear of.
 func blame(err error) outcome {
-	for _, other := range []error{errClientGone, errBodyTimeout, errChunk, errStale, errNoSocket} {
+	for _, other := range []error{errClientGone, errBodyTimeout, errChunk, errStale, errNoSocket, errTunnel} {
 		if errors.Is(err, other) {
 			return ignored
 		}

@@ -187,7 +187,7 @@ func (x *exchange) repeatable() bool {
 		return false
 	}
 	switch string(x.c.req.Method) {
-	case "GET", "HEAD", "OPTIONS", "PUT", "DELETE":
+	case "GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE":
 		return true
 	}
 	return false
@@ -394,6 +394,8 @@ func (x *exchange) head(b *buffer, limit time.Time, reused bool) error {
 			switch {
 			case x.res.status == 101:
 				return errSwitch
+			case x.c.req.authority && x.res.status >= 200 && x.res.status < 300:
+				return errTunnel
 			case x.res.status >= 200:
 				return nil
 			}
@@ -546,7 +548,7 @@ func (x *exchange) whole(have int) bool {
 func (x *exchange) appendResponse(dst []byte) []byte {
 	r, res := &x.c.req, &x.res
 	bodyless := x.bodyless()
-	x.keep = (r.minor == 1 || r.keepAlive) && !r.close && x.uploaded() && !x.p().closing.Load()
+	x.keep = (r.minor == 1 || r.keepAlive) && !r.close && !r.authority && x.uploaded() && !x.p().closing.Load()
 	x.chunks = !bodyless && res.length < 0 && r.minor == 1
 	if !bodyless && res.length < 0 && r.minor == 0 {
 		x.keep = false // the end of the connection is the end of the body

@@ -19,7 +19,7 @@ const (
 type Request struct {
 	Method []byte
 	Host   []byte     // the Host field, or the authority of an absolute-form target; empty only with HTTP/1.0
-	Path   []byte     // as sent: nothing is decoded, merged or resolved; starts with "/", or is "*"
+	Path   []byte     // as sent: nothing is decoded, merged or resolved; starts with "/", or is "*", or empty with CONNECT
 	Query  []byte     // what follows the "?", without it
 	Client netip.Addr // the peer, or whom a trusted proxy names (see Config.TrustedProxies)
 
@@ -35,6 +35,7 @@ type Request struct {
 	expect        bool     // Expect: 100-continue
 	badExpect     bool     // any other expectation
 	nominated     [][]byte // the fields that Connection names
+	authority     bool     // the target is an authority: CONNECT in the form that it must have
 	hasHost       bool     // the lines that are sent on hold a Host
 	looped        bool     // a Via line has our own name
 	unclear       bool     // the path has bytes that a backend may read in another way, see canonical
@@ -378,7 +379,7 @@ func (r *Request) parse(b, via []byte, trusted bool, limits *Limits) *refusal {
 		case fieldVia:
 			r.looped = r.looped || via != nil && bytes.Contains(f.value, via)
 		case fieldMaxForwards:
-			if string(r.Method) == "OPTIONS" {
+			if string(r.Method) == "OPTIONS" || string(r.Method) == "TRACE" {
 				hops, ok := parseLength(f.value)
 				if !ok {
 					return errMaxForwards
@@ -460,7 +461,12 @@ func (r *Request) startLine(line []byte) *refusal {
 		target = r.absolute(target[7:])
 	case len(target) > 8 && is(target[:5], "https") && string(target[5:8]) == "://":
 		target = r.absolute(target[8:])
+	case string(r.Method) == "CONNECT" && withPort(target): // RFC 9112 section 3.2.3
+		r.authority, r.Host, r.target = true, target, target
+		return nil
 	case string(r.Method) == "CONNECT":
+		return errMethodTarget
+	case is(r.Method, "connect"):
 		return errMethod
 	default:
 		return errTarget
@@ -600,6 +606,12 @@ func validHost(b []byte) bool {
 	}
 	c := bytes.IndexByte(b, ':')
 	return c < 0 || c > 0 && digits(b[c+1:])
+}
+
+// withPort reports whether an authority ends in a port. Whether it is valid is judged with the Host field.
+func withPort(b []byte) bool {
+	colon := bytes.LastIndexByte(b, ':')
+	return colon > 0 && colon+1 < len(b) && digits(b[colon+1:])
 }
 
 func digits(b []byte) bool {

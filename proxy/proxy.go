@@ -55,7 +55,8 @@ type Config struct {
 	Breaker         cb.Config     // 5 failures in a row, 30 s, 3 probes
 	BreakerStatuses []int         // 502, 503, 504: what counts as a failure of the instance
 
-	Limits Limits // of what peers may ask
+	Limits       Limits   // of what peers may ask
+	AllowMethods []string // none: of CONNECT and TRACE, which are refused otherwise
 
 	TrustedProxies   []netip.Prefix // none: whose forwarding fields are believed
 	UpstreamCA       *x509.CertPool // nil: the system's roots
@@ -120,6 +121,11 @@ func (cfg Config) withDefaults() (Config, error) {
 		return cfg, fmt.Errorf("proxy: Config.Breaker: %w", err)
 	}
 	gate.Close()
+	for _, method := range cfg.AllowMethods {
+		if method != "CONNECT" && method != "TRACE" {
+			return cfg, fmt.Errorf("proxy: Config.AllowMethods has %q: CONNECT and TRACE are all that it can allow", method)
+		}
+	}
 	if cfg.Limits, err = cfg.Limits.withDefaults(); err != nil {
 		return cfg, err
 	}
@@ -144,6 +150,7 @@ type Proxy struct {
 	log        *slog.Logger
 	route      RouteFunc
 	pseudonym  []byte    // our name in Via, unique to the process (RFC 9110 section 7.6.3); nil if we add none
+	allow      []byte    // the Allow field
 	failing    [600]bool // by status: Config.BreakerStatuses
 	services   sync.Map  // name -> *service
 	large      sync.Pool // of *[]byte, for bodies
@@ -178,7 +185,7 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 	}
 	var id [6]byte
 	rand.Read(id[:]) // never fails
-	p := &Proxy{cfg: cfg, log: cfg.Log, route: route}
+	p := &Proxy{cfg: cfg, log: cfg.Log, route: route, allow: allowField(cfg.AllowMethods)}
 	if !cfg.NoVia {
 		p.pseudonym = []byte("kerberos-" + hex.EncodeToString(id[:]))
 	}

@@ -246,7 +246,7 @@ func (c *conn) ask() (s stage, ok bool) {
 	end := bytes.Index(waiting, headEnd) + len(headEnd)
 	if end < len(headEnd) || waiting[0] == '\r' || end > c.p.cfg.Limits.Head ||
 		r.parse(waiting[:end], c.p.pseudonym, c.trusted, &c.p.cfg.Limits) != nil ||
-		r.chunked || r.length > int64(len(waiting)-end) || c.isLocal() {
+		r.authority || r.chunked || r.length > int64(len(waiting)-end) || c.isLocal() {
 		return stageReading, false
 	}
 	x.begin(w.loop.Now())

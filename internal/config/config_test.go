@@ -94,6 +94,7 @@ func TestValues(t *testing.T) {
 		{"a comma in a prefix", `--route /a\,b=a`, nil, func(g *Gateway) { g.Route = []Route{{"/a,b", "a"}} }},
 		{"a prefix with =", "--route /a=b=c", nil, func(g *Gateway) { g.Route = []Route{{"/a=b", "c"}} }},
 		{"statuses", "--breaker-statuses 500,503", nil, func(g *Gateway) { g.BreakerStatuses = []int{500, 503} }},
+		{"methods", "--allow-methods TRACE,CONNECT", nil, func(g *Gateway) { g.AllowMethods = []string{"TRACE", "CONNECT"} }},
 		{"limits", "--max-head 1MiB --max-fields 0 --max-request-line 1000", nil, func(g *Gateway) {
 			g.MaxHead, g.MaxFields, g.MaxRequestLine = 1<<20, 0, 1000
 		}},
@@ -209,6 +210,9 @@ func TestRefused(t *testing.T) {
 		{"--breaker-open 0s", nil, []string{"--breaker-open", `"0s"`, "at least 1ms"}},
 		{"--breaker-statuses 200", nil, []string{"--breaker-statuses", `"200"`, "400 to 599"}},
 		{"--breaker-statuses 502,", nil, []string{"--breaker-statuses", `"502,"`, "400 to 599"}},
+		{"--allow-methods GET", nil, []string{"--allow-methods", `"GET"`, "CONNECT", "TRACE"}},
+		{"--allow-methods trace", nil, []string{"--allow-methods", `"trace"`, "CONNECT", "TRACE"}},
+		{"--allow-methods=", nil, []string{"--allow-methods", `""`, "CONNECT", "TRACE"}},
 		{"--max-head 1025KiB", nil, []string{"--max-head", `"1025KiB"`, "more than 1MiB"}},
 		{"--max-head 32k", nil, []string{"--max-head", `"32k"`, "32KiB"}},
 		{"--max-request-line -1", nil, []string{"--max-request-line", `"-1"`, "32KiB"}},
