@@ -188,6 +188,7 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		HealthPath:       cfg.HealthPath,
 		Ready:            g.ready.Load,
 		LogRequests:      bool(cfg.LogRequests),
+		AmbiguousPaths:   proxy.PathPolicy(cfg.AmbiguousPaths),
 		AllowMethods:     cfg.AllowMethods,
 		Limits: proxy.Limits{
 			Head:        orNone(cfg.MaxHead),

@@ -176,8 +176,7 @@ func (p *Proxy) routes(text string) string {
 func (c *conn) isLocal() bool {
 	r, p := &c.req, c.p
 	return p.restricted(r) != nil || r.badExpect || r.upgrade && r.websocket || r.looped ||
-		len(r.Path) == 1 && r.Path[0] == '*' || r.maxForwards == 0 || c.isHealthCheck() ||
-		p.cfg.API != nil && registry.Serves(unsafe.String(unsafe.SliceData(r.Path), len(r.Path)))
+		len(r.Path) == 1 && r.Path[0] == '*' || r.maxForwards == 0 || p.owns(r.Path)
 }
 
 // restricted is what stands against a CONNECT or TRACE, which Config.AllowMethods must name, as the grammar has them: a
@@ -199,8 +198,13 @@ func (p *Proxy) restricted(r *Request) *refusal {
 	return nil
 }
 
-func (c *conn) isHealthCheck() bool {
-	return c.p.cfg.HealthPath != "" && string(c.req.Path) == c.p.cfg.HealthPath
+// owns says whether the gateway itself answers at a path.
+func (p *Proxy) owns(path []byte) bool {
+	return p.isHealth(path) || p.cfg.API != nil && registry.Serves(unsafe.String(unsafe.SliceData(path), len(path)))
+}
+
+func (p *Proxy) isHealth(path []byte) bool {
+	return p.cfg.HealthPath != "" && string(path) == p.cfg.HealthPath
 }
 
 // local answers such a request.
@@ -217,7 +221,14 @@ func (c *conn) local() (keep bool) {
 		return c.refuse(errLoop, !c.persistent())
 	case len(r.Path) == 1 && r.Path[0] == '*', r.maxForwards == 0:
 		return c.plain(200, "")
-	case !c.isHealthCheck():
+	}
+	if r.unclear && p.cfg.AmbiguousPaths != PassPaths {
+		if _, err := p.reading(r); err != nil {
+			return c.refuse(err, !c.persistent())
+		}
+	}
+	switch {
+	case !p.isHealth(r.Path):
 		return c.api()
 	case p.cfg.Ready():
 		return c.plain(200, "ready\n")

@@ -52,6 +52,7 @@ var (
 	errTrace        = &refusal{405, "http_request_denied", "Max-Forwards ends at the gateway, which does not answer TRACE"}
 	errTunnel       = &refusal{501, "http_upgrade_failed", "tunnels are not supported here"}
 	errPath         = &refusal{400, "http_request_denied", "the path can be read in two ways that lead to different services"}
+	errPathBytes    = &refusal{400, "http_request_denied", "the path has a backslash or an encoded NUL"}
 	errExpect       = &refusal{417, "http_request_denied", "the only expectation met here is 100-continue"}
 	errUpgrade      = &refusal{501, "http_upgrade_failed", "WebSocket is not supported here"}
 	errLoop         = &refusal{508, "proxy_loop_detected", "the request came back to the gateway that sent it"}

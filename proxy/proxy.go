@@ -55,8 +55,9 @@ type Config struct {
 	Breaker         cb.Config     // 5 failures in a row, 30 s, 3 probes
 	BreakerStatuses []int         // 502, 503, 504: what counts as a failure of the instance
 
-	Limits       Limits   // of what peers may ask
-	AllowMethods []string // none: of CONNECT and TRACE, which are refused otherwise
+	Limits         Limits     // of what peers may ask
+	AmbiguousPaths PathPolicy // RefusePaths: what becomes of paths that can be read in two ways
+	AllowMethods   []string   // none: of CONNECT and TRACE, which are refused otherwise
 
 	TrustedProxies   []netip.Prefix // none: whose forwarding fields are believed
 	UpstreamCA       *x509.CertPool // nil: the system's roots
@@ -121,6 +122,13 @@ func (cfg Config) withDefaults() (Config, error) {
 		return cfg, fmt.Errorf("proxy: Config.Breaker: %w", err)
 	}
 	gate.Close()
+	switch cfg.AmbiguousPaths {
+	case "":
+		cfg.AmbiguousPaths = RefusePaths
+	case RefusePaths, PassPaths, NormalizePaths:
+	default:
+		return cfg, fmt.Errorf("proxy: Config.AmbiguousPaths is %q: it must be one of %s, %s, %s", cfg.AmbiguousPaths, RefusePaths, PassPaths, NormalizePaths)
+	}
 	for _, method := range cfg.AllowMethods {
 		if method != "CONNECT" && method != "TRACE" {
 			return cfg, fmt.Errorf("proxy: Config.AllowMethods has %q: CONNECT and TRACE are all that it can allow", method)
@@ -279,26 +287,16 @@ func (x *exchange) run(s stage, err error) (keep bool) {
 	}
 }
 
-// find routes a request. Where the path could be read in another way, both must lead to the same service.
+// find routes a request.
 func (p *Proxy) find(r *Request) (*service, *refusal) {
 	name := p.route(r)
-	s := p.service(name)
 	if r.unclear {
-		raw := r.Path
-		reading, ok := canonical(r.reading, raw)
-		if !ok {
-			return nil, errPath
-		}
-		if cap(reading) <= firstBuffer {
-			r.reading = reading[:0]
-		}
-		r.Path = reading
-		other := p.route(r)
-		r.Path = raw
-		if other != name {
-			return nil, errPath
+		var err *refusal
+		if name, err = p.settle(r, name); err != nil {
+			return nil, err
 		}
 	}
+	s := p.service(name)
 	if s == nil || !s.known() {
 		return nil, errNoRoute
 	}

@@ -44,7 +44,8 @@ type Gateway struct {
 	BreakerProbes   int           `default:"3" min:"1" also:"BREAKER_PROBES" group:"traffic" help:"Probes that must all succeed to close a breaker."`
 	BreakerStatuses []int         `default:"502,503,504" type:"status" group:"traffic" help:"Statuses of a backend that count as its failure."`
 
-	AllowMethods []string `type:"methods" placeholder:"METHOD" group:"traffic" help:"Pass on CONNECT or TRACE, which are refused with 405 otherwise."`
+	AmbiguousPaths string   `default:"refuse" enum:"refuse,pass,normalize" group:"traffic" help:"Paths that a backend may read in another way: refuse (400), pass (as they came) or normalize (routed and sent as they are read)."`
+	AllowMethods   []string `type:"methods" placeholder:"METHOD" group:"traffic" help:"Pass on CONNECT or TRACE, which are refused with 405 otherwise."`
 
 	MaxHead        int `default:"32KiB" type:"size" max:"1MiB" placeholder:"SIZE" group:"limits" help:"Start line and fields of a request (431) or a response (502); 0 for 1MiB."`
 	MaxFields      int `default:"200" min:"0" group:"limits" help:"Field lines of a request (431) or a response (502); 0 for no limit."`

@@ -47,7 +47,7 @@ func TestValues(t *testing.T) {
 		Listen: ":8080", Admin: "127.0.0.1:9901", DrainTimeout: 30 * time.Second, API: APIBoth,
 		Strategy: lb.RoundRobin, RequestTimeout: 30 * time.Second, ConnectTimeout: 2 * time.Second, Retries: 2,
 		BreakerFailures: 5, BreakerOpen: 30 * time.Second, BreakerProbes: 3, BreakerStatuses: []int{502, 503, 504}, Via: true,
-		MaxHead: 32 << 10, MaxFields: 200, MaxRequestLine: 16 << 10,
+		AmbiguousPaths: "refuse", MaxHead: 32 << 10, MaxFields: 200, MaxRequestLine: 16 << 10,
 	}
 	tests := []struct {
 		name string
@@ -94,6 +94,7 @@ func TestValues(t *testing.T) {
 		{"a comma in a prefix", `--route /a\,b=a`, nil, func(g *Gateway) { g.Route = []Route{{"/a,b", "a"}} }},
 		{"a prefix with =", "--route /a=b=c", nil, func(g *Gateway) { g.Route = []Route{{"/a=b", "c"}} }},
 		{"statuses", "--breaker-statuses 500,503", nil, func(g *Gateway) { g.BreakerStatuses = []int{500, 503} }},
+		{"paths", "--ambiguous-paths normalize", nil, func(g *Gateway) { g.AmbiguousPaths = "normalize" }},
 		{"methods", "--allow-methods TRACE,CONNECT", nil, func(g *Gateway) { g.AllowMethods = []string{"TRACE", "CONNECT"} }},
 		{"limits", "--max-head 1MiB --max-fields 0 --max-request-line 1000", nil, func(g *Gateway) {
 			g.MaxHead, g.MaxFields, g.MaxRequestLine = 1<<20, 0, 1000
@@ -210,6 +211,7 @@ func TestRefused(t *testing.T) {
 		{"--breaker-open 0s", nil, []string{"--breaker-open", `"0s"`, "at least 1ms"}},
 		{"--breaker-statuses 200", nil, []string{"--breaker-statuses", `"200"`, "400 to 599"}},
 		{"--breaker-statuses 502,", nil, []string{"--breaker-statuses", `"502,"`, "400 to 599"}},
+		{"--ambiguous-paths allow", nil, []string{"--ambiguous-paths", `"allow"`, "refuse", "pass", "normalize"}},
 		{"--allow-methods GET", nil, []string{"--allow-methods", `"GET"`, "CONNECT", "TRACE"}},
 		{"--allow-methods trace", nil, []string{"--allow-methods", `"trace"`, "CONNECT", "TRACE"}},
 		{"--allow-methods=", nil, []string{"--allow-methods", `""`, "CONNECT", "TRACE"}},
