@@ -48,7 +48,7 @@ func (r *response) parse(b []byte, limits *Limits) *refusal {
 			if !ok || r.length >= 0 || f.value[0] == '0' && len(f.value) > 1 {
 				return errMalformed
 			}
-			drop = r.status == 204 // RFC 9110 section 8.6
+			drop = r.status == 204 || r.status < 200 // RFC 9110 section 8.6
 			r.length = length
 		case fieldTransferEncoding:
 			if r.chunked || r.minor == 0 || !is(f.value, "chunked") {
@@ -77,7 +77,7 @@ func (r *response) parse(b []byte, limits *Limits) *refusal {
 		}
 		at += n
 	}
-	if r.chunked && r.length >= 0 {
+	if r.chunked && r.length >= 0 || r.length > 0 && r.empty() || r.chunked && r.empty() && r.status != 205 {
 		return errMalformed
 	}
 	r.close = r.close || r.minor == 0 && !keepAlive
@@ -101,6 +101,10 @@ func (r *response) append(dst []byte) []byte {
 	}
 	return appendLines(dst, r.lines, r.drops)
 }
+
+// empty says whether a status has no content by its definition, RFC 9110 section 15. A length beside it is a contradiction
+// that peers resolve in different ways. 205 may have chunks or end with the connection, RFC 9112 section 6.3.
+func (r *response) empty() bool { return r.status < 200 || r.status == 204 || r.status == 205 }
 
 // bodyless says whether a response to this method has no body whatever its fields say, RFC 9112 section 6.3.
 func (r *response) bodyless(head bool) bool {

@@ -392,7 +392,7 @@ func TestAmbiguousPaths(t *testing.T) {
 		{"/-/x/../health", bad, "404", bad},
 		{"/-\\health", bad, "404", bad},
 		{"/services/%65cho", "200", "200", "200"}, // the API's, both ways
-		{"/services/echo;x/..", bad, bad, bad}, // which refuses such names
+		{"/services/echo;x/..", bad, bad, bad},    // which refuses such names
 		{"/services/a\\b", bad, bad, bad},
 		{"/services/%00", bad, bad, bad},
 
