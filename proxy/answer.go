@@ -4,7 +4,9 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"slices"
 	"strconv"
@@ -20,15 +22,17 @@ import (
 // maxNamed is how many services a 404 names.
 const maxNamed = 50
 
-// refuse sends an error of the gateway's own: status, one line that says why, Proxy-Status (RFC 9209).
+// refuse sends an error of the gateway's own: status, why, Proxy-Status (RFC 9209).
 func (c *conn) refuse(err *refusal, last bool) (keep bool) {
 	return c.refuseWith(err, last, c.p.cfg.Limits.explain(err), 0)
 }
 
-// refuseWith is refuse with another text, and Retry-After (in seconds) if that is more than 0.
+// refuseWith is refuse with another text, and Retry-After (in seconds) if that is more than 0. Nobody may keep the answer:
+// the next one to the same request may be another.
 func (c *conn) refuseWith(err *refusal, last bool, text string, retryAfter int) (keep bool) {
-	out := c.ownHead(err.status)
-	out = append(out, "Proxy-Status: kerberos; error="...)
+	contentType, body := c.explanation(err.status, text)
+	out := c.ownHead(err.status, contentType)
+	out = append(out, "Cache-Control: no-store\r\nProxy-Status: kerberos; error="...)
 	out = append(out, err.kind...)
 	out = append(out, "\r\n"...)
 	if err.status == 405 {
@@ -39,24 +43,34 @@ func (c *conn) refuseWith(err *refusal, last bool, text string, retryAfter int) 
 		out = strconv.AppendInt(out, int64(retryAfter), 10)
 		out = append(out, "\r\n"...)
 	}
-	phrase := fasthttp.StatusMessage(err.status)
-	out = c.endOwnHead(out, len("503 ")+len(phrase)+len(": ")+len(text)+len("\n"), last)
+	out = c.endOwnHead(out, len(body), last)
 	if string(c.req.Method) != "HEAD" {
-		out = strconv.AppendInt(out, int64(err.status), 10)
-		out = append(out, ' ')
-		out = append(out, phrase...)
-		out = append(out, ": "...)
-		out = append(out, text...)
-		out = append(out, '\n')
+		out = append(out, body...)
 	}
 	c.out = out
 	return c.flush() == nil && !last
 }
 
+// explanation is the body of a refusal: a problem (RFC 9457) for a client that would rather have JSON, one line of text for
+// all others.
+func (c *conn) explanation(status int, text string) (contentType string, body []byte) {
+	phrase := fasthttp.StatusMessage(status)
+	if c.req.prefersJSON() {
+		body, _ = json.Marshal(struct {
+			Type   string `json:"type"`
+			Title  string `json:"title"`
+			Status int    `json:"status"`
+			Detail string `json:"detail"`
+		}{"about:blank", phrase, status, text}) // strings and a number: it cannot fail
+		return "application/problem+json", append(body, '\n')
+	}
+	return plainText, fmt.Appendf(nil, "%d %s: %s\n", status, phrase, text)
+}
+
 // plain sends a short text of the gateway's own that is no error.
 func (c *conn) plain(status int, text string) (keep bool) {
 	last := !c.persistent()
-	out := c.ownHead(status)
+	out := c.ownHead(status, plainText)
 	if string(c.req.Method) == "OPTIONS" {
 		out = append(out, c.p.allow...)
 	}
@@ -75,14 +89,18 @@ func allowField(more []string) []byte {
 	return []byte("Allow: " + strings.Join(slices.Compact(methods), ", ") + "\r\n")
 }
 
+const plainText = "text/plain; charset=utf-8"
+
 // ownHead begins a response of the gateway's own.
-func (c *conn) ownHead(status int) []byte {
+func (c *conn) ownHead(status int, contentType string) []byte {
 	c.x.status = status
 	out := append(c.out[:0], "HTTP/1.1 "...)
 	out = strconv.AppendInt(out, int64(status), 10)
 	out = append(out, ' ')
 	out = append(out, fasthttp.StatusMessage(status)...)
-	out = append(out, "\r\nContent-Type: text/plain; charset=utf-8\r\n"...)
+	out = append(out, "\r\nContent-Type: "...)
+	out = append(out, contentType...)
+	out = append(out, "\r\n"...)
 	return c.p.appendDate(out)
 }
 

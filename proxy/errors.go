@@ -25,14 +25,14 @@ func (r *refusal) Error() string { return r.text }
 var (
 	errBareLF             = &refusal{400, "http_request_error", "a line of the request head does not end in CRLF"}
 	errRequestLine        = &refusal{400, "http_request_error", "the request line is not METHOD TARGET HTTP/1.1"}
-	errVersion            = &refusal{505, "http_request_error", "only HTTP/1.0 and HTTP/1.1 are spoken here"}
+	errVersion            = &refusal{505, "http_request_denied", "only HTTP/1.0 and HTTP/1.1 are spoken here"}
 	errTarget             = &refusal{400, "http_request_error", "the request target has bytes that must be percent-encoded, or is none of /path, http://host/path and *"}
 	errFieldName          = &refusal{400, "http_request_error", "a field line of the request has no valid name, or is folded"}
 	errFieldValue         = &refusal{400, "http_request_error", "a field value of the request has control bytes"}
 	errHost               = &refusal{400, "http_request_error", "the request needs one valid Host field"}
 	errContentLength      = &refusal{400, "http_request_error", "Content-Length must be one number, sent once"}
 	errTransferEncoding   = &refusal{400, "http_request_error", "Transfer-Encoding must be sent once, with HTTP/1.1"}
-	errTransferCoding     = &refusal{501, "http_request_error", "the only transfer coding understood here is chunked"}
+	errTransferCoding     = &refusal{501, "http_request_denied", "the only transfer coding understood here is chunked"}
 	errBothLengths        = &refusal{400, "http_request_error", "a request has Content-Length or Transfer-Encoding, not both"}
 	errConnection         = &refusal{400, "http_request_error", "the Connection field names more than 32 fields"}
 	errMaxForwards        = &refusal{400, "http_request_error", "Max-Forwards must be a number"}
@@ -81,7 +81,7 @@ var (
 )
 
 // errBadStatus answers for a probe that got a failing status when nobody else could answer.
-var errBadStatus = &refusal{502, "http_protocol_error", "the only instance that was asked answered with a failure"}
+var errBadStatus = &refusal{502, "destination_unavailable", "the only instance that was asked answered with a failure"}
 
 // errClientGone ends a request whose client left or broke off its body: there is nobody to answer.
 var errClientGone = errors.New("the client left")

@@ -171,8 +171,8 @@ func identify(name []byte) fieldID {
 	return fieldOther
 }
 
-// is reports whether token equals lower, which has lower-case letters and "-" only, in any case. No other byte that a
-// token may hold becomes one of those by setting 0x20.
+// is reports whether token equals lower, which has lower-case letters and any of "*+-/" only, in any case. No other byte that
+// a token may hold becomes one of those by setting 0x20.
 func is(token []byte, lower string) bool {
 	if len(token) != len(lower) {
 		return false

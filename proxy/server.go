@@ -299,6 +299,7 @@ func (c *conn) serve(s stage) {
 			c.req = Request{} // not the one before: the answer would be made for its method
 		}
 		if err != nil {
+			c.req.lines = nil // what could be read of them says nothing
 			c.refuse(err, true)
 			c.linger()
 			return
