@@ -35,7 +35,7 @@ var (
 	errTransferCoding     = &refusal{501, "http_request_denied", "the only transfer coding understood here is chunked"}
 	errBothLengths        = &refusal{400, "http_request_error", "a request has Content-Length or Transfer-Encoding, not both"}
 	errConnection         = &refusal{400, "http_request_error", "the Connection field names more than 32 fields"}
-	errMaxForwards        = &refusal{400, "http_request_error", "Max-Forwards must be a number"}
+	errMaxForwards        = &refusal{400, "http_request_error", "Max-Forwards must be a number, sent once"}
 	errHeadTooLarge       = &refusal{431, "http_request_error", "the request head is larger than the limit"}
 	errFields             = &refusal{431, "http_request_error", "the request has more field lines than the limit"}
 	errRequestLineTooLong = &refusal{414, "http_request_error", "the request line is longer than the limit"}

@@ -205,7 +205,7 @@ const (
 	isToken   = 1 << iota // RFC 9110 tchar
 	isTarget              // may stand in a request target: visible ASCII but "#", and bytes from 0x80
 	isUnclear             // in a path, a reason for a closer look: % \ ;
-	isHost                // may stand in a Host field: RFC 3986 host and port, without userinfo
+	isHost                // may stand in a Host field: RFC 3986 host and port, without userinfo and "%", which some decode
 )
 
 var class = func() (c [256]uint8) {
@@ -223,7 +223,7 @@ var class = func() (c [256]uint8) {
 	for _, b := range []byte(`%\;`) {
 		c[b] |= isUnclear
 	}
-	for _, b := range []byte("-._~%!$&'()*+;=:[]") {
+	for _, b := range []byte("-._~!$&'()*+;=:[]") {
 		c[b] |= isHost
 	}
 	return c
@@ -381,7 +381,7 @@ func (r *Request) parse(b, via []byte, trusted bool, limits *Limits) *refusal {
 		case fieldMaxForwards:
 			if string(r.Method) == "OPTIONS" || string(r.Method) == "TRACE" {
 				hops, ok := parseLength(f.value)
-				if !ok {
+				if !ok || r.maxForwards >= 0 {
 					return errMaxForwards
 				}
 				drop, r.maxForwards = true, int(min(hops, 1<<30))
@@ -599,28 +599,25 @@ func validHost(b []byte) bool {
 			return false
 		}
 		b = b[end+1:]
-		return len(b) == 0 || b[0] == ':' && digits(b[1:])
+		return len(b) == 0 || b[0] == ':' && isPort(b[1:])
 	}
 	if bytes.IndexByte(b, '[') >= 0 || bytes.IndexByte(b, ']') >= 0 {
 		return false
 	}
 	c := bytes.IndexByte(b, ':')
-	return c < 0 || c > 0 && digits(b[c+1:])
+	return c < 0 || c > 0 && isPort(b[c+1:])
 }
 
 // withPort reports whether an authority ends in a port. Whether it is valid is judged with the Host field.
 func withPort(b []byte) bool {
 	colon := bytes.LastIndexByte(b, ':')
-	return colon > 0 && colon+1 < len(b) && digits(b[colon+1:])
+	return colon > 0 && colon+1 < len(b) && isPort(b[colon+1:])
 }
 
-func digits(b []byte) bool {
-	for _, c := range b {
-		if c < '0' || c > '9' {
-			return false
-		}
-	}
-	return len(b) <= 5
+// isPort reports whether b is a port, which may be empty.
+func isPort(b []byte) bool {
+	port, ok := parseLength(b)
+	return len(b) == 0 || ok && port < 1<<16 && len(b) <= 5
 }
 
 var headEnd = []byte("\r\n\r\n")
