@@ -190,6 +190,9 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 			MinUpload:        limit(cfg.ClientMinUpload),
 			MinDownload:      limit(cfg.ClientMinDownload),
 			Body:             limit(cfg.MaxBody),
+			Head:             limit(cfg.MaxHead),
+			Fields:           limit(cfg.MaxFields),
+			RequestLine:      limit(cfg.MaxRequestLine),
 
 			Connections:          cfg.MaxConnections.Of(descriptors()),
 			ConnectionsPerClient: cfg.MaxConnectionsPerClient,
@@ -208,6 +211,8 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		HealthPath:       cfg.HealthPath,
 		Ready:            g.ready.Load,
 		LogRequests:      bool(cfg.LogRequests),
+		AmbiguousPaths:   proxy.PathPolicy(cfg.AmbiguousPaths),
+		AllowMethods:     cfg.AllowMethods,
 		Log:              log,
 	}
 	for _, route := range cfg.Route {

@@ -354,12 +354,23 @@ func TestReadmeLimits(t *testing.T) {
 	nominated := func(n int) int {
 		return raw(strings.Replace(get("/echo"), "\r\n\r\n", "\r\nConnection: "+strings.Repeat("x, ", n)+"\r\n\r\n", 1))
 	}
+	fields := func(n int) int {
+		plain := get("/echo")
+		return raw(strings.Replace(plain, "\r\n\r\n", strings.Repeat("\r\nX: y", n-strings.Count(plain, "\r\n")+2)+"\r\n\r\n", 1))
+	}
+	line := func(size int) int {
+		plain := get("/echo")
+		return raw(strings.Replace(plain, "/echo", "/echo?"+strings.Repeat("x", size-strings.Index(plain, "\n")-2), 1))
+	}
 	chunked := func(extension, trailer int) int {
 		request := strings.Replace(get("/echo"), "\r\n\r\n", "\r\nTransfer-Encoding: chunked\r\n\r\n", 1)
 		for line := "T: " + strings.Repeat("t", 1019) + "\r\n"; trailer > 0; trailer-- { // 1 KiB each
 			request += line
 		}
 		return raw(strings.Replace(request, "chunked\r\n\r\n", "chunked\r\n\r\n0;"+strings.Repeat("e", extension)+"\r\n", 1) + "\r\n")
+	}
+	if within, past := answer(32<<10), answer(33<<10); within != 200 || past != 502 {
+		t.Errorf("response heads: status %d at the limit, %d past it", within, past)
 	}
 	for what, test := range map[string]struct {
 		want         string
@@ -368,8 +379,6 @@ func TestReadmeLimits(t *testing.T) {
 		"fields that a `Connection` field names":    {"32 -> 400", nominated(32), nominated(33)},
 		"size line of a chunk":                      {"4 KiB -> 400", chunked(4000, 0), chunked(4<<10, 0)},
 		"trailer section":                           {"16 KiB -> 400", chunked(0, 15), chunked(0, 17)},
-		"backend's response head":                   {"32 KiB -> 502", answer(32 << 10), answer(33 << 10)},
-		"request head":                              {"32 KiB -> 431", head(32 << 10), head(32<<10 + 1)},
 		"a service's name, an instance's id":        {"128 characters of `A-Z a-z 0-9 . _ ~ : -` -> 400", register(strings.Repeat("x", 128), 1, 0), register(strings.Repeat("x", 129), 1, 0)},
 		"weight":                                    {fmt.Sprintf("%d -> 400", registry.MaxWeight), register("w", registry.MaxWeight, 0), register("w", registry.MaxWeight+1, 0)},
 		"body of an API call":                       {fmt.Sprintf("%d KiB -> 413", registry.MaxBody>>10), register("b", 1, 60<<10), register("b", 1, 64<<10)},
@@ -379,6 +388,9 @@ func TestReadmeLimits(t *testing.T) {
 		"WebSocket, HTTP/2, TLS to clients":         {"not yet -> 501 for a WebSocket handshake", 0, webSocket(g)},
 		"request body that can be sent again":       {"64 KiB -> it is streamed and sent once", upload(g, 3<<20), 0},
 		"registrations":                             {"in memory -> gone with the process", 0, 0},
+		"start line and fields of a request or a response, in bytes; 0 is 1 MiB": {"32KiB -> 431; 502 for a backend's", head(32 << 10), head(32<<10 + 1)},
+		"field lines of a request or a response":                                 {"200 -> 431; 502 for a backend's", fields(200), fields(201)},
+		"first line of a request":                                                {"16KiB -> 414", line(16 << 10), line(16<<10 + 1)},
 	} {
 		if limits[what] != test.want {
 			t.Errorf("%s: README %q, real %q", what, limits[what], test.want)

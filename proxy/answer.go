@@ -4,8 +4,11 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -22,45 +25,57 @@ const statusClientGone = 499
 // maxNamed is how many services a 404 names.
 const maxNamed = 50
 
-// refuse sends an error of the gateway's own: status, one line that says why, Proxy-Status (RFC 9209).
+// refuse sends an error of the gateway's own: status, why, Proxy-Status (RFC 9209).
 func (c *conn) refuse(err *refusal, last bool) (keep bool) {
-	return c.refuseWith(err, last, err.text, 0)
+	return c.refuseWith(err, last, c.p.cfg.Limits.explain(err), 0)
 }
 
-// refuseWith is refuse with another text, and Retry-After (in seconds) if that is more than 0.
+// refuseWith is refuse with another text, and Retry-After (in seconds) if that is more than 0. Nobody may keep the answer:
+// the next one to the same request may be another.
 func (c *conn) refuseWith(err *refusal, last bool, text string, retryAfter int) (keep bool) {
-	out := c.ownHead(err.status)
-	out = append(out, "Proxy-Status: kerberos; error="...)
+	contentType, body := c.explanation(err.status, text)
+	out := c.ownHead(err.status, contentType)
+	out = append(out, "Cache-Control: no-store\r\nProxy-Status: kerberos; error="...)
 	out = append(out, err.kind...)
 	out = append(out, "\r\n"...)
 	if err.status == 405 {
-		out = append(out, allowField...)
+		out = append(out, c.p.allow...)
 	}
 	if retryAfter > 0 {
 		out = append(out, "Retry-After: "...)
 		out = strconv.AppendInt(out, int64(retryAfter), 10)
 		out = append(out, "\r\n"...)
 	}
-	phrase := fasthttp.StatusMessage(err.status)
-	out = c.endOwnHead(out, len("503 ")+len(phrase)+len(": ")+len(text)+len("\n"), last)
+	out = c.endOwnHead(out, len(body), last)
 	if string(c.req.Method) != "HEAD" {
-		out = strconv.AppendInt(out, int64(err.status), 10)
-		out = append(out, ' ')
-		out = append(out, phrase...)
-		out = append(out, ": "...)
-		out = append(out, text...)
-		out = append(out, '\n')
+		out = append(out, body...)
 	}
 	c.out = out
 	return c.flush() == nil && !last
 }
 
+// explanation is the body of a refusal: a problem (RFC 9457) for a client that would rather have JSON, one line of text for
+// all others.
+func (c *conn) explanation(status int, text string) (contentType string, body []byte) {
+	phrase := fasthttp.StatusMessage(status)
+	if c.req.prefersJSON() {
+		body, _ = json.Marshal(struct {
+			Type   string `json:"type"`
+			Title  string `json:"title"`
+			Status int    `json:"status"`
+			Detail string `json:"detail"`
+		}{"about:blank", phrase, status, text}) // strings and a number: it cannot fail
+		return "application/problem+json", append(body, '\n')
+	}
+	return plainText, fmt.Appendf(nil, "%d %s: %s\n", status, phrase, text)
+}
+
 // plain sends a short text of the gateway's own that is no error.
 func (c *conn) plain(status int, text string) (keep bool) {
 	last := !c.persistent()
-	out := c.ownHead(status)
+	out := c.ownHead(status, plainText)
 	if string(c.req.Method) == "OPTIONS" {
-		out = append(out, allowField...)
+		out = append(out, c.p.allow...)
 	}
 	out = c.endOwnHead(out, len(text), last)
 	if string(c.req.Method) != "HEAD" {
@@ -70,17 +85,25 @@ func (c *conn) plain(status int, text string) (keep bool) {
 	return c.flush() == nil && !last
 }
 
-// allowField names the methods that are not answered here.
-const allowField = "Allow: DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT\r\n"
+// allowField names the methods that are not refused.
+func allowField(more []string) []byte {
+	methods := append([]string{"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}, more...)
+	slices.Sort(methods)
+	return []byte("Allow: " + strings.Join(slices.Compact(methods), ", ") + "\r\n")
+}
+
+const plainText = "text/plain; charset=utf-8"
 
 // ownHead begins a response of the gateway's own.
-func (c *conn) ownHead(status int) []byte {
+func (c *conn) ownHead(status int, contentType string) []byte {
 	c.x.status = status
 	out := append(c.out[:0], "HTTP/1.1 "...)
 	out = strconv.AppendInt(out, int64(status), 10)
 	out = append(out, ' ')
 	out = append(out, fasthttp.StatusMessage(status)...)
-	out = append(out, "\r\nContent-Type: text/plain; charset=utf-8\r\n"...)
+	out = append(out, "\r\nContent-Type: "...)
+	out = append(out, contentType...)
+	out = append(out, "\r\n"...)
 	return c.p.appendDate(out)
 }
 
@@ -99,9 +122,13 @@ func (c *conn) endOwnHead(out []byte, length int, last bool) []byte {
 }
 
 // persistent reports whether the connection goes on after an answer that is not a backend's. A body that was not read
-// ends it, unless all of it is here.
+// ends it, unless all of it is here; so does a CONNECT, whose client may have sent on what is meant for its tunnel.
 func (c *conn) persistent() bool {
 	r, x := &c.req, &c.x
+	if is(r.Method, "connect") {
+		x.unread = true
+		return false
+	}
 	if !x.bodyRead {
 		if r.chunked || int64(len(c.in.waiting())) < r.length {
 			x.unread = true
@@ -172,22 +199,44 @@ func (p *Proxy) routes(text string) string {
 // gateway's own paths.
 func (c *conn) isLocal() bool {
 	r, p := &c.req, c.p
-	return is(r.Method, "connect") || is(r.Method, "trace") || // in any case: a backend may be lenient
-		r.badExpect || r.upgrade && r.websocket || r.looped ||
-		len(r.Path) == 1 && r.Path[0] == '*' || r.maxForwards == 0 || c.isHealthCheck() ||
-		p.cfg.API != nil && registry.Serves(unsafe.String(unsafe.SliceData(r.Path), len(r.Path)))
+	return p.restricted(r) != nil || r.badExpect || r.upgrade && r.websocket || r.looped ||
+		len(r.Path) == 1 && r.Path[0] == '*' || r.maxForwards == 0 || p.owns(r.Path)
 }
 
-func (c *conn) isHealthCheck() bool {
-	return c.p.cfg.HealthPath != "" && string(c.req.Path) == c.p.cfg.HealthPath
+// restricted is what stands against a CONNECT or TRACE, which Config.AllowMethods must name, as the grammar has them: a
+// backend may be lenient in their case.
+func (p *Proxy) restricted(r *Request) *refusal {
+	connect := is(r.Method, "connect")
+	switch {
+	case !connect && !is(r.Method, "trace"):
+		return nil
+	case !slices.Contains(p.cfg.AllowMethods, unsafe.String(unsafe.SliceData(r.Method), len(r.Method))):
+		return errMethod
+	case r.chunked || r.length > 0:
+		return errMethodBody
+	case connect && !r.authority:
+		return errMethodTarget
+	case r.maxForwards == 0:
+		return errTrace // RFC 9110 section 7.6.2: not sent on
+	}
+	return nil
+}
+
+// owns says whether the gateway itself answers at a path.
+func (p *Proxy) owns(path []byte) bool {
+	return p.isHealth(path) || p.cfg.API != nil && registry.Serves(unsafe.String(unsafe.SliceData(path), len(path)))
+}
+
+func (p *Proxy) isHealth(path []byte) bool {
+	return p.cfg.HealthPath != "" && string(path) == p.cfg.HealthPath
 }
 
 // local answers such a request.
 func (c *conn) local() (keep bool) {
 	r, p := &c.req, c.p
 	switch {
-	case is(r.Method, "connect"), is(r.Method, "trace"):
-		return c.refuse(errMethod, !c.persistent())
+	case p.restricted(r) != nil:
+		return c.refuse(p.restricted(r), !c.persistent())
 	case r.badExpect:
 		return c.refuse(errExpect, !c.persistent())
 	case r.upgrade && r.websocket:
@@ -196,7 +245,14 @@ func (c *conn) local() (keep bool) {
 		return c.refuse(errLoop, !c.persistent())
 	case len(r.Path) == 1 && r.Path[0] == '*', r.maxForwards == 0:
 		return c.plain(200, "")
-	case !c.isHealthCheck():
+	}
+	if r.unclear && p.cfg.AmbiguousPaths != PassPaths {
+		if _, err := p.reading(r); err != nil {
+			return c.refuse(err, !c.persistent())
+		}
+	}
+	switch {
+	case !p.isHealth(r.Path):
 		return c.api()
 	case p.cfg.Ready():
 		return c.plain(200, "ready\n")

@@ -422,7 +422,7 @@ func TestRequestCutHalfWay(t *testing.T) {
 		c := &conn{p: g.Proxy}
 		c.occupy()
 		c.takeScratch(g.Proxy)
-		if err := c.req.parse([]byte(smallGet), nil, false); err != nil {
+		if err := c.req.parse([]byte(smallGet), nil, false, &standard); err != nil {
 			t.Fatal(err)
 		}
 		c.x.begin(time.Now())

@@ -222,7 +222,7 @@ func startExchange(t testing.TB, strategy lb.Strategy, n int) *exchange {
 	t.Cleanup(p.Close)
 	c := &conn{p: p}
 	c.occupy()
-	if err := c.req.parse([]byte(smallGet), nil, false); err != nil {
+	if err := c.req.parse([]byte(smallGet), nil, false, &standard); err != nil {
 		t.Fatal(err)
 	}
 	return &c.x

@@ -23,39 +23,46 @@ func (r *refusal) Error() string { return r.text }
 // What clients did wrong. What makes a head or body unclear ends the connection: neither is clear then where the next
 // request begins.
 var (
-	errBareLF           = &refusal{400, "http_request_error", "a line of the request head does not end in CRLF"}
-	errRequestLine      = &refusal{400, "http_request_error", "the request line is not METHOD TARGET HTTP/1.1"}
-	errVersion          = &refusal{505, "http_request_error", "only HTTP/1.0 and HTTP/1.1 are spoken here"}
-	errTarget           = &refusal{400, "http_request_error", "the request target has bytes that must be percent-encoded, or is none of /path, http://host/path and *"}
-	errFieldName        = &refusal{400, "http_request_error", "a field line of the request has no valid name, or is folded"}
-	errFieldValue       = &refusal{400, "http_request_error", "a field value of the request has control bytes"}
-	errHost             = &refusal{400, "http_request_error", "the request needs one valid Host field"}
-	errContentLength    = &refusal{400, "http_request_error", "Content-Length must be one number, sent once"}
-	errTransferEncoding = &refusal{400, "http_request_error", "Transfer-Encoding must be sent once, with HTTP/1.1"}
-	errTransferCoding   = &refusal{501, "http_request_error", "the only transfer coding understood here is chunked"}
-	errBothLengths      = &refusal{400, "http_request_error", "a request has Content-Length or Transfer-Encoding, not both"}
-	errConnection       = &refusal{400, "http_request_error", "the Connection field names more than 32 fields"}
-	errMaxForwards      = &refusal{400, "http_request_error", "Max-Forwards must be a number"}
-	errHeadTooLarge     = &refusal{431, "http_request_error", "the request head is larger than 32 KiB"}
-	errHeadTimeout      = &refusal{408, "http_request_error", "the request head did not arrive in time"}
-	errBodyTimeout      = &refusal{408, "http_request_error", "the request body stopped arriving"}
-	errBodySlow         = &refusal{408, "http_request_error", "the request body arrives too slowly"}
-	errBodyTooLarge     = &refusal{413, "http_request_error", "the request body is larger than is allowed here"}
-	errChunk            = &refusal{400, "http_request_error", "the chunked request body is malformed"}
+	errBareLF             = &refusal{400, "http_request_error", "a line of the request head does not end in CRLF"}
+	errRequestLine        = &refusal{400, "http_request_error", "the request line is not METHOD TARGET HTTP/1.1"}
+	errVersion            = &refusal{505, "http_request_denied", "only HTTP/1.0 and HTTP/1.1 are spoken here"}
+	errTarget             = &refusal{400, "http_request_error", "the request target has bytes that must be percent-encoded, or is none of /path, http://host/path and *"}
+	errFieldName          = &refusal{400, "http_request_error", "a field line of the request has no valid name, or is folded"}
+	errFieldValue         = &refusal{400, "http_request_error", "a field value of the request has control bytes"}
+	errHost               = &refusal{400, "http_request_error", "the request needs one valid Host field"}
+	errContentLength      = &refusal{400, "http_request_error", "Content-Length must be one number, sent once"}
+	errTransferEncoding   = &refusal{400, "http_request_error", "Transfer-Encoding must be sent once, with HTTP/1.1"}
+	errTransferCoding     = &refusal{501, "http_request_denied", "the only transfer coding understood here is chunked"}
+	errBothLengths        = &refusal{400, "http_request_error", "a request has Content-Length or Transfer-Encoding, not both"}
+	errConnection         = &refusal{400, "http_request_error", "the Connection field names more than 32 fields"}
+	errMaxForwards        = &refusal{400, "http_request_error", "Max-Forwards must be a number, sent once"}
+	errHeadTooLarge       = &refusal{431, "http_request_error", "the request head is larger than the limit"}
+	errFields             = &refusal{431, "http_request_error", "the request has more field lines than the limit"}
+	errRequestLineTooLong = &refusal{414, "http_request_error", "the request line is longer than the limit"}
+	errHeadTimeout        = &refusal{408, "http_request_error", "the request head did not arrive in time"}
+	errBodyTimeout        = &refusal{408, "http_request_error", "the request body stopped arriving"}
+	errBodySlow           = &refusal{408, "http_request_error", "the request body arrives too slowly"}
+	errBodyTooLarge       = &refusal{413, "http_request_error", "the request body is larger than the limit"}
+	errChunk              = &refusal{400, "http_request_error", "the chunked request body is malformed"}
 )
 
 // What the gateway does not do, or cannot do now.
 var (
-	errMethod     = &refusal{405, "http_request_denied", "CONNECT and TRACE are not allowed here"}
-	errPath       = &refusal{400, "http_request_denied", "the path can be read in two ways that lead to different services"}
-	errExpect     = &refusal{417, "http_request_denied", "the only expectation met here is 100-continue"}
-	errUpgrade    = &refusal{501, "http_upgrade_failed", "WebSocket is not supported here"}
-	errLoop       = &refusal{508, "proxy_loop_detected", "the request came back to the gateway that sent it"}
-	errNoRoute    = &refusal{404, "destination_not_found", "no service is at this path"}
-	errNoInstance = &refusal{503, "destination_unavailable", "no instance of the service is ready"}
-	errNoSocket   = &refusal{503, "connection_limit_reached", "the gateway is out of sockets"}
-	errOverTime   = &refusal{504, "http_response_timeout", "the request took longer than is allowed here"}
-	errInternal   = &refusal{500, "proxy_internal_error", "the gateway failed on this request"}
+	errMethod       = &refusal{405, "http_request_denied", "this method is not allowed here"}
+	errMethodTarget = &refusal{400, "http_request_error", "the target of a CONNECT request is not HOST:PORT"}
+	errMethodBody   = &refusal{400, "http_request_error", "a CONNECT or TRACE request has no body"}
+	errTrace        = &refusal{405, "http_request_denied", "Max-Forwards ends at the gateway, which does not answer TRACE"}
+	errTunnel       = &refusal{501, "http_upgrade_failed", "tunnels are not supported here"}
+	errPath         = &refusal{400, "http_request_denied", "the path can be read in two ways that lead to different services"}
+	errPathBytes    = &refusal{400, "http_request_denied", "the path has a backslash or an encoded NUL"}
+	errExpect       = &refusal{417, "http_request_denied", "the only expectation met here is 100-continue"}
+	errUpgrade      = &refusal{501, "http_upgrade_failed", "WebSocket is not supported here"}
+	errLoop         = &refusal{508, "proxy_loop_detected", "the request came back to the gateway that sent it"}
+	errNoRoute      = &refusal{404, "destination_not_found", "no service is at this path"}
+	errNoInstance   = &refusal{503, "destination_unavailable", "no instance of the service is ready"}
+	errNoSocket     = &refusal{503, "connection_limit_reached", "the gateway is out of sockets"}
+	errOverTime     = &refusal{504, "http_response_timeout", "the request took longer than is allowed here"}
+	errInternal     = &refusal{500, "proxy_internal_error", "the gateway failed on this request"}
 )
 
 // What backends did wrong.
@@ -70,13 +77,14 @@ var (
 	errResponseTimeout = &refusal{504, "http_response_timeout", "the backend did not answer in time"}
 	errWriteTimeout    = &refusal{504, "connection_write_timeout", "the backend stopped taking the request"}
 	errMalformed       = &refusal{502, "http_protocol_error", "the backend's response is malformed"}
-	errResponseHead    = &refusal{502, "http_response_header_section_size", "the backend's response head is larger than 32 KiB"}
+	errResponseHead    = &refusal{502, "http_response_header_section_size", "the backend's response head is larger than the limit"}
+	errResponseFields  = &refusal{502, "http_response_header_section_size", "the backend's response has more field lines than the limit"}
 	errIncomplete      = &refusal{502, "http_response_incomplete", "the backend broke off its response"}
 	errSwitch          = &refusal{502, "http_upgrade_failed", "the backend switched protocols unasked"}
 )
 
 // errBadStatus answers for a probe that got a failing status when nobody else could answer.
-var errBadStatus = &refusal{502, "http_protocol_error", "the only instance that was asked answered with a failure"}
+var errBadStatus = &refusal{502, "destination_unavailable", "the only instance that was asked answered with a failure"}
 
 // errClientGone ends a request whose client left or broke off its body: there is nobody to answer.
 var errClientGone = errors.New("the client left")
@@ -143,7 +151,7 @@ const (
 // blame says whose fault an error of an attempt is: the instance's, or nobody's that a breaker should hear of.
 func blame(err error) outcome {
 	for _, other := range []error{errClientGone, errClientSlow, errBodyTimeout, errBodySlow, errBodyTooLarge, errChunk, errOverTime,
-		errStale, errNoSocket} {
+		errStale, errNoSocket, errTunnel} {
 		if errors.Is(err, other) {
 			return ignored
 		}

@@ -240,7 +240,7 @@ func (x *exchange) repeatable() bool {
 		return false
 	}
 	switch string(x.c.req.Method) {
-	case "GET", "HEAD", "OPTIONS", "PUT", "DELETE":
+	case "GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE":
 		return true
 	}
 	return false
@@ -305,7 +305,7 @@ func (x *exchange) hold(patient bool) error {
 			c.read.disarm()
 			patience = min(patience, time.Until(slowest))
 		}
-		n, err := c.receive(b.space(maxHead), patience)
+		n, err := c.receive(b.space(relaySize), patience)
 		b.w += n
 		switch {
 		case err == errBodyTimeout && r.chunked && !patient:
@@ -499,22 +499,24 @@ func (x *exchange) await(reused bool) error {
 }
 
 func (x *exchange) head(b *buffer, limit time.Time, reused bool) error {
-	scanned := 0
+	scanned, limits := 0, &x.p().cfg.Limits
 	for interim := 0; ; {
 		w := b.waiting()
 		if end := bytes.Index(w[scanned:], headEnd); end >= 0 {
 			end += scanned + len(headEnd)
-			switch {
-			case end > maxHead:
+			if end > limits.Head {
 				return errResponseHead
-			case !x.res.parse(w[:end]):
-				return errMalformed
+			}
+			if err := x.res.parse(w[:end], limits); err != nil {
+				return err
 			}
 			b.r += end
 			b.base = b.r
 			switch {
 			case x.res.status == 101:
 				return errSwitch
+			case x.c.req.authority && x.res.status >= 200 && x.res.status < 300:
+				return errTunnel
 			case x.res.status >= 200:
 				return nil
 			}
@@ -534,10 +536,10 @@ func (x *exchange) head(b *buffer, limit time.Time, reused bool) error {
 			return errMalformed
 		}
 		scanned = max(0, len(w)-len(headEnd)+1)
-		room := b.space(maxHead)
-		if room == nil || len(w) >= maxHead {
+		if len(w) >= limits.Head {
 			return errResponseHead
 		}
+		room := b.space(limits.Head)
 		n, err := x.receive(room, x.sent, limit)
 		b.w += n
 		switch {
@@ -702,7 +704,7 @@ func (x *exchange) whole(have int) bool {
 func (x *exchange) appendResponse(dst []byte) []byte {
 	r, res := &x.c.req, &x.res
 	bodyless := x.bodyless()
-	x.keep = (r.minor == 1 || r.keepAlive) && !r.close && x.uploaded() && !x.p().closing.Load()
+	x.keep = (r.minor == 1 || r.keepAlive) && !r.close && !r.authority && x.uploaded() && !x.p().closing.Load()
 	x.chunks = !bodyless && res.length < 0 && r.minor == 1
 	if !bodyless && res.length < 0 && r.minor == 0 {
 		x.keep = false // the end of the connection is the end of the body

@@ -72,7 +72,9 @@ func forwardingFields(peer netip.Addr) []byte {
 func (c *conn) appendHead(dst []byte, r *Request, t *registry.Target) []byte {
 	dst = append(dst, r.Method...)
 	dst = append(dst, ' ')
-	dst = append(dst, t.BasePath...)
+	if !r.authority {
+		dst = append(dst, t.BasePath...)
+	}
 	dst = append(dst, r.target...)
 	dst = append(dst, " HTTP/1.1\r\n"...)
 	if !r.hasHost {

@@ -5,10 +5,13 @@ import (
 	"bytes"
 	"io"
 	"math/rand/v2"
+	"mime"
+	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -107,12 +110,12 @@ func checkRequestHead(t *testing.T, c *conn, data []byte, trusted bool) bool {
 	}
 	head := data[:end+len(headEnd)]
 	r := &Request{}
-	if r.parse(head, c.p.pseudonym, trusted) != nil || is(r.Method, "connect") {
-		return false // CONNECT is answered with 405, whatever its target means
+	if r.parse(head, c.p.pseudonym, trusted, &standard) != nil || is(r.Method, "connect") && !r.authority {
+		return false // such a CONNECT is refused, whatever its target means
 	}
 	want, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(head)))
 	if err != nil {
-		if brokenEscape(r.target) || bytes.IndexByte(r.Host, '%') >= 0 || r.Header("Trailer") != nil {
+		if brokenEscape(r.target) || r.Header("Trailer") != nil {
 			return false
 		}
 		t.Fatalf("we take %q, net/http does not: %v", head, err)
@@ -123,7 +126,7 @@ func checkRequestHead(t *testing.T, c *conn, data []byte, trusted bool) bool {
 	c.trusted = trusted
 	sent := c.appendHead(nil, r, &registry.Target{Authority: "backend:80"})
 	again := &Request{}
-	if err := again.parse(sent, nil, false); err != nil {
+	if err := again.parse(sent, nil, false, &standard); err != nil {
 		t.Fatalf("%q goes on as %q, which we would not take: %v", head, sent, err)
 	}
 	if want, err = http.ReadRequest(bufio.NewReader(bytes.NewReader(sent))); err != nil {
@@ -159,7 +162,7 @@ func agree(t *testing.T, r *Request, want *http.Request) {
 	if err != nil {
 		t.Fatalf("net/http took the path %q: %v", r.Path, err)
 	}
-	if want.URL.Path == "" && want.Method != http.MethodOptions {
+	if want.URL.Path == "" && want.Method != http.MethodOptions && !r.authority {
 		want.URL.Path = "/"
 	} else if want.URL.Path == "" {
 		want.URL.Path = path // OPTIONS http://a: net/http leaves it open whether this is "/" or "*"
@@ -232,7 +235,7 @@ func checkResponseHead(t *testing.T, data []byte, head bool) bool {
 	}
 	data = data[:end+len(headEnd)]
 	var r response
-	if !r.parse(data) {
+	if r.parse(data, &standard) != nil {
 		return false
 	}
 	method := http.MethodGet
@@ -262,11 +265,11 @@ func checkResponseHead(t *testing.T, data []byte, head bool) bool {
 
 	sent := append(r.append(nil), "\r\n"...)
 	var again response
-	if !again.parse(sent) {
+	if again.parse(sent, &standard) != nil {
 		t.Fatalf("%q goes on as %q, which we would not take", data, sent)
 	}
 	if again.status != r.status || again.minor != 1 || again.chunked || again.close || again.hasDate != r.hasDate ||
-		again.length != r.length && r.status != 204 {
+		again.length != r.length && r.status >= 200 && r.status != 204 {
 		t.Errorf("%q goes on as %q: another response", data, sent)
 	}
 	if want = read(sent); want == nil {
@@ -356,30 +359,42 @@ func FuzzChunks(f *testing.F) {
 		if !done {
 			return
 		}
-		const head = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
-		in := bufio.NewReaderSize(io.MultiReader(strings.NewReader(head), bytes.NewReader(wire)), 2*maxTrailers)
-		want, readErr := http.ReadRequest(in)
-		if readErr != nil {
-			t.Fatal(readErr)
-		}
-		body, readErr := io.ReadAll(want.Body)
-		if readErr != nil {
-			if strings.Contains(readErr.Error(), "too much non-data") { // its measure for extensions that are only ballast
-				return
+		for _, head := range []string{"POST / HTTP/1.1\r\nHost: a\r\n", "HTTP/1.1 200 OK\r\n"} { // both directions
+			in := bufio.NewReaderSize(io.MultiReader(strings.NewReader(head+"Transfer-Encoding: chunked\r\n\r\n"), bytes.NewReader(wire)), 2*maxTrailers)
+			var from io.Reader
+			var theirs *http.Header
+			if head[0] == 'P' {
+				want, err := http.ReadRequest(in)
+				if err != nil {
+					t.Fatal(err)
+				}
+				from, theirs = want.Body, &want.Trailer
+			} else {
+				want, err := http.ReadResponse(in, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				from, theirs = want.Body, &want.Trailer
 			}
-			t.Fatalf("we take %q, net/http does not: %v", wire, readErr)
-		}
-		if !bytes.Equal(body, data) {
-			t.Fatalf("%q: we read %q, net/http %q", wire, data, body)
-		}
-		behind, _ := io.ReadAll(in)
-		if !bytes.Equal(behind, rest) {
-			t.Fatalf("%q: behind it we have %q, net/http %q", wire, rest, behind)
-		}
-		for line := range bytes.Lines(trailers) {
-			fld, _, err := readField(line)
-			if err != nil || !slices.Contains(want.Trailer[http.CanonicalHeaderKey(string(fld.name))], string(fld.value)) {
-				t.Errorf("%q: the trailer %q is not in net/http's %v", wire, line, want.Trailer)
+			body, readErr := io.ReadAll(from)
+			if readErr != nil {
+				if strings.Contains(readErr.Error(), "too much non-data") { // its measure for extensions that are only ballast
+					return
+				}
+				t.Fatalf("we take %q, net/http does not: %v", wire, readErr)
+			}
+			if !bytes.Equal(body, data) {
+				t.Fatalf("%q: we read %q, net/http %q", wire, data, body)
+			}
+			behind, _ := io.ReadAll(in)
+			if !bytes.Equal(behind, rest) {
+				t.Fatalf("%q: behind it we have %q, net/http %q", wire, rest, behind)
+			}
+			for line := range bytes.Lines(trailers) {
+				fld, _, err := readField(line)
+				if err != nil || !slices.Contains((*theirs)[http.CanonicalHeaderKey(string(fld.name))], string(fld.value)) {
+					t.Errorf("%q: the trailer %q is not in net/http's %v", wire, line, *theirs)
+				}
 			}
 		}
 
@@ -409,6 +424,113 @@ func FuzzVisible(f *testing.F) {
 		for i := range 8 { // at every place within a word
 			if got := visible(append(bytes.Repeat([]byte("x"), i), b...)); got != want {
 				t.Fatalf("visible(%d x, %q) is %v", i, b, got)
+			}
+		}
+	})
+}
+
+// FuzzHost: what we take for a host net/url takes too, with nothing before or behind it, and reads as the same bytes.
+func FuzzHost(f *testing.F) {
+	for _, seed := range []string{"a", "a:80", "a:", "[::1]", "[::1]:8080", "[::ffff:1.2.3.4]", "a.b-c_d~e", "!$&'()*+;=", "u@a", "a/b", "a%41", "[::1%25eth0]", "a:65536", "[a]", ":80", "::1", "a\\b", "a?b", "1.2.3.4", "a:080"} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if !validHost(b) {
+			return
+		}
+		u, err := url.Parse("http://" + string(b) + "/x")
+		if err != nil || u.Host != string(b) || u.User != nil || u.Path != "/x" || u.RawQuery != "" || u.Hostname() == "" {
+			t.Fatalf("%q: net/url reads %+v, %v", b, u, err)
+		}
+		if port := u.Port(); port != "" {
+			if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+				t.Fatalf("%q has the port %q", b, port)
+			}
+		}
+		if strings.ContainsAny(string(b), "[]") {
+			if ip, err := netip.ParseAddr(u.Hostname()); err != nil || !ip.Is6() || ip.Zone() != "" {
+				t.Fatalf("%q has the address %q", b, u.Hostname())
+			}
+		}
+	})
+}
+
+// node is parseNode by other means.
+func node(entry string) (netip.Addr, bool) {
+	host, port, err := net.SplitHostPort(entry)
+	if err != nil {
+		host, port = strings.TrimSuffix(strings.TrimPrefix(entry, "["), "]"), "0"
+		if len(host) != len(entry) && "["+host+"]" != entry {
+			return netip.Addr{}, false
+		}
+	}
+	addr, err := netip.ParseAddr(host)
+	_, portErr := strconv.ParseUint(port, 10, 16)
+	return addr.Unmap(), err == nil && portErr == nil && addr.Zone() == "" && (entry[0] != '[' || addr.Is6())
+}
+
+// FuzzForwardedFor holds the walk over X-Forwarded-For against one over a plain list of entries.
+func FuzzForwardedFor(f *testing.F) {
+	for _, seed := range []string{"1.2.3.4", "10.0.0.1", "1.2.3.4, 10.0.0.1\n10.0.0.2", "[::1]:80,10.1.1.1:5", "::ffff:10.0.0.1\n,", "unknown, 10.0.0.1",
+		"fe80::1%eth0, 10.0.0.1", "[1.2.3.4]", "[1.2.3.4]:80", "10.0.0.1,,10.0.0.1", "_hidden", "\"1.2.3.4\"", "1.2.3.4:", "[::1", "10.0.0.1 10.0.0.2", "fd00::1:80"} {
+		f.Add(seed)
+	}
+	p, err := New(Config{Registry: registry.New(registry.Config{}), TrustedProxies: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/8")}}, nil)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(p.Close)
+	peer := netip.MustParseAddr("10.9.9.9")
+	f.Fuzz(func(t *testing.T, values string) {
+		head := "GET / HTTP/1.1\r\nHost: a\r\n"
+		var entries []string
+		lines := strings.Split(values, "\n")
+		for _, line := range lines {
+			head += "X-Forwarded-For: " + line + "\r\n"
+			if line = strings.Trim(line, " \t"); line != "" {
+				entries = append(entries, strings.Split(strings.TrimPrefix(line, ","), ",")...)
+			}
+		}
+		var r Request
+		if r.parse([]byte(head+"\r\n"), nil, true, &standard) != nil || len(r.xff) != len(lines) {
+			return
+		}
+		want := peer
+		for _, entry := range slices.Backward(entries) {
+			addr, ok := node(strings.Trim(entry, " \t"))
+			if !ok {
+				break
+			}
+			if want = addr; !p.trusts(addr) {
+				break
+			}
+		}
+		if got := p.client(&r, peer); got != want {
+			t.Fatalf("%q gives %v, want %v", values, got, want)
+		}
+	})
+}
+
+// FuzzAccept: it makes no difference in how many lines members stand, nor in which order.
+func FuzzAccept(f *testing.F) {
+	for _, seed := range []string{"application/json", "application/json;q=0.5,*/*;q=0.1", "text/*;q=1.000,application/a+json;q=0", "a/b;c=d;q=0.001", "*/*", "text/plain,application/json;q=2", ","} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, value string) {
+		if strings.ContainsAny(value, "\r\n") {
+			return
+		}
+		members := strings.Split(value, ",")
+		slices.Reverse(members)
+		one := Request{lines: []byte("Accept: " + value + "\r\n")}
+		many := Request{lines: []byte("Accept: " + strings.Join(members, "\r\naccept:") + "\r\n")}
+		if a, b := one.prefersJSON(), many.prefersJSON(); a != b {
+			t.Fatalf("%q: %v in one line, %v in many", value, a, b)
+		}
+		for _, member := range members {
+			name, weight, ok := mediaRange([]byte(strings.Trim(member, " \t")))
+			if kind, _, err := mime.ParseMediaType(string(name)); ok && (err != nil || !strings.EqualFold(kind, string(name)) || weight < 0 || weight > 1000) {
+				t.Fatalf("%q is %q of %d, mime reads %q, %v", member, name, weight, kind, err)
 			}
 		}
 	})

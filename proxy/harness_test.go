@@ -17,6 +17,12 @@ import (
 	"kerberos/registry"
 )
 
+// These are the limits of a gateway that is told nothing.
+const maxHead, maxFields, maxRequestLine = 32 << 10, 200, 16 << 10
+
+// standard is these limits as a parser takes them.
+var standard = Limits{Head: maxHead, Fields: maxFields, RequestLine: maxRequestLine, Body: 1 << 40}
+
 // gateway is a Proxy that listens on a free port of the loopback.
 type gateway struct {
 	*Proxy

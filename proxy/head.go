@@ -7,9 +7,8 @@ import (
 	"unsafe"
 )
 
-// Limits of what the wire may ask of us. They are the same for requests and responses.
+// Limits of what the wire may ask of us beside those that can be set. They are the same for requests and responses.
 const (
-	maxHead      = 32 << 10 // start line and fields, in bytes: 431 past it, 502 when a backend goes past it
 	maxChunkLine = 4 << 10  // a chunk's size with its extensions, or one line of a trailer section
 	maxTrailers  = 16 << 10 // a whole trailer section
 	maxNominated = 32       // fields that Connection names: each is looked for among all others
@@ -20,7 +19,7 @@ const (
 type Request struct {
 	Method []byte
 	Host   []byte     // the Host field, or the authority of an absolute-form target; empty only with HTTP/1.0
-	Path   []byte     // as sent: nothing is decoded, merged or resolved; starts with "/", or is "*"
+	Path   []byte     // as sent: nothing is decoded, merged or resolved; starts with "/", or is "*", or empty with CONNECT
 	Query  []byte     // what follows the "?", without it
 	Client netip.Addr // the peer, or whom a trusted proxy names (see Config.TrustedProxies)
 
@@ -37,6 +36,7 @@ type Request struct {
 	badExpect     bool     // any other expectation
 	asking        bool     // the backend is asked whether it wants the body: Expect is passed on
 	nominated     [][]byte // the fields that Connection names
+	authority     bool     // the target is an authority: CONNECT in the form that it must have
 	hasHost       bool     // the lines that are sent on hold a Host
 	looped        bool     // a Via line has our own name
 	unclear       bool     // the path has bytes that a backend may read in another way, see canonical
@@ -172,8 +172,8 @@ func identify(name []byte) fieldID {
 	return fieldOther
 }
 
-// is reports whether token equals lower, which has lower-case letters and "-" only, in any case. No other byte that a
-// token may hold becomes one of those by setting 0x20.
+// is reports whether token equals lower, which has lower-case letters and any of "*+-/" only, in any case. No other byte that
+// a token may hold becomes one of those by setting 0x20.
 func is(token []byte, lower string) bool {
 	if len(token) != len(lower) {
 		return false
@@ -206,7 +206,7 @@ const (
 	isToken   = 1 << iota // RFC 9110 tchar
 	isTarget              // may stand in a request target: visible ASCII but "#", and bytes from 0x80
 	isUnclear             // in a path, a reason for a closer look: % \ ;
-	isHost                // may stand in a Host field: RFC 3986 host and port, without userinfo
+	isHost                // may stand in a Host field: RFC 3986 host and port, without userinfo and "%", which some decode
 )
 
 var class = func() (c [256]uint8) {
@@ -224,7 +224,7 @@ var class = func() (c [256]uint8) {
 	for _, b := range []byte(`%\;`) {
 		c[b] |= isUnclear
 	}
-	for _, b := range []byte("-._~%!$&'()*+;=:[]") {
+	for _, b := range []byte("-._~!$&'()*+;=:[]") {
 		c[b] |= isHost
 	}
 	return c
@@ -304,20 +304,26 @@ func visibleBytes(b []byte) bool {
 	return true
 }
 
-// parse reads a whole request head, from the request line to the empty line. via is our own name there, nil if we have none; trusted says
-// whether the peer's forwarding fields are believed. The errors are the answers that the client gets.
-func (r *Request) parse(b, via []byte, trusted bool) *refusal {
+// parse reads a whole request head, from the request line to the empty line. via is our own name there, nil if we have
+// none; trusted says whether the peer's forwarding fields are believed. The errors are the answers that the client gets.
+func (r *Request) parse(b, via []byte, trusted bool, limits *Limits) *refusal {
 	*r = Request{drops: r.drops[:0], xff: r.xff[:0], nominated: r.nominated[:0], reading: r.reading[:0], framing: framing{length: -1}, maxForwards: -1}
 	nl := bytes.IndexByte(b, '\n')
 	if nl < 1 || b[nl-1] != '\r' {
 		return errBareLF
+	}
+	if nl >= limits.RequestLine {
+		return errRequestLineTooLong
 	}
 	if err := r.startLine(b[:nl-1]); err != nil {
 		return err
 	}
 	absolute := len(r.Host) > 0
 	r.lines = b[nl+1 : len(b)-2]
-	for at := 0; at < len(r.lines); {
+	for at, fields := 0, 0; at < len(r.lines); fields++ {
+		if fields == limits.Fields {
+			return errFields
+		}
 		f, n, err := readField(r.lines[at:])
 		if err != nil {
 			return err
@@ -374,9 +380,9 @@ func (r *Request) parse(b, via []byte, trusted bool) *refusal {
 		case fieldVia:
 			r.looped = r.looped || via != nil && bytes.Contains(f.value, via)
 		case fieldMaxForwards:
-			if string(r.Method) == "OPTIONS" {
+			if string(r.Method) == "OPTIONS" || string(r.Method) == "TRACE" {
 				hops, ok := parseLength(f.value)
-				if !ok {
+				if !ok || r.maxForwards >= 0 {
 					return errMaxForwards
 				}
 				drop, r.maxForwards = true, int(min(hops, 1<<30))
@@ -456,7 +462,12 @@ func (r *Request) startLine(line []byte) *refusal {
 		target = r.absolute(target[7:])
 	case len(target) > 8 && is(target[:5], "https") && string(target[5:8]) == "://":
 		target = r.absolute(target[8:])
+	case string(r.Method) == "CONNECT" && withPort(target): // RFC 9112 section 3.2.3
+		r.authority, r.Host, r.target = true, target, target
+		return nil
 	case string(r.Method) == "CONNECT":
+		return errMethodTarget
+	case is(r.Method, "connect"):
 		return errMethod
 	default:
 		return errTarget
@@ -589,22 +600,25 @@ func validHost(b []byte) bool {
 			return false
 		}
 		b = b[end+1:]
-		return len(b) == 0 || b[0] == ':' && digits(b[1:])
+		return len(b) == 0 || b[0] == ':' && isPort(b[1:])
 	}
 	if bytes.IndexByte(b, '[') >= 0 || bytes.IndexByte(b, ']') >= 0 {
 		return false
 	}
 	c := bytes.IndexByte(b, ':')
-	return c < 0 || c > 0 && digits(b[c+1:])
+	return c < 0 || c > 0 && isPort(b[c+1:])
 }
 
-func digits(b []byte) bool {
-	for _, c := range b {
-		if c < '0' || c > '9' {
-			return false
-		}
-	}
-	return len(b) <= 5
+// withPort reports whether an authority ends in a port. Whether it is valid is judged with the Host field.
+func withPort(b []byte) bool {
+	colon := bytes.LastIndexByte(b, ':')
+	return colon > 0 && colon+1 < len(b) && isPort(b[colon+1:])
+}
+
+// isPort reports whether b is a port, which may be empty.
+func isPort(b []byte) bool {
+	port, ok := parseLength(b)
+	return len(b) == 0 || ok && port < 1<<16 && len(b) <= 5
 }
 
 var headEnd = []byte("\r\n\r\n")

@@ -1,7 +1,9 @@
 package proxy
 
 import (
+	"fmt"
 	"math"
+	"strconv"
 	"time"
 )
 
@@ -19,7 +21,10 @@ type Limits struct {
 	MinUpload   int64 // none: bytes a second of a request body, over the time that it was waited for (5 s at least), then 408
 	MinDownload int64 // none: bytes a second that a client takes of a response, in the same way, then it is closed
 
-	Body int64 // none: bytes of a request body; 413 by Content-Length before it is read, and by counting
+	Head        int   // 32 KiB: start line and fields of a request (431) or response (502), in bytes; none is MaxHead
+	Fields      int   // 200: field lines of a request (431) or response (502)
+	RequestLine int   // 16 KiB: with its CRLF, in bytes (414); judged while the line still comes
+	Body        int64 // none: bytes of a request body; 413 by Content-Length before it is read, and by counting
 
 	Connections          int // none: of clients, on all listeners; one that is idle makes room, or 503
 	ConnectionsPerClient int // none: of one address, 429; proxies that are trusted speak for many and have no limit
@@ -42,11 +47,17 @@ const (
 // forever is in the place of a time limit that is not set.
 const forever = 100 * 365 * 24 * time.Hour
 
+// MaxHead is the largest Limits.Head: a head is held in memory as a whole.
+const MaxHead = 1 << 20
+
 // maxCount keeps sums of limits far from where they overflow.
 const maxCount = 1 << 30
 
 // withDefaults fills the gaps, so that what is no limit is one that nothing reaches.
-func (l Limits) withDefaults() Limits {
+func (l Limits) withDefaults() (Limits, error) {
+	if l.Head > MaxHead {
+		return l, fmt.Errorf("proxy: Config.Limits.Head is %d: it must be at most %d", l.Head, MaxHead)
+	}
 	for _, d := range []struct {
 		value    *time.Duration
 		standard time.Duration
@@ -61,6 +72,21 @@ func (l Limits) withDefaults() Limits {
 	} {
 		*d.value = orForever(*d.value, d.standard)
 	}
+	for _, n := range []struct {
+		value          *int
+		standard, none int
+	}{
+		{&l.Head, 32 << 10, MaxHead},
+		{&l.Fields, 200, math.MaxInt},
+		{&l.RequestLine, 16 << 10, math.MaxInt},
+	} {
+		switch {
+		case *n.value == 0:
+			*n.value = n.standard
+		case *n.value < 0:
+			*n.value = n.none
+		}
+	}
 	if l.Body <= 0 {
 		l.Body = math.MaxInt64
 	}
@@ -72,7 +98,7 @@ func (l Limits) withDefaults() Limits {
 		l.QueueTimeout = time.Second
 	}
 	l.QueueTimeout = max(l.QueueTimeout, 0) // 0 is no queue
-	return l
+	return l, nil
 }
 
 // orForever reads a time limit as Limits has them.
@@ -104,4 +130,30 @@ func (p *pace) add(n int, began time.Time) {
 // below says that the client is slower than so many bytes a second, 0 for no limit.
 func (p *pace) below(rate int64) bool {
 	return rate > 0 && p.waited >= paceWindow && float64(p.bytes) < float64(rate)*p.waited.Seconds()
+}
+
+// explain is the text of a refusal, with the limit that was passed if it is one of these.
+func (l *Limits) explain(err *refusal) string {
+	switch err {
+	case errHeadTooLarge, errResponseHead:
+		return err.text + " of " + bytesText(int64(l.Head))
+	case errFields, errResponseFields:
+		return err.text + " of " + strconv.Itoa(l.Fields)
+	case errRequestLineTooLong:
+		return err.text + " of " + bytesText(int64(l.RequestLine))
+	case errBodyTooLarge:
+		return err.text + " of " + bytesText(l.Body)
+	}
+	return err.text
+}
+
+// bytesText writes a number of bytes for people: 32 KiB, 1 MiB, 1000 bytes.
+func bytesText(n int64) string {
+	switch {
+	case n >= 1<<20 && n%(1<<20) == 0:
+		return strconv.FormatInt(n>>20, 10) + " MiB"
+	case n >= 1<<10 && n%(1<<10) == 0:
+		return strconv.FormatInt(n>>10, 10) + " KiB"
+	}
+	return strconv.FormatInt(n, 10) + " bytes"
 }

@@ -16,24 +16,28 @@ import (
 	"kerberos/registry"
 )
 
+var unlimited = Limits{-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1}
+
 func TestLimitsDefaults(t *testing.T) {
 	standard := Limits{
 		FirstByteTimeout: 30 * time.Second, HeadTimeout: 10 * time.Second, IdleTimeout: 75 * time.Second, BodyTimeout: 30 * time.Second,
 		WriteTimeout: time.Minute, SilenceTimeout: 5 * time.Minute, TotalTimeout: forever, Body: math.MaxInt64,
+		Head: 32 << 10, Fields: 200, RequestLine: 16 << 10,
 		QueueTimeout: time.Second,
 	}
-	if got := (Limits{}).withDefaults(); got != standard {
+	if got, err := (Limits{}).withDefaults(); got != standard || err != nil {
 		t.Errorf("defaults: %+v", got)
 	}
 	none := Limits{
 		FirstByteTimeout: forever, HeadTimeout: forever, IdleTimeout: forever, BodyTimeout: forever,
 		WriteTimeout: forever, SilenceTimeout: forever, TotalTimeout: forever, Body: math.MaxInt64,
+		Head: MaxHead, Fields: math.MaxInt, RequestLine: math.MaxInt,
 	}
-	if got := (Limits{-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1}).withDefaults(); got != none {
+	if got, err := unlimited.withDefaults(); got != none || err != nil {
 		t.Errorf("none: %+v", got)
 	}
 	g := startGateway(t, func(cfg *Config) {
-		cfg.Limits = Limits{-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1}
+		cfg.Limits = unlimited
 		cfg.RequestTimeout, cfg.ConnectTimeout, cfg.UpstreamIdle = -1, -1, -1
 	}, nil)
 	g.register(t, "echo", "1", naming(t, "ok ").url())

@@ -59,6 +59,9 @@ type Config struct {
 	Breaker         cb.Config // 5 failures in a row, 30 s, 3 probes
 	BreakerStatuses []int     // 502, 503, 504: what counts as a failure of the instance
 
+	AmbiguousPaths PathPolicy // RefusePaths: what becomes of paths that can be read in two ways
+	AllowMethods   []string   // none: of CONNECT and TRACE, which are refused otherwise
+
 	TrustedProxies   []netip.Prefix // none: whose forwarding fields are believed
 	UpstreamCA       *x509.CertPool // nil: the system's roots
 	UpstreamInsecure bool           // certificates of instances are not verified
@@ -90,7 +93,6 @@ func (cfg Config) withDefaults() (Config, error) {
 	cfg.RequestTimeout = orForever(cfg.RequestTimeout, 30*time.Second)
 	cfg.ConnectTimeout = orForever(cfg.ConnectTimeout, 2*time.Second)
 	cfg.UpstreamIdle = orForever(cfg.UpstreamIdle, 4*time.Second)
-	cfg.Limits = cfg.Limits.withDefaults()
 	switch {
 	case cfg.Retries == 0:
 		cfg.Retries = 2
@@ -110,6 +112,21 @@ func (cfg Config) withDefaults() (Config, error) {
 		return cfg, fmt.Errorf("proxy: Config.Breaker: %w", err)
 	}
 	gate.Close()
+	switch cfg.AmbiguousPaths {
+	case "":
+		cfg.AmbiguousPaths = RefusePaths
+	case RefusePaths, PassPaths, NormalizePaths:
+	default:
+		return cfg, fmt.Errorf("proxy: Config.AmbiguousPaths is %q: it must be one of %s, %s, %s", cfg.AmbiguousPaths, RefusePaths, PassPaths, NormalizePaths)
+	}
+	for _, method := range cfg.AllowMethods {
+		if method != "CONNECT" && method != "TRACE" {
+			return cfg, fmt.Errorf("proxy: Config.AllowMethods has %q: CONNECT and TRACE are all that it can allow", method)
+		}
+	}
+	if cfg.Limits, err = cfg.Limits.withDefaults(); err != nil {
+		return cfg, err
+	}
 	if cfg.Loops < 0 {
 		return cfg, fmt.Errorf("proxy: Config.Loops is %d: it must be at least 1, or 0 for GOMAXPROCS", cfg.Loops)
 	}
@@ -131,6 +148,7 @@ type Proxy struct {
 	log        *slog.Logger
 	route      RouteFunc
 	pseudonym  []byte    // our name in Via, unique to the process (RFC 9110 section 7.6.3); nil if we add none
+	allow      []byte    // the Allow field
 	failing    [600]bool // by status: Config.BreakerStatuses
 	capped     bool      // requests in flight are limited
 	limited    limited
@@ -170,7 +188,7 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 	}
 	var id [6]byte
 	rand.Read(id[:]) // never fails
-	p := &Proxy{cfg: cfg, log: cfg.Log, route: route, limited: cfg.Limits.refusals()}
+	p := &Proxy{cfg: cfg, log: cfg.Log, route: route, limited: cfg.Limits.refusals(), allow: allowField(cfg.AllowMethods)}
 	p.capped = cfg.Limits.InFlightPerInstance > 0 || cfg.Limits.InFlightPerService > 0
 	if !cfg.NoVia {
 		p.pseudonym = []byte("kerberos-" + hex.EncodeToString(id[:]))
@@ -268,26 +286,16 @@ func (x *exchange) run(s stage, err error) (keep bool) {
 	}
 }
 
-// find routes a request. Where the path could be read in another way, both must lead to the same service.
+// find routes a request.
 func (p *Proxy) find(r *Request) (*service, *refusal) {
 	name := p.route(r)
-	s := p.service(name)
 	if r.unclear {
-		raw := r.Path
-		reading, ok := canonical(r.reading, raw)
-		if !ok {
-			return nil, errPath
-		}
-		if cap(reading) <= firstBuffer {
-			r.reading = reading[:0]
-		}
-		r.Path = reading
-		other := p.route(r)
-		r.Path = raw
-		if other != name {
-			return nil, errPath
+		var err *refusal
+		if name, err = p.settle(r, name); err != nil {
+			return nil, err
 		}
 	}
+	s := p.service(name)
 	if s == nil || !s.known() {
 		return nil, errNoRoute
 	}

@@ -86,12 +86,11 @@ func (q *crowd) quit(e *linked.Element, looked bool) {
 type limited struct{ service, instances, connections, client *refusal }
 
 func (l Limits) refusals() limited {
-	const kind = "connection_limit_reached"
 	return limited{
-		&refusal{503, kind, fmt.Sprintf("the service has %d requests in flight, its limit", l.InFlightPerService)},
-		&refusal{503, kind, fmt.Sprintf("all instances are at their limit of %d requests in flight", l.InFlightPerInstance)},
-		&refusal{503, kind, fmt.Sprintf("the gateway has %d connections, its limit", l.Connections)},
-		&refusal{429, kind, fmt.Sprintf("your address has %d connections here, the limit for one", l.ConnectionsPerClient)},
+		&refusal{503, "connection_limit_reached", fmt.Sprintf("the service has %d requests in flight, its limit", l.InFlightPerService)},
+		&refusal{503, "connection_limit_reached", fmt.Sprintf("all instances are at their limit of %d requests in flight", l.InFlightPerInstance)},
+		&refusal{503, "connection_limit_reached", fmt.Sprintf("the gateway has %d connections, its limit", l.Connections)},
+		&refusal{429, "connection_limit_reached", fmt.Sprintf("your address has %d connections here, the limit for one", l.ConnectionsPerClient)},
 	}
 }
 

@@ -14,42 +14,45 @@ type response struct {
 	hasDate bool
 }
 
-// parse reads a whole response head, from the status line to the empty line, as strictly as we read requests. It reports
-// false for one that is malformed or could be framed in two ways.
-func (r *response) parse(b []byte) bool {
+// parse reads a whole response head, from the status line to the empty line, as strictly as we read requests. The
+// errors are errMalformed, for one that could be framed in two ways too, and errResponseFields.
+func (r *response) parse(b []byte, limits *Limits) *refusal {
 	*r = response{drops: r.drops[:0], framing: framing{length: -1}}
 	nl := bytes.IndexByte(b, '\n')
 	if nl < 13 || b[nl-1] != '\r' || string(b[:7]) != "HTTP/1." || b[8] != ' ' {
-		return false
+		return errMalformed
 	}
 	if r.minor = b[7] - '0'; r.minor > 1 {
-		return false
+		return errMalformed
 	}
 	code, ok := parseLength(b[9:12])
 	if !ok || code < 100 || code > 599 || b[12] != ' ' && b[12] != '\r' || !visible(b[12:nl-1]) {
-		return false
+		return errMalformed
 	}
 	r.status, r.line = int(code), b[8:nl+1]
 	r.lines = b[nl+1 : len(b)-2]
 	keepAlive := false
 	var named [][]byte
-	for at := 0; at < len(r.lines); {
+	for at, fields := 0, 0; at < len(r.lines); fields++ {
+		if fields == limits.Fields {
+			return errResponseFields
+		}
 		f, n, err := readField(r.lines[at:])
 		if err != nil {
-			return false
+			return errMalformed
 		}
 		drop := false
 		switch identify(f.name) {
 		case fieldContentLength:
 			length, ok := parseLength(f.value)
 			if !ok || r.length >= 0 || f.value[0] == '0' && len(f.value) > 1 {
-				return false
+				return errMalformed
 			}
-			drop = r.status == 204 // RFC 9110 section 8.6
+			drop = r.status == 204 || r.status < 200 // RFC 9110 section 8.6
 			r.length = length
 		case fieldTransferEncoding:
 			if r.chunked || r.minor == 0 || !is(f.value, "chunked") {
-				return false
+				return errMalformed
 			}
 			r.chunked, drop = true, true
 		case fieldConnection:
@@ -74,17 +77,17 @@ func (r *response) parse(b []byte) bool {
 		}
 		at += n
 	}
-	if r.chunked && r.length >= 0 {
-		return false
+	if r.chunked && r.length >= 0 || r.length > 0 && r.empty() || r.chunked && r.empty() && r.status != 205 {
+		return errMalformed
 	}
 	r.close = r.close || r.minor == 0 && !keepAlive
 	if len(named) > maxNominated {
-		return false
+		return errMalformed
 	}
 	if len(named) > 0 {
 		r.drops = dropNominated(r.lines, r.drops, named)
 	}
-	return true
+	return nil
 }
 
 // append appends the head as the client gets it, up to where our own fields go.
@@ -98,6 +101,10 @@ func (r *response) append(dst []byte) []byte {
 	}
 	return appendLines(dst, r.lines, r.drops)
 }
+
+// empty says whether a status has no content by its definition, RFC 9110 section 15. A length beside it is a contradiction
+// that peers resolve in different ways. 205 may have chunks or end with the connection, RFC 9112 section 6.3.
+func (r *response) empty() bool { return r.status < 200 || r.status == 204 || r.status == 205 }
 
 // bodyless says whether a response to this method has no body whatever its fields say, RFC 9112 section 6.3.
 func (r *response) bodyless(head bool) bool {

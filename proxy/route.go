@@ -82,6 +82,64 @@ func (t *prefixTable) route(r *Request) string {
 	return ""
 }
 
+// PathPolicy says what becomes of a path that a backend may read in another way than routing did. P is the path with
+// encoded letters, dots, slashes and backslashes decoded, "\" read as "/", ";..." cut from each segment and dot segments
+// resolved. A path is ambiguous if P leads to another service, or one of the two to the gateway itself, or if P climbs above
+// "/"; so is one with a raw backslash or %00. Any other path goes on as it came, to the byte. The query is never looked at.
+type PathPolicy string
+
+const (
+	RefusePaths    PathPolicy = "refuse"    // 400
+	PassPaths      PathPolicy = "pass"      // it is routed and sent as it came
+	NormalizePaths PathPolicy = "normalize" // P is routed and sent, but for P above "/", one that names the gateway itself, and %00
+)
+
+// settle decides on an unclear path that leads to the service name as it came. It returns the service that it leads to, and
+// where that is for P, the request's path is P from then on.
+func (p *Proxy) settle(r *Request, name string) (string, *refusal) {
+	if p.cfg.AmbiguousPaths == PassPaths {
+		return name, nil
+	}
+	raw := r.Path
+	reading, err := p.reading(r)
+	if err != nil {
+		return "", err
+	}
+	r.Path = reading
+	other := p.route(r)
+	switch {
+	case other == name && bytes.IndexByte(raw, '\\') < 0:
+		r.Path = raw
+		return name, nil
+	case p.cfg.AmbiguousPaths == RefusePaths:
+		r.Path = raw
+		return "", errPath
+	}
+	if again, ok := canonical(nil, reading); !ok || !bytes.Equal(again, reading) { // "%%32e" has become "%2e"
+		r.Path = raw
+		return "", errPath
+	}
+	r.target = append(bytes.Clone(reading), r.target[len(raw):]...)
+	return other, nil
+}
+
+// reading returns P of an unclear path, unless that is nothing to route by.
+func (p *Proxy) reading(r *Request) ([]byte, *refusal) {
+	if bytes.Contains(r.Path, encodedNUL) || p.cfg.AmbiguousPaths == RefusePaths && bytes.IndexByte(r.Path, '\\') >= 0 {
+		return nil, errPathBytes
+	}
+	reading, ok := canonical(r.reading, r.Path)
+	if cap(reading) <= firstBuffer {
+		r.reading = reading[:0]
+	}
+	if !ok || p.owns(reading) != p.owns(r.Path) {
+		return nil, errPath
+	}
+	return reading, nil
+}
+
+var encodedNUL = []byte("%00")
+
 // canonical returns the path as a backend may read it: dots, slashes, backslashes and unreserved letters decoded, "\"
 // taken for "/", parameters (";...") cut from each segment, dot segments resolved (RFC 3986 section 5.2.4). ok is false
 // if the path climbs above "/". It appends to dst.

@@ -250,6 +250,7 @@ func (c *conn) serve(s stage) {
 	switch s {
 	case stageReading:
 	case stageLate:
+		c.req = Request{}
 		c.unreadable(errHeadTimeout)
 		return
 	case stagePanicked:
@@ -274,7 +275,9 @@ func (c *conn) serve(s stage) {
 		head, err := c.readHead(first)
 		if err == nil && head != nil {
 			c.head = head
-			err = c.req.parse(head, c.p.pseudonym, c.trusted)
+			err = c.req.parse(head, c.p.pseudonym, c.trusted, &c.p.cfg.Limits)
+		} else {
+			c.req = Request{} // not the one before: the answer would be made for its method
 		}
 		if err != nil {
 			c.unreadable(err)
@@ -288,7 +291,7 @@ func (c *conn) serve(s stage) {
 
 // unreadable refuses what is no request, or none that could be read to its end.
 func (c *conn) unreadable(err *refusal) {
-	c.req = Request{} // not the one before: the answer would be made for its method
+	c.req.lines, c.req.xff = nil, c.req.xff[:0] // what could be read of them says nothing
 	c.x.begin(time.Now())
 	c.refuse(err, true)
 	c.linger()
@@ -330,7 +333,7 @@ func (c *conn) afterPanic() {
 // readHead waits for a request head and returns it whole; it stays in the buffer until the request is done. nil without
 // an error: the connection is over.
 func (c *conn) readHead(first bool) ([]byte, *refusal) {
-	b := &c.in
+	b, limits := &c.in, &c.p.cfg.Limits
 	scanned := 0
 	var deadline time.Time
 	for {
@@ -342,19 +345,23 @@ func (c *conn) readHead(first bool) ([]byte, *refusal) {
 			return nil, nil
 		}
 		if end := bytes.Index(w[scanned:], headEnd); end >= 0 {
-			end += scanned + len(headEnd)
+			if end += scanned + len(headEnd); end > limits.Head {
+				return nil, errHeadTooLarge
+			}
 			b.r += end
 			b.base = b.r
 			return w[:end], nil
 		}
-		if bareLF(w) {
+		switch {
+		case bareLF(w):
 			return nil, errBareLF
-		}
-		scanned = max(0, len(w)-len(headEnd)+1)
-		room := b.space(maxHead)
-		if room == nil {
+		case len(w) >= limits.RequestLine && bytes.IndexByte(w, '\n') < 0:
+			return nil, errRequestLineTooLong
+		case len(w) >= limits.Head:
 			return nil, errHeadTooLarge
 		}
+		scanned = max(0, len(w)-len(headEnd)+1)
+		room := b.space(limits.Head)
 		var err error
 		switch now := time.Now(); {
 		case len(w) > 0 && deadline.IsZero():

@@ -91,6 +91,10 @@ func TestForwardedResponses(t *testing.T) {
 		{name: "HEAD in chunks", source: "RFC 9110 9.3.2", request: toHEAD, response: ok + date + "Transfer-Encoding: chunked\r\n\r\n", head: ok + date + "\r\n"},
 		{name: "204", source: "RFC 9110 15.3.5", response: "HTTP/1.1 204 No Content\r\n" + date + "\r\n"},
 		{name: "204 with a length", source: "RFC 9110 8.6", response: "HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n" + date + "\r\n", head: "HTTP/1.1 204 No Content\r\n" + date + "\r\n"},
+		{name: "205", source: "RFC 9110 15.3.6", response: "HTTP/1.1 205 Reset Content\r\nContent-Length: 0\r\n" + date + "\r\n"},
+		{name: "205 in chunks", source: "RFC 9110 15.3.6", response: "HTTP/1.1 205 x\r\n" + date + "Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"},
+		{name: "205 up to the close", source: "RFC 9110 15.3.6", response: "xHTTP/1.1 205 x\r\n" + date + "\r\n", head: "HTTP/1.1 205 x\r\n" + date + "Transfer-Encoding: chunked\r\n\r\n", fresh: true},
+		{name: "interim response with a length of 0", source: "RFC 9110 8.6", response: "HTTP/1.1 103 x\r\nContent-Length: 0\r\n\r\n" + ok + date + "Content-Length: 5\r\n\r\nhello", head: ok + date + "Content-Length: 5\r\n\r\n", body: "hello"},
 		{name: "304", source: "RFC 9110 15.4.5", response: "HTTP/1.1 304 Not Modified\r\nETag: \"a\"\r\n" + date + "\r\n"},
 		{name: "304 with a length", source: "RFC 9110 15.4.5", response: "HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n" + date + "\r\n"},
 		{name: "304 to HTTP/1.0", source: "RFC 9110 15.4.5", request: toHTTP10, response: "HTTP/1.1 304 Not Modified\r\n" + date + "\r\n", head: "HTTP/1.1 304 Not Modified\r\n" + date + "Connection: close\r\n\r\n", closed: true},
@@ -142,7 +146,9 @@ func TestForwardedResponses(t *testing.T) {
 					}
 					m.head = strings.Replace(m.head, m.field("Date"), "{now}", 1)
 				}
-				if interim, _, _ := strings.Cut(response, "HTTP/1.1 2"); strings.HasPrefix(response, "HTTP/1.1 1") && c.interim != interim {
+				interim, _, _ := strings.Cut(response, "HTTP/1.1 2")
+				interim = strings.Replace(interim, "Content-Length: 0\r\n", "", 1) // RFC 9110 section 8.6
+				if strings.HasPrefix(response, "HTTP/1.1 1") && c.interim != interim {
 					t.Errorf("%s: the interim responses were\n%s, want\n%s", row.source, c.interim, interim)
 				}
 				want := &message{head: row.head, body: row.body, trailer: row.trailer, chunked: strings.Contains(row.head, "chunked\r\n")}
@@ -210,6 +216,35 @@ func TestRefusedResponses(t *testing.T) {
 		{"gzip in chunks", "RFC 9112 6.1", ok + "Transfer-Encoding: gzip, chunked\r\n\r\n7\r\nhunter2\r\n0\r\n\r\n", malformed},
 		{"chunked twice", "RFC 9112 6.1", ok + "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n7\r\nhunter2\r\n0\r\n\r\n", malformed},
 		{"chunks from HTTP/1.0", "RFC 9112 6.1", "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7\r\nhunter2\r\n0\r\n\r\n", malformed},
+
+		{"status 000", "RFC 9110 15", "HTTP/1.1 000 OK\r\nContent-Length: 7\r\n" + body, malformed},
+		{"status 1000", "RFC 9112 4", "HTTP/1.1 1000 OK\r\nContent-Length: 7\r\n" + body, malformed},
+		{"status 999", "RFC 9110 15", "HTTP/1.1 999 OK\r\nContent-Length: 7\r\n" + body, malformed},
+		{"HTTP/1.10", "RFC 9112 2.3", "HTTP/1.10 200 OK\r\nContent-Length: 7\r\n" + body, malformed},
+		{"HTTP/3", "RFC 9112 2.3", "HTTP/3 200 OK\r\nContent-Length: 7\r\n" + body, malformed},
+		{"tab behind the version", "RFC 9112 4", "HTTP/1.1\t200 OK\r\nContent-Length: 7\r\n" + body, malformed},
+		{"tab behind the status", "RFC 9112 4", "HTTP/1.1 200\tOK\r\nContent-Length: 7\r\n" + body, malformed},
+		{"DEL in the phrase", "RFC 9112 4", "HTTP/1.1 200 hun\x7fter2\r\nContent-Length: 7\r\n" + body, malformed},
+		{"version alone", "RFC 9112 4", "HTTP/1.1\r\nContent-Length: 7\r\n" + body, malformed},
+		{"body without a head", "RFC 9112 4", "<html>hunter2</html>\r\n\r\n", malformed},
+		{"folded length", "RFC 9112 5.2", ok + "Content-Length:\r\n 7\r\n" + body, malformed},
+		{"name of nothing", "RFC 9112 5", ok + ": 1\r\nContent-Length: 7\r\n" + body, malformed},
+		{"bytes above ASCII in a name", "RFC 9110 5.6.2", ok + "Content-L\xc3\xa4ngth: 9\r\nContent-Length: 7\r\n" + body, malformed},
+		{"hexadecimal length", "RFC 9110 8.6", ok + "Content-Length: 0x7\r\n" + body, malformed},
+		{"length with a minus", "RFC 9110 8.6", ok + "Content-Length: -7\r\n" + body, malformed},
+		{"length with a space", "RFC 9110 8.6", ok + "Content-Length: 7 7\r\n" + body, malformed},
+		{"length with letters behind", "RFC 9110 8.6", ok + "Content-Length: 7a\r\n" + body, malformed},
+		{"chunks and length", "RFC 9112 6.3", ok + "Transfer-Encoding: chunked\r\nContent-Length: 7\r\n\r\n7\r\nhunter2\r\n0\r\n\r\n", malformed},
+		{"identity", "RFC 9112 6.1", ok + "Transfer-Encoding: identity\r\nContent-Length: 7\r\n" + body, malformed},
+		{"empty coding", "RFC 9112 6.1", ok + "Transfer-Encoding:\r\nContent-Length: 7\r\n" + body, malformed},
+		{"chunked twice in one line", "RFC 9112 6.1", ok + "Transfer-Encoding: chunked, chunked\r\n\r\n7\r\nhunter2\r\n0\r\n\r\n", malformed},
+		{"chunked with a parameter", "RFC 9112 6.1", ok + "Transfer-Encoding: chunked;x\r\n\r\n7\r\nhunter2\r\n0\r\n\r\n", malformed},
+		{"more than 32 nominated fields", "RFC 9110 7.6.1", ok + "Connection: " + strings.Repeat("x, ", maxNominated+1) + "\r\nContent-Length: 7\r\n" + body, malformed},
+		{"204 with a body", "RFC 9110 15.3.5", "HTTP/1.1 204 No Content\r\nContent-Length: 7\r\n" + body, malformed},
+		{"204 in chunks", "RFC 9112 6.1", "HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", malformed},
+		{"205 with a body", "RFC 9110 15.3.6", "HTTP/1.1 205 Reset Content\r\nContent-Length: 7\r\n" + body, malformed},
+		{"interim response with a body", "RFC 9110 8.6", "HTTP/1.1 103 x\r\nContent-Length: 7\r\n" + body + ok + "Content-Length: 7\r\n" + body, malformed},
+		{"interim response in chunks", "RFC 9112 6.1", "HTTP/1.1 103 x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + ok + "Content-Length: 7\r\n" + body, malformed},
 
 		{"101 unasked", "RFC 9110 15.2.2", "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: hunter2\r\n\r\n", "http_upgrade_failed"},
 		{"101 behind 103", "RFC 9110 15.2.2", "HTTP/1.1 103 x\r\n\r\nHTTP/1.1 101 Switching Protocols\r\n\r\n", "http_upgrade_failed"},
@@ -282,6 +317,9 @@ func TestExtraBytes(t *testing.T) {
 		{"large", toHTTP11, fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", 2*maxWhole) + strings.Repeat("x", 2*maxWhole)},
 		{"HEAD", toHEAD, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"},
 		{"204", toHTTP11, "HTTP/1.1 204 No Content\r\n\r\n"},
+		{"205", toHTTP11, "HTTP/1.1 205 x\r\nContent-Length: 0\r\n\r\n"},
+		{"trailers", toHTTP11, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX-T: 1\r\n\r\n"},
+		{"from HTTP/1.0", toHTTP11, "HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nok"},
 		{"304", toHTTP11, "HTTP/1.1 304 Not Modified\r\nContent-Length: 2\r\n\r\n"},
 	}
 	for _, row := range rows {
@@ -345,6 +383,13 @@ func TestTruncatedResponses(t *testing.T) {
 		{name: "chunks, without the last line", response: chunked + "5\r\nhello\r\n0\r\n", body: "hello"},
 		{name: "chunks, a bad one", response: chunked + "5\r\nhello\r\nzz\r\nworld\r\n0\r\n\r\n", body: "hello"},
 		{name: "chunks, too long a one", response: chunked + "5\r\nhelloworld\r\n0\r\n\r\n", body: "hello"},
+		{name: "chunks, one that ends in bare LF", response: chunked + "5\r\nhello\r\n5\nworld\r\n0\r\n\r\n", body: "hello"},
+		{name: "chunks, one with a sign", response: chunked + "5\r\nhello\r\n+5\r\nworld\r\n0\r\n\r\n", body: "hello"},
+		{name: "chunks, one that overflows", response: chunked + "5\r\nhello\r\n10000000000000005\r\nworld\r\n0\r\n\r\n", body: "hello"},
+		{name: "chunks, a long extension", response: chunked + "5\r\nhello\r\n5;" + strings.Repeat("x", maxChunkLine) + "\r\nworld\r\n0\r\n\r\n", body: "hello"},
+		{name: "trailers, half of them", response: chunked + "5\r\nhello\r\n0\r\nX-A: 1\r\nX-B", body: "hello"},
+		{name: "trailers, a bad one", response: chunked + "5\r\nhello\r\n0\r\nX A: 1\r\n\r\n", body: "hello"},
+		{name: "trailers, too many", response: chunked + "5\r\nhello\r\n0\r\n" + strings.Repeat("X-A: 1\r\n", maxTrailers/8+1) + "\r\n", body: "hello"},
 		{name: "chunks to HTTP/1.0", request: toHTTP10, response: chunked + "5\r\nhello\r\n"},
 		{name: "reset with a length", response: "HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\nhello", reset: true, body: "hello"},
 		{name: "reset up to the close", response: "HTTP/1.1 200 OK\r\n\r\nhello", reset: true, body: "hello"},

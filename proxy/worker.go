@@ -16,10 +16,11 @@ const (
 	// slowAfter is how long a loop waits for a backend; then a goroutine does, which also looks after the client.
 	slowAfter = 100 * time.Millisecond
 
-	wheelSize = 128              // seconds, more than the usual timeouts: what expires later is looked at meanwhile
-	readSize  = maxWhole + 8<<10 // a response that is read whole, with its head
-	firstRead = 20 << 10         // of it: what is larger than 64 KiB shall be moved by splice
-	headroom  = 1 << 10          // in front of what is read: a head that has grown finds room before its body
+	wheelSize   = 128              // seconds, more than the usual timeouts: what expires later is looked at meanwhile
+	readRequest = 32 << 10         // of a client at once; a larger head is read in a goroutine
+	readSize    = maxWhole + 8<<10 // a response that is read whole, with its head
+	firstRead   = 20 << 10         // of it: what is larger than 64 KiB shall be moved by splice
+	headroom    = 1 << 10          // in front of what is read: a head that has grown finds room before its body
 )
 
 // worker is what the connections of one loop share; only the loop touches it.
@@ -52,7 +53,7 @@ func (p *Proxy) startLoops() error {
 		}
 		for i, l := range p.group.Loops {
 			l.Call(func() {
-				*p.workers[i] = worker{p: p, loop: l, index: i, request: make([]byte, maxHead), in: make([]byte, headroom+readSize), began: l.Now()}
+				*p.workers[i] = worker{p: p, loop: l, index: i, request: make([]byte, readRequest), in: make([]byte, headroom+readSize), began: l.Now()}
 			})
 		}
 	})
@@ -265,7 +266,7 @@ func (c *conn) step() {
 			}
 			return
 		}
-		room := c.worker.request[:maxHead-len(b.waiting())]
+		room := c.worker.request[:readRequest-len(b.waiting())]
 		n, err := c.sock.TryRead(room)
 		if err == loop.ErrAgain {
 			c.more, c.ending = false, false
@@ -286,11 +287,13 @@ func (c *conn) ask() (s stage, ok bool) {
 	b, r, x, w := &c.in, &c.req, &c.x, c.worker
 	waiting := b.waiting()
 	end := bytes.Index(waiting, headEnd) + len(headEnd)
-	if end < len(headEnd) && waiting[0] != '\r' && len(waiting) < maxHead && !bareLF(waiting) {
+	limits := &c.p.cfg.Limits
+	if end < len(headEnd) && waiting[0] != '\r' && len(waiting) < min(readRequest, limits.Head) && !bareLF(waiting) &&
+		(len(waiting) < limits.RequestLine || bytes.IndexByte(waiting, '\n') >= 0) {
 		return stageHead, false
 	}
-	if end < len(headEnd) || waiting[0] == '\r' || r.parse(waiting[:end], c.p.pseudonym, c.trusted) != nil ||
-		r.chunked || r.length > int64(len(waiting)-end) || r.length > c.p.cfg.Limits.Body || c.isLocal() {
+	if end < len(headEnd) || waiting[0] == '\r' || end > limits.Head || r.parse(waiting[:end], c.p.pseudonym, c.trusted, limits) != nil ||
+		r.authority || r.chunked || r.length > int64(len(waiting)-end) || r.length > limits.Body || c.isLocal() {
 		return stageReading, false
 	}
 	x.begin(w.loop.Now())
@@ -406,7 +409,7 @@ func (c *conn) answered(e loop.Events) {
 		got += max(n, 0)
 		if end == 0 {
 			end = bytes.Index(room[:got], headEnd) + len(headEnd)
-			if end < len(headEnd) || end > maxHead || !x.res.parse(room[:end]) || x.res.status < 200 {
+			if end < len(headEnd) || end > w.p.cfg.Limits.Head || x.res.parse(room[:end], &w.p.cfg.Limits) != nil || x.res.status < 200 {
 				end = -1
 			}
 		}

@@ -44,6 +44,13 @@ type Gateway struct {
 	BreakerProbes   int           `default:"3" min:"1" also:"BREAKER_PROBES" group:"traffic" help:"Probes that must all succeed to close a breaker."`
 	BreakerStatuses []int         `default:"502,503,504" type:"status" group:"traffic" help:"Statuses of a backend that count as its failure."`
 
+	AmbiguousPaths string   `default:"refuse" enum:"refuse,pass,normalize" group:"traffic" help:"Paths that a backend may read in another way: refuse (400), pass (as they came) or normalize (routed and sent as they are read)."`
+	AllowMethods   []string `type:"methods" placeholder:"METHOD" group:"traffic" help:"Pass on CONNECT or TRACE, which are refused with 405 otherwise."`
+
+	MaxHead        int `default:"32KiB" type:"size" max:"1MiB" placeholder:"SIZE" group:"limits" help:"Start line and fields of a request (431) or a response (502); 0 for 1MiB."`
+	MaxFields      int `default:"200" min:"0" group:"limits" help:"Field lines of a request (431) or a response (502); 0 for no limit."`
+	MaxRequestLine int `default:"16KiB" type:"size" placeholder:"SIZE" group:"limits" help:"The first line of a request (414); 0 for no limit."`
+
 	UpstreamCA       *x509.CertPool `placeholder:"FILE" group:"traffic" help:"PEM file of the certificate authorities for https backends, instead of the system's."`
 	UpstreamInsecure Switch         `default:"off" group:"traffic" help:"Do not verify https backends. For trials only."`
 	Via              Switch         `default:"on" negatable:"" group:"traffic" help:"Add Via to what is passed on, so that loops are found."`

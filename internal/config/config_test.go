@@ -51,6 +51,7 @@ func TestValues(t *testing.T) {
 		ClientBodyTimeout: 30 * time.Second, ClientWriteTimeout: time.Minute, AbortOnFin: true,
 		ResponseIdleTimeout: 5 * time.Minute, UpstreamIdleTimeout: 4 * time.Second,
 		MaxConnections: Share{Percent: 90}, QueueTimeout: time.Second,
+		AmbiguousPaths: "refuse", MaxHead: 32 << 10, MaxFields: 200, MaxRequestLine: 16 << 10,
 	}
 	tests := []struct {
 		name string
@@ -103,6 +104,11 @@ func TestValues(t *testing.T) {
 		{"a comma in a prefix", `--route /a\,b=a`, nil, func(g *Gateway) { g.Route = []Route{{"/a,b", "a"}} }},
 		{"a prefix with =", "--route /a=b=c", nil, func(g *Gateway) { g.Route = []Route{{"/a=b", "c"}} }},
 		{"statuses", "--breaker-statuses 500,503", nil, func(g *Gateway) { g.BreakerStatuses = []int{500, 503} }},
+		{"paths", "--ambiguous-paths normalize", nil, func(g *Gateway) { g.AmbiguousPaths = "normalize" }},
+		{"methods", "--allow-methods TRACE,CONNECT", nil, func(g *Gateway) { g.AllowMethods = []string{"TRACE", "CONNECT"} }},
+		{"limits", "--max-head 1MiB --max-fields 0 --max-request-line 1000", nil, func(g *Gateway) {
+			g.MaxHead, g.MaxFields, g.MaxRequestLine = 1<<20, 0, 1000
+		}},
 		{"no retries", "--retries 0", nil, func(g *Gateway) { g.Retries = 0 }},
 		{"environment", "", map[string]string{
 			"KERBEROS_ROUTE": "/a=a,/*", "KERBEROS_VIA": "off", "KERBEROS_LOG_REQUESTS": "1", "KERBEROS_API_ALLOW": "none",
@@ -222,6 +228,14 @@ func TestRefused(t *testing.T) {
 		{"--breaker-open 0s", nil, []string{"--breaker-open", `"0s"`, "at least 1ms"}},
 		{"--breaker-statuses 200", nil, []string{"--breaker-statuses", `"200"`, "400 to 599"}},
 		{"--breaker-statuses 502,", nil, []string{"--breaker-statuses", `"502,"`, "400 to 599"}},
+		{"--ambiguous-paths allow", nil, []string{"--ambiguous-paths", `"allow"`, "refuse", "pass", "normalize"}},
+		{"--allow-methods GET", nil, []string{"--allow-methods", `"GET"`, "CONNECT", "TRACE"}},
+		{"--allow-methods trace", nil, []string{"--allow-methods", `"trace"`, "CONNECT", "TRACE"}},
+		{"--allow-methods=", nil, []string{"--allow-methods", `""`, "CONNECT", "TRACE"}},
+		{"--max-head 1025KiB", nil, []string{"--max-head", `"1025KiB"`, "more than 1MiB"}},
+		{"--max-head 32k", nil, []string{"--max-head", `"32k"`, "32KiB"}},
+		{"--max-request-line -1", nil, []string{"--max-request-line", `"-1"`, "32KiB"}},
+		{"--max-fields -1", nil, []string{"--max-fields", `"-1"`, "at least 0"}},
 		{"--upstream-ca /does/not/exist.pem", nil, []string{"--upstream-ca", "/does/not/exist.pem", "no such file"}},
 		{"--upstream-ca " + noPEM, nil, []string{"--upstream-ca", noPEM, "no certificate"}},
 		{"--via=perhaps", nil, []string{"--via", `"perhaps"`, "on nor off"}},

@@ -45,6 +45,7 @@ func Parse(grammar any, args []string, env func(string) (string, bool), options 
 		kong.NamedMapper("url", text(parseURL)),
 		kong.NamedMapper("token", text(parseToken)),
 		kong.NamedMapper("status", text(parseStatuses)),
+		kong.NamedMapper("methods", each(parseMethod)),
 		kong.NamedMapper("size", kong.MapperFunc(size)),
 	}, options...)...)
 	if err != nil {

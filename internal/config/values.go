@@ -229,6 +229,14 @@ func plainPath(s string) error {
 	return nil
 }
 
+// parseMethod takes the methods that are refused unless they are named. Methods are case-sensitive.
+func parseMethod(s string) (string, error) {
+	if s != "CONNECT" && s != "TRACE" {
+		return "", fmt.Errorf("%q is neither CONNECT nor TRACE, the methods that need it", s)
+	}
+	return s, nil
+}
+
 func parseName(s string) (string, error) { return s, registry.ValidName(s) }
 
 func parseURL(s string) (string, error) {
