@@ -181,6 +181,8 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		Retries:          cfg.Retries,
 		Breaker:          cb.Config{Failures: cfg.BreakerFailures, OpenFor: cfg.BreakerOpen, Probes: cfg.BreakerProbes},
 		BreakerStatuses:  cfg.BreakerStatuses,
+		Upgrades:         cfg.AllowUpgrades,
+		TunnelIdle:       cfg.TunnelIdleTimeout,
 		TrustedProxies:   cfg.TrustedProxies,
 		UpstreamCA:       cfg.UpstreamCA,
 		UpstreamInsecure: bool(cfg.UpstreamInsecure),
@@ -195,6 +197,9 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 	}
 	if cfg.Retries == 0 {
 		forwarding.Retries = -1 // none, as 0 is the default there
+	}
+	if cfg.TunnelIdleTimeout == 0 {
+		forwarding.TunnelIdle = -1 // as above
 	}
 	if cfg.API.OnData() {
 		registration.Reserved = registry.ServedNames()

@@ -362,7 +362,8 @@ func TestReadmeLimits(t *testing.T) {
 		"weight":                                 {fmt.Sprintf("%d -> 400", registry.MaxWeight), register("w", registry.MaxWeight, 0), register("w", registry.MaxWeight+1, 0)},
 		"body of an API call":                    {fmt.Sprintf("%d KiB -> 413", registry.MaxBody>>10), register("b", 1, 60<<10), register("b", 1, 64<<10)},
 		"instances asked for one request":        {fmt.Sprintf("%d -> the last one's error", lb.MaxTried), 0, 0},
-		"WebSocket, HTTP/2, TLS to clients":      {"not yet -> 501 for a WebSocket handshake", 0, webSocket(g)},
+		"tunnel in which nothing moves":          {"1 h -> closed", 0, 0},
+		"HTTP/2, TLS to clients":                 {"not yet -> 505 for HTTP/2", 0, raw("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")},
 		"request body":                           {"none -> over 64 KiB it is streamed and sent once", upload(g, 3<<20), 0},
 		"registrations":                          {"in memory -> gone with the process", 0, 0},
 	} {
@@ -416,12 +417,6 @@ func fixedWait(t *testing.T, name string) string {
 	}
 	t.Fatalf("proxy has no constant %s of whole seconds or minutes", name)
 	return ""
-}
-
-func webSocket(g *running) int {
-	response, _ := exchange(g.t, g.data, "GET /echo HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
-		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n")
-	return response.StatusCode
 }
 
 func upload(g *running, size int) int {

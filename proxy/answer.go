@@ -167,7 +167,7 @@ func (p *Proxy) routes(text string) string {
 func (c *conn) isLocal() bool {
 	r, p := &c.req, c.p
 	return is(r.Method, "connect") || is(r.Method, "trace") || // in any case: a backend may be lenient
-		r.badExpect || r.upgrade && r.websocket || r.looped ||
+		r.badExpect || c.refusesWebSocket() || r.looped ||
 		len(r.Path) == 1 && r.Path[0] == '*' || r.maxForwards == 0 || c.isHealthCheck() ||
 		p.cfg.API != nil && registry.Serves(unsafe.String(unsafe.SliceData(r.Path), len(r.Path)))
 }
@@ -184,7 +184,7 @@ func (c *conn) local() (keep bool) {
 		return c.refuse(errMethod, !c.persistent())
 	case r.badExpect:
 		return c.refuse(errExpect, !c.persistent())
-	case r.upgrade && r.websocket:
+	case c.refusesWebSocket():
 		return c.refuse(errUpgrade, !c.persistent())
 	case r.looped:
 		return c.refuse(errLoop, !c.persistent())

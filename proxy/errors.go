@@ -47,7 +47,7 @@ var (
 	errMethod     = &refusal{405, "http_request_denied", "CONNECT and TRACE are not allowed here"}
 	errPath       = &refusal{400, "http_request_denied", "the path can be read in two ways that lead to different services"}
 	errExpect     = &refusal{417, "http_request_denied", "the only expectation met here is 100-continue"}
-	errUpgrade    = &refusal{501, "http_upgrade_failed", "WebSocket is not supported here"}
+	errUpgrade    = &refusal{501, "http_upgrade_failed", "WebSocket is not allowed here"}
 	errLoop       = &refusal{508, "proxy_loop_detected", "the request came back to the gateway that sent it"}
 	errNoRoute    = &refusal{404, "destination_not_found", "no service is at this path"}
 	errNoInstance = &refusal{503, "destination_unavailable", "no instance of the service is ready"}
@@ -69,7 +69,7 @@ var (
 	errMalformed       = &refusal{502, "http_protocol_error", "the backend's response is malformed"}
 	errResponseHead    = &refusal{502, "http_response_header_section_size", "the backend's response head is larger than 32 KiB"}
 	errIncomplete      = &refusal{502, "http_response_incomplete", "the backend broke off its response"}
-	errSwitch          = &refusal{502, "http_upgrade_failed", "the backend switched protocols unasked"}
+	errSwitch          = &refusal{502, "http_upgrade_failed", "the backend switched to a protocol that was not asked for"}
 )
 
 // errBadStatus answers for a probe that got a failing status when nobody else could answer.

@@ -51,6 +51,7 @@ type exchange struct {
 	covered  bool // it is a probe, and a ready instance can make up for it
 	err      error
 	attempts int
+	tunnel   *tunnel // what came of it, if it asked for that
 
 	// the request body
 	held     []byte // what was read of it before the first attempt
@@ -118,6 +119,7 @@ func (x *exchange) begin(now time.Time) {
 	x.held, x.complete, x.upload, x.unread = nil, true, nil, false
 	x.bodyRead = !r.chunked && r.length <= 0
 	x.started, x.status, x.settled, x.written = false, 0, false, false
+	r.switching, x.tunnel = x.c.asksTunnel(), nil
 }
 
 // use takes a view for the next pick; what was asked in another one stays asked.
@@ -295,7 +297,13 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 	if x.attempts > 1 || !x.complete || len(x.held) > 0 {
 		x.sent = time.Now()
 	}
-	if x.lease, x.backend, x.reused, err = u.acquire(x.c.pool(), fresh, x.timeLeft()); err != nil {
+	if x.c.req.switching {
+		x.reused = false
+		x.lease, x.backend, err = u.dialApart(x.c.pool(), x.timeLeft())
+	} else {
+		x.lease, x.backend, x.reused, err = u.acquire(x.c.pool(), fresh, x.timeLeft())
+	}
+	if err != nil {
 		x.waited += time.Since(x.sent)
 		return dialFailure(err)
 	}
@@ -392,8 +400,10 @@ func (x *exchange) head(b *buffer, limit time.Time, reused bool) error {
 			b.r += end
 			b.base = b.r
 			switch {
-			case x.res.status == 101:
+			case x.res.status == 101 && !x.switches():
 				return errSwitch
+			case x.res.status == 101:
+				return nil
 			case x.res.status >= 200:
 				return nil
 			}
@@ -488,6 +498,10 @@ func (x *exchange) compose() error {
 	if x.covered && x.p().failing[res.status] {
 		return statusError(res.status)
 	}
+	if x.switches() {
+		c.out = x.appendSwitch(c.out[:0])
+		return nil
+	}
 	bodyless := x.bodyless()
 	whole := !bodyless && res.length >= 0 && res.length <= maxWhole
 	c.out = c.out[:0]
@@ -571,6 +585,10 @@ func (x *exchange) appendResponse(dst []byte) []byte {
 func (x *exchange) finish() (keep bool) {
 	c := x.c
 	x.started, x.status = true, x.res.status
+	if x.switches() {
+		x.openTunnel()
+		return false
+	}
 	if x.resEnded { // the backend's part is done
 		x.endUpload()
 		x.end(x.verdict())
@@ -727,6 +745,9 @@ func (x *exchange) drop() {
 // abandon ends an exchange in the middle, after a panic.
 func (x *exchange) abandon() {
 	x.drop()
+	if x.tunnel != nil {
+		x.tunnel.release()
+	}
 	x.end(ignored, nil)
 	x.giveBack()
 }

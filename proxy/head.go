@@ -32,7 +32,9 @@ type Request struct {
 	close         bool     // Connection: close
 	keepAlive     bool     // Connection: keep-alive
 	upgrade       bool     // Connection: upgrade
-	websocket     bool     // Upgrade names websocket
+	upgradeField  bool     // there is an Upgrade field
+	websocket     bool     // and it names websocket
+	switching     bool     // it asks for a tunnel, on a connection to the backend that is no pool's; set by begin
 	expect        bool     // Expect: 100-continue
 	badExpect     bool     // any other expectation
 	nominated     [][]byte // the fields that Connection names
@@ -366,7 +368,7 @@ func (r *Request) parse(b, via []byte, trusted bool) *refusal {
 				r.badExpect = r.badExpect || !r.expect
 			}
 		case fieldUpgrade:
-			drop = true
+			drop, r.upgradeField = true, true
 			for protocol := range list(f.value) {
 				r.websocket = r.websocket || is(protocol, "websocket")
 			}

@@ -61,6 +61,8 @@ type conn struct {
 	place   int     // and there; -1: not in it
 	expires int64   // the second of the wheel in which it is closed, unless something comes
 
+	tunnel *tunnel // what the connection has become; set by Proxy.enter
+
 	*workspace // nil between requests
 }
 
@@ -94,7 +96,7 @@ func (c *conn) vacate() {
 		w.in.next()
 		w.putScratch(c.p)
 		w.head = nil
-		w.x.c, w.x.service, w.x.view, w.x.upstream, w.x.err = nil, nil, nil, nil, nil
+		w.x.c, w.x.service, w.x.view, w.x.upstream, w.x.tunnel, w.x.err = nil, nil, nil, nil, nil, nil
 		w.x.asked = asked{}
 		c.p.workspaces.Put(w)
 	}
@@ -249,6 +251,9 @@ func (c *conn) serve(s stage) {
 		if failure := recover(); failure != nil {
 			c.logPanic(failure)
 			c.afterPanic()
+		} else if !left && c.workspace != nil && c.x.tunnel != nil && c.x.tunnel.plain() {
+			left = true
+			c.x.tunnel.leave()
 		}
 		if left {
 			return
@@ -311,7 +316,7 @@ func (c *conn) serve(s stage) {
 
 // after ends a request, and reports whether the connection can serve another one.
 func (c *conn) after(keep bool) bool {
-	if c.p.cfg.LogRequests {
+	if c.p.cfg.LogRequests && c.x.tunnel == nil {
 		c.logRequest()
 	}
 	if c.x.unread {
@@ -457,6 +462,7 @@ func (p *Proxy) Shutdown(ctx context.Context) (cut int) {
 	for len(p.conns) > 0 && ctx.Err() == nil {
 		p.noConns.Wait()
 	}
+	p.cutting = true
 	for c := range p.conns {
 		if c.state.Load() == stateActive {
 			cut++
@@ -476,6 +482,10 @@ type halfCloser interface {
 // cut ends a connection whatever it is doing. Its request finds out when it checks on its client, within 2 s; Close
 // would wait for that.
 func (c *conn) cut() {
+	if c.tunnel != nil {
+		c.tunnel.cut()
+		return
+	}
 	if half, ok := c.nc.(halfCloser); ok {
 		_ = half.CloseRead()
 		_ = half.CloseWrite()
@@ -513,8 +523,10 @@ func (p *Proxy) spawn(f func()) {
 }
 
 // reset makes the next close of the client connection a reset.
-func (c *conn) reset() {
-	if tcp, ok := c.nc.(halfCloser); ok {
+func (c *conn) reset() { resetOnClose(c.nc) }
+
+func resetOnClose(nc net.Conn) {
+	if tcp, ok := nc.(halfCloser); ok {
 		_ = tcp.SetLinger(0)
 	}
 }

@@ -15,7 +15,7 @@ const (
 	// slowAfter is how long a loop waits for a backend; then a goroutine does, which also looks after the client.
 	slowAfter = 100 * time.Millisecond
 
-	wheelSize = 128              // seconds, more than any timeout that the wheel keeps
+	wheelSize = 128              // seconds; what expires later is looked at once in so many
 	readSize  = maxWhole + 8<<10 // a response that is read whole, with its head
 	firstRead = 20 << 10         // of it: what is larger than 64 KiB shall be moved by splice
 	headroom  = 1 << 10          // in front of what is read: a head that has grown finds room before its body
@@ -156,7 +156,9 @@ func (w *worker) shutdown() {
 			case c.slot >= 0:
 				c.slow(stageAsked)
 			case !c.sock.Held():
-				c.close()
+				if c.tunnel == nil {
+					c.close()
+				}
 			case c.state.CompareAndSwap(stateIdle, stateClosed):
 				c.cut()
 			}
@@ -244,7 +246,7 @@ func (c *conn) ask() (s stage, ok bool) {
 	waiting := b.waiting()
 	end := bytes.Index(waiting, headEnd) + len(headEnd)
 	if end < len(headEnd) || waiting[0] == '\r' || r.parse(waiting[:end], c.p.pseudonym, c.trusted) != nil ||
-		r.chunked || r.length > int64(len(waiting)-end) || c.isLocal() {
+		r.chunked || r.length > int64(len(waiting)-end) || c.isLocal() || c.asksTunnel() {
 		return stageReading, false
 	}
 	x.begin(w.loop.Now())
@@ -465,6 +467,9 @@ func (c *conn) slow(s stage) {
 func (c *conn) close() {
 	c.vacate()
 	c.state.Store(stateClosed)
+	if c.tunnel != nil {
+		c.tunnel.release()
+	}
 	c.sock.Close()
 	c.worker.forget(c)
 	c.p.remove(c)

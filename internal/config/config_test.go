@@ -47,6 +47,7 @@ func TestValues(t *testing.T) {
 		Listen: ":8080", Admin: "127.0.0.1:9901", DrainTimeout: 30 * time.Second, API: APIBoth,
 		Strategy: lb.RoundRobin, RequestTimeout: 30 * time.Second, ConnectTimeout: 2 * time.Second, Retries: 2,
 		BreakerFailures: 5, BreakerOpen: 30 * time.Second, BreakerProbes: 3, BreakerStatuses: []int{502, 503, 504}, Via: true,
+		AllowUpgrades: []string{"websocket"}, TunnelIdleTimeout: time.Hour,
 	}
 	tests := []struct {
 		name string
@@ -93,6 +94,10 @@ func TestValues(t *testing.T) {
 		{"a comma in a prefix", `--route /a\,b=a`, nil, func(g *Gateway) { g.Route = []Route{{"/a,b", "a"}} }},
 		{"a prefix with =", "--route /a=b=c", nil, func(g *Gateway) { g.Route = []Route{{"/a=b", "c"}} }},
 		{"statuses", "--breaker-statuses 500,503", nil, func(g *Gateway) { g.BreakerStatuses = []int{500, 503} }},
+		{"upgrades", "--allow-upgrades WebSocket,foo/2 --tunnel-idle-timeout 0", nil, func(g *Gateway) {
+			g.AllowUpgrades, g.TunnelIdleTimeout = []string{"websocket", "foo/2"}, 0
+		}},
+		{"no upgrades", "", map[string]string{"KERBEROS_ALLOW_UPGRADES": "none"}, func(g *Gateway) { g.AllowUpgrades = []string{} }},
 		{"no retries", "--retries 0", nil, func(g *Gateway) { g.Retries = 0 }},
 		{"environment", "", map[string]string{
 			"KERBEROS_ROUTE": "/a=a,/*", "KERBEROS_VIA": "off", "KERBEROS_LOG_REQUESTS": "1", "KERBEROS_API_ALLOW": "none",
@@ -205,6 +210,11 @@ func TestRefused(t *testing.T) {
 		{"--breaker-open 0s", nil, []string{"--breaker-open", `"0s"`, "at least 1ms"}},
 		{"--breaker-statuses 200", nil, []string{"--breaker-statuses", `"200"`, "400 to 599"}},
 		{"--breaker-statuses 502,", nil, []string{"--breaker-statuses", `"502,"`, "400 to 599"}},
+		{"--allow-upgrades web_socket,none", nil, []string{"--allow-upgrades", `"web_socket,none"`, "foo/2"}},
+		{"--allow-upgrades=", nil, []string{"--allow-upgrades", `""`, "websocket"}},
+		{"--allow-upgrades foo/", nil, []string{"--allow-upgrades", `"foo/"`, "websocket"}},
+		{"--allow-upgrades foo/2/3", nil, []string{"--allow-upgrades", `"foo/2/3"`, "websocket"}},
+		{"--tunnel-idle-timeout -1s", nil, []string{"--tunnel-idle-timeout", `"-1s"`, "at least 0s"}},
 		{"--upstream-ca /does/not/exist.pem", nil, []string{"--upstream-ca", "/does/not/exist.pem", "no such file"}},
 		{"--upstream-ca " + noPEM, nil, []string{"--upstream-ca", noPEM, "no certificate"}},
 		{"--via=perhaps", nil, []string{"--via", `"perhaps"`, "on nor off"}},
@@ -310,7 +320,7 @@ func FuzzParse(f *testing.F) {
 		f.Add(seed)
 	}
 	flags := []string{"--listen", "--admin", "--health-path", "--api", "--api-allow", "--token", "--addr-allow", "--addr-deny",
-		"--trusted-proxies", "--strategy", "--route", "--request-timeout", "--retries", "--breaker-statuses", "--via"}
+		"--trusted-proxies", "--strategy", "--route", "--request-timeout", "--retries", "--breaker-statuses", "--via", "--allow-upgrades"}
 	f.Fuzz(func(t *testing.T, value string) {
 		for _, flag := range flags {
 			g, err := parse(t, []string{flag + "=" + value}, nil)

@@ -43,6 +43,7 @@ func Parse(grammar any, args []string, env func(string) (string, bool), options 
 		kong.NamedMapper("url", text(parseURL)),
 		kong.NamedMapper("token", text(parseToken)),
 		kong.NamedMapper("status", text(parseStatuses)),
+		kong.NamedMapper("protocols", text(parseProtocols)),
 	}, options...)...)
 	if err != nil {
 		return nil, fmt.Errorf("the grammar of the command line: %w", err)
