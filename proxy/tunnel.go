@@ -360,6 +360,9 @@ func (f *flow) fetch() error {
 	case n == 0:
 		f.ended = true
 		f.dropPipe()
+		if f.t.broken || f.over && !f.back.ended { // it is no orderly end
+			return nil
+		}
 		return f.to.CloseWrite()
 	case f.pipe != nil:
 		f.piped = n

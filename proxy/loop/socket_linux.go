@@ -28,6 +28,7 @@ type Socket struct {
 	held       atomic.Bool // by a goroutine
 	waits      *waits      // nil until first held
 
+	abortive atomic.Bool // closing resets the connection
 	closed   atomic.Bool
 	users    atomic.Int32 // calls that use the descriptor now, and one until it is closed
 	released atomic.Bool  // the descriptor is closed
@@ -154,7 +155,7 @@ func (s *Socket) Close() error {
 	if !s.closed.CompareAndSwap(false, true) {
 		return net.ErrClosed
 	}
-	if s.users.Load() > 1 {
+	if s.users.Load() > 1 && !s.abortive.Load() {
 		unix.Shutdown(s.fd, unix.SHUT_RDWR) // now, not when they have left
 	}
 	if s.held.Load() {
@@ -278,6 +279,7 @@ func (s *Socket) SetLinger(seconds int) error {
 	if seconds < 0 {
 		linger = unix.Linger{}
 	}
+	s.abortive.Store(seconds == 0)
 	return os.NewSyscallError("setsockopt", unix.SetsockoptLinger(s.fd, unix.SOL_SOCKET, unix.SO_LINGER, &linger))
 }
 
