@@ -204,6 +204,8 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		Retries:          limit(cfg.Retries),
 		Breaker:          cb.Config{Failures: cfg.BreakerFailures, OpenFor: cfg.BreakerOpen, Probes: cfg.BreakerProbes},
 		BreakerStatuses:  cfg.BreakerStatuses,
+		Upgrades:         cfg.AllowUpgrades,
+		TunnelIdle:       limit(cfg.TunnelIdleTimeout),
 		TrustedProxies:   cfg.TrustedProxies,
 		UpstreamCA:       cfg.UpstreamCA,
 		UpstreamInsecure: bool(cfg.UpstreamInsecure),

@@ -141,7 +141,7 @@ func TestHelp(t *testing.T) {
 	}
 	flags := strings.Fields("listen admin api api-allow addr-allow addr-deny token strategy route request-timeout connect-timeout " +
 		"retries breaker-failures breaker-open breaker-probes breaker-statuses trusted-proxies upstream-ca upstream-insecure via " +
-		"health-path log-requests shutdown-delay drain-timeout")
+		"health-path log-requests shutdown-delay drain-timeout allow-upgrades tunnel-idle-timeout")
 	for _, flag := range flags {
 		if !strings.Contains(stdout, "--"+flag) && !strings.Contains(stdout, "--[no-]"+flag) {
 			t.Errorf("--%s is not in the help", flag)

@@ -385,7 +385,7 @@ func TestReadmeLimits(t *testing.T) {
 		"interim responses (1xx) before a response": {"16 -> 502", 0, 0},
 		"backend that takes nothing of a request":   {"30 s -> 504", 0, 0},
 		"instances asked for one request":           {fmt.Sprintf("%d -> the last one's error", lb.MaxTried), 0, 0},
-		"WebSocket, HTTP/2, TLS to clients":         {"not yet -> 501 for a WebSocket handshake", 0, webSocket(g)},
+		"HTTP/2, TLS to clients":                    {"not yet -> 505 for HTTP/2", 0, raw("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")},
 		"request body that can be sent again":       {"64 KiB -> it is streamed and sent once", upload(g, 3<<20), 0},
 		"registrations":                             {"in memory -> gone with the process", 0, 0},
 		"start line and fields of a request or a response, in bytes; 0 is 1 MiB": {"32KiB -> 431; 502 for a backend's", head(32 << 10), head(32<<10 + 1)},
@@ -445,12 +445,6 @@ func TestReadmeLimitsAtOnce(t *testing.T) {
 			t.Errorf("%v: %v at the limit", test.flags, err)
 		}
 	}
-}
-
-func webSocket(g *running) int {
-	response, _ := exchange(g.t, g.data, "GET /echo HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
-		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n")
-	return response.StatusCode
 }
 
 func upload(g *running, size int) int {

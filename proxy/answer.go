@@ -199,7 +199,7 @@ func (p *Proxy) routes(text string) string {
 // gateway's own paths.
 func (c *conn) isLocal() bool {
 	r, p := &c.req, c.p
-	return p.restricted(r) != nil || r.badExpect || r.upgrade && r.websocket || r.looped ||
+	return p.restricted(r) != nil || r.badExpect || c.refusesWebSocket() || r.looped ||
 		len(r.Path) == 1 && r.Path[0] == '*' || r.maxForwards == 0 || p.owns(r.Path)
 }
 
@@ -239,7 +239,7 @@ func (c *conn) local() (keep bool) {
 		return c.refuse(p.restricted(r), !c.persistent())
 	case r.badExpect:
 		return c.refuse(errExpect, !c.persistent())
-	case r.upgrade && r.websocket:
+	case c.refusesWebSocket():
 		return c.refuse(errUpgrade, !c.persistent())
 	case r.looped:
 		return c.refuse(errLoop, !c.persistent())

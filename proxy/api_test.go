@@ -64,7 +64,7 @@ func TestAPIOnTheDataListener(t *testing.T) {
 		"instances": []any{map[string]any{
 			"id": "inst-1", "addr": a.url(), "weight": 2.0, "ready": true, "reason": "",
 			"breaker":   map[string]any{"state": "closed", "since": instant(g.DescribeInstance("echo", "inst-1").Breaker.Since), "until": nil},
-			"in_flight": 0.0, "success": 3.0, "failure": 0.0, "ignored": 0.0, "last_error": "", "registered_at": instant(in.RegisteredAt),
+			"in_flight": 0.0, "tunnels": 0.0, "success": 3.0, "failure": 0.0, "ignored": 0.0, "last_error": "", "registered_at": instant(in.RegisteredAt),
 		}},
 	}}}
 	if diff := cmp.Diff(want, got); diff != "" {

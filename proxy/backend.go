@@ -24,6 +24,14 @@ type backendConn struct {
 // plain reports whether a loop can read and write it.
 func (c *backendConn) plain() bool { return c.sock != nil && c.Conn == net.Conn(c.sock) }
 
+// transport is the connection below TLS.
+func (c *backendConn) transport() net.Conn {
+	if secure, ok := c.Conn.(*tls.Conn); ok {
+		return secure.NetConn()
+	}
+	return c.Conn
+}
+
 // forget drops what only a goroutine needs of it. On its loop.
 func (c *backendConn) forget() {
 	c.sock.Forget()

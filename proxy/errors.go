@@ -52,11 +52,10 @@ var (
 	errMethodTarget = &refusal{400, "http_request_error", "the target of a CONNECT request is not HOST:PORT"}
 	errMethodBody   = &refusal{400, "http_request_error", "a CONNECT or TRACE request has no body"}
 	errTrace        = &refusal{405, "http_request_denied", "Max-Forwards ends at the gateway, which does not answer TRACE"}
-	errTunnel       = &refusal{501, "http_upgrade_failed", "tunnels are not supported here"}
 	errPath         = &refusal{400, "http_request_denied", "the path can be read in two ways that lead to different services"}
 	errPathBytes    = &refusal{400, "http_request_denied", "the path has a backslash or an encoded NUL"}
 	errExpect       = &refusal{417, "http_request_denied", "the only expectation met here is 100-continue"}
-	errUpgrade      = &refusal{501, "http_upgrade_failed", "WebSocket is not supported here"}
+	errUpgrade      = &refusal{501, "http_upgrade_failed", "WebSocket is not allowed here"}
 	errLoop         = &refusal{508, "proxy_loop_detected", "the request came back to the gateway that sent it"}
 	errNoRoute      = &refusal{404, "destination_not_found", "no service is at this path"}
 	errNoInstance   = &refusal{503, "destination_unavailable", "no instance of the service is ready"}
@@ -80,7 +79,7 @@ var (
 	errResponseHead    = &refusal{502, "http_response_header_section_size", "the backend's response head is larger than the limit"}
 	errResponseFields  = &refusal{502, "http_response_header_section_size", "the backend's response has more field lines than the limit"}
 	errIncomplete      = &refusal{502, "http_response_incomplete", "the backend broke off its response"}
-	errSwitch          = &refusal{502, "http_upgrade_failed", "the backend switched protocols unasked"}
+	errSwitch          = &refusal{502, "http_upgrade_failed", "the backend switched to a protocol that was not asked for"}
 )
 
 // errBadStatus answers for a probe that got a failing status when nobody else could answer.
@@ -151,7 +150,7 @@ const (
 // blame says whose fault an error of an attempt is: the instance's, or nobody's that a breaker should hear of.
 func blame(err error) outcome {
 	for _, other := range []error{errClientGone, errClientSlow, errBodyTimeout, errBodySlow, errBodyTooLarge, errChunk, errOverTime,
-		errStale, errNoSocket, errTunnel} {
+		errStale, errNoSocket} {
 		if errors.Is(err, other) {
 			return ignored
 		}

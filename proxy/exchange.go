@@ -55,6 +55,7 @@ type exchange struct {
 	covered  bool // it is a probe, and a ready instance can make up for it
 	err      error
 	attempts int
+	tunnel   *tunnel // what came of it, if it asked for that
 
 	// the request body
 	held     []byte // what was read of it before the first attempt
@@ -127,6 +128,7 @@ func (x *exchange) begin(now time.Time) {
 	x.held, x.complete, x.upload, x.unread = nil, true, nil, false
 	x.bodyRead = !r.chunked && r.length <= 0
 	x.started, x.status, x.settled, x.written = false, 0, false, false
+	r.switching, x.tunnel = x.c.asksTunnel(), nil
 	x.interim, x.finAt = false, time.Time{}
 	x.uploadPace, x.download = pace{}, pace{}
 	x.counted, x.full, x.queued = false, false, false
@@ -356,9 +358,14 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 	if x.attempts > 1 || !x.complete || len(x.held) > 0 || x.queued {
 		x.sent = time.Now()
 	}
-	if x.lease, x.backend, x.reused, err = u.acquire(x.c.pool(), fresh, x.timeLeft()); err != nil {
-		x.waited += time.Since(x.sent)
-		return dialFailure(err)
+	if x.c.req.switching {
+		x.reused = false
+		x.lease, x.backend, err = u.dialApart(x.c.pool(), x.timeLeft())
+	} else {
+		x.lease, x.backend, x.reused, err = u.acquire(x.c.pool(), fresh, x.timeLeft())
+	}
+	if err != nil {
+		return x.undialled(err)
 	}
 	if x.reused && !x.backend.quiet() {
 		return errStale
@@ -385,6 +392,16 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 		_, err = x.write(rest)
 	}
 	return x.answer(err)
+}
+
+// undialled says why there is no connection for an attempt that began at x.sent.
+func (x *exchange) undialled(err error) error {
+	now := time.Now()
+	x.waited += now.Sub(x.sent)
+	if x.late(now) {
+		return errOverTime
+	}
+	return dialFailure(err)
 }
 
 // write sends a part of the request.
@@ -513,10 +530,10 @@ func (x *exchange) head(b *buffer, limit time.Time, reused bool) error {
 			b.r += end
 			b.base = b.r
 			switch {
-			case x.res.status == 101:
+			case x.res.status == 101 && !x.switches():
 				return errSwitch
-			case x.c.req.authority && x.res.status >= 200 && x.res.status < 300:
-				return errTunnel
+			case x.res.status == 101:
+				return nil
 			case x.res.status >= 200:
 				return nil
 			}
@@ -646,6 +663,10 @@ func (x *exchange) compose() error {
 	if x.covered && x.p().failing[res.status] {
 		return statusError(res.status)
 	}
+	if x.switches() {
+		c.out = x.appendSwitch(c.out[:0])
+		return nil
+	}
 	bodyless := x.bodyless()
 	whole := !bodyless && res.length >= 0 && res.length <= maxWhole
 	c.out = c.out[:0]
@@ -732,6 +753,10 @@ func (x *exchange) finish() (keep bool) {
 		x.noteFIN(time.Now())
 	}
 	x.started, x.status = true, x.res.status
+	if x.switches() {
+		x.openTunnel()
+		return false
+	}
 	if x.resEnded { // the backend's part is done
 		x.endUpload()
 		x.end(x.verdict())
@@ -885,6 +910,9 @@ func (x *exchange) drop() {
 // abandon ends an exchange in the middle, after a panic.
 func (x *exchange) abandon() {
 	x.drop()
+	if x.tunnel != nil {
+		x.tunnel.release()
+	}
 	x.end(ignored, nil)
 	x.leave()
 	x.giveBack()

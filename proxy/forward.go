@@ -131,5 +131,8 @@ func (c *conn) appendHead(dst []byte, r *Request, t *registry.Target) []byte {
 		dst = strconv.AppendInt(dst, int64(r.maxForwards-1), 10)
 		dst = append(dst, '\r', '\n')
 	}
+	if r.switching {
+		dst = c.appendUpgrade(dst)
+	}
 	return append(dst, '\r', '\n')
 }

@@ -31,7 +31,9 @@ type Request struct {
 	close         bool     // Connection: close
 	keepAlive     bool     // Connection: keep-alive
 	upgrade       bool     // Connection: upgrade
-	websocket     bool     // Upgrade names websocket
+	upgradeField  bool     // there is an Upgrade field
+	websocket     bool     // and it names websocket
+	switching     bool     // it asks for a tunnel, on a connection to the backend that is no pool's; set by begin
 	expect        bool     // Expect: 100-continue
 	badExpect     bool     // any other expectation
 	asking        bool     // the backend is asked whether it wants the body: Expect is passed on
@@ -373,7 +375,7 @@ func (r *Request) parse(b, via []byte, trusted bool, limits *Limits) *refusal {
 				r.badExpect = r.badExpect || !r.expect
 			}
 		case fieldUpgrade:
-			drop = true
+			drop, r.upgradeField = true, true
 			for protocol := range list(f.value) {
 				r.websocket = r.websocket || is(protocol, "websocket")
 			}

@@ -8,8 +8,8 @@
 // to: worker.go takes the same steps on an event loop, and leaves a request to a goroutine, in the middle of the way if need
 // be, where it would have to wait. Around the two: server.go has the client connections, head.go the guard (what is
 // refused), route.go the routes, view.go who is ready; exchange.go is one request with its attempts, upload.go its body where
-// that streams, forward.go what is sent, response.go and body.go what comes back; upstream.go is an instance, backend.go a
-// connection to it, budget.go the bound on retries; errors.go says whose fault it was, answer.go answers where no backend
+// that streams, forward.go what is sent, response.go and body.go what comes back, tunnel.go what an Upgrade leads to;
+// upstream.go is an instance, backend.go a connection to it, budget.go the bound on retries; errors.go says whose fault it was, answer.go answers where no backend
 // does. The package loop below this one knows sockets and epoll, and no HTTP.
 package proxy
 
@@ -24,6 +24,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -61,6 +62,9 @@ type Config struct {
 
 	AmbiguousPaths PathPolicy // RefusePaths: what becomes of paths that can be read in two ways
 	AllowMethods   []string   // none: of CONNECT and TRACE, which are refused otherwise
+
+	Upgrades   []string      // websocket: protocols, foo or foo/2, to which a client may upgrade; empty but not nil: none
+	TunnelIdle time.Duration // 1 h: a tunnel in which nothing moves for so long is closed; negative: never
 
 	TrustedProxies   []netip.Prefix // none: whose forwarding fields are believed
 	UpstreamCA       *x509.CertPool // nil: the system's roots
@@ -107,6 +111,18 @@ func (cfg Config) withDefaults() (Config, error) {
 			return cfg, fmt.Errorf("proxy: Config.BreakerStatuses has %d: a status is 100 to 599", status)
 		}
 	}
+	if cfg.Upgrades == nil {
+		cfg.Upgrades = []string{"websocket"}
+	}
+	for _, protocol := range cfg.Upgrades {
+		name, version, versioned := strings.Cut(protocol, "/")
+		if !all([]byte(name), isToken) || versioned && !all([]byte(version), isToken) {
+			return cfg, fmt.Errorf("proxy: Config.Upgrades has %q: a protocol is a name such as websocket, or a name and a version such as foo/2", protocol)
+		}
+	}
+	if cfg.TunnelIdle == 0 {
+		cfg.TunnelIdle = time.Hour
+	}
 	gate, err := cb.New(cfg.Breaker, nil)
 	if err != nil {
 		return cfg, fmt.Errorf("proxy: Config.Breaker: %w", err)
@@ -147,6 +163,7 @@ type Proxy struct {
 	cfg        Config
 	log        *slog.Logger
 	route      RouteFunc
+	upgrades   [][]byte  // Config.Upgrades
 	pseudonym  []byte    // our name in Via, unique to the process (RFC 9110 section 7.6.3); nil if we add none
 	allow      []byte    // the Allow field
 	failing    [600]bool // by status: Config.BreakerStatuses
@@ -176,6 +193,7 @@ type Proxy struct {
 	refused    int                // connections, since the last line in the log
 	refusedAt  time.Time          // of that line
 	departures []departure        // services that lost their last instance, the oldest first
+	cutting    bool               // Shutdown cuts what is left
 	stopped    bool               // Close has begun
 }
 
@@ -195,6 +213,9 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 	}
 	for _, status := range cfg.BreakerStatuses {
 		p.failing[status] = true
+	}
+	for _, protocol := range cfg.Upgrades {
+		p.upgrades = append(p.upgrades, []byte(protocol))
 	}
 	p.large.New = func() any {
 		b := make([]byte, maxWhole+2*firstBuffer)
@@ -413,11 +434,19 @@ func (x *exchange) again(err error) bool {
 }
 
 // logRequest writes the line of --log-requests.
-func (c *conn) logRequest() {
+func (c *conn) logRequest() { c.p.logLine(c.line(), c.x.began) }
+
+func (p *Proxy) logLine(line []slog.Attr, began time.Time, more ...slog.Attr) {
+	line = append(append(line, slog.String("took", time.Since(began).String())), more...)
+	p.log.LogAttrs(context.Background(), slog.LevelInfo, "request", line...)
+}
+
+// line is what there is to say of a request, but for how long it took. It keeps nothing of the request's bytes.
+func (c *conn) line() []slog.Attr {
 	r, x := &c.req, &c.x
 	attrs := []slog.Attr{
 		slog.String("client", r.Client.String()), slog.String("method", string(r.Method)), slog.String("target", string(r.target)),
-		slog.Int("status", x.status), slog.Int("attempts", x.attempts), slog.String("took", time.Since(x.began).String()),
+		slog.Int("status", x.status), slog.Int("attempts", x.attempts),
 	}
 	if x.service != nil {
 		attrs = append(attrs, slog.String("service", x.service.name))
@@ -425,5 +454,5 @@ func (c *conn) logRequest() {
 	if x.upstream != nil {
 		attrs = append(attrs, slog.String("instance", x.upstream.id))
 	}
-	c.p.log.LogAttrs(context.Background(), slog.LevelInfo, "request", attrs...)
+	return attrs
 }

@@ -9,9 +9,12 @@ type response struct {
 	lines  []byte // all field lines, each with its CRLF
 	minor  byte
 	framing
-	drops   []span
-	close   bool // the connection ends with this response
-	hasDate bool
+	drops     []span
+	close     bool // the connection ends with this response
+	hasDate   bool
+	upgrade   bool   // Connection: upgrade
+	protocol  []byte // the Upgrade field
+	protocols int    // how many of them there are
 }
 
 // parse reads a whole response head, from the status line to the empty line, as strictly as we read requests. The
@@ -63,11 +66,16 @@ func (r *response) parse(b []byte, limits *Limits) *refusal {
 					r.close = true
 				case is(option, "keep-alive"):
 					keepAlive = true
+				case is(option, "upgrade"):
+					r.upgrade = true
 				default:
 					named = append(named, option)
 				}
 			}
-		case fieldHopByHop, fieldUpgrade:
+		case fieldUpgrade:
+			drop, r.protocol = true, f.value
+			r.protocols++
+		case fieldHopByHop:
 			drop = true
 		case fieldDate:
 			r.hasDate = true

@@ -58,6 +58,8 @@ type conn struct {
 	since   int64   // the second since which nothing has come,
 	expires int64   // and the one in which it is closed, unless something comes
 
+	tunnel *tunnel // what the connection has become; set by Proxy.enter
+
 	*workspace // nil between requests
 }
 
@@ -91,7 +93,7 @@ func (c *conn) vacate() {
 		w.in.next()
 		w.putScratch(c.p)
 		w.head = nil
-		w.x.c, w.x.service, w.x.view, w.x.upstream, w.x.err = nil, nil, nil, nil, nil
+		w.x.c, w.x.service, w.x.view, w.x.upstream, w.x.tunnel, w.x.err = nil, nil, nil, nil, nil, nil
 		w.x.asked = asked{}
 		c.p.workspaces.Put(w)
 	}
@@ -226,6 +228,9 @@ func (c *conn) serve(s stage) {
 		if failure := recover(); failure != nil {
 			c.logPanic(failure)
 			c.afterPanic()
+		} else if !left && c.workspace != nil && c.x.tunnel != nil && c.x.tunnel.plain() {
+			left = true
+			c.x.tunnel.leave()
 		}
 		if left {
 			return
@@ -299,7 +304,7 @@ func (c *conn) unreadable(err *refusal) {
 
 // after ends a request, and reports whether the connection can serve another one.
 func (c *conn) after(keep bool) bool {
-	if c.p.cfg.LogRequests {
+	if c.p.cfg.LogRequests && c.x.tunnel == nil {
 		c.logRequest()
 	}
 	c.x.leave()
@@ -447,6 +452,7 @@ func (p *Proxy) Shutdown(ctx context.Context) (cut int) {
 	for len(p.conns) > 0 && ctx.Err() == nil {
 		p.noConns.Wait()
 	}
+	p.cutting = true
 	for c := range p.conns {
 		if c.state.Load() == stateActive {
 			cut++
@@ -466,6 +472,10 @@ type halfCloser interface {
 // cut ends a connection whatever it is doing. Its request finds out when it checks on its client, within 2 s; Close
 // would wait for that.
 func (c *conn) cut() {
+	if c.tunnel != nil {
+		c.tunnel.cut()
+		return
+	}
 	if half, ok := c.nc.(halfCloser); ok {
 		_ = half.CloseRead()
 		_ = half.CloseWrite()
@@ -503,8 +513,10 @@ func (p *Proxy) spawn(f func()) {
 }
 
 // reset makes the next close of the client connection a reset.
-func (c *conn) reset() {
-	if tcp, ok := c.nc.(halfCloser); ok {
+func (c *conn) reset() { resetOnClose(c.nc) }
+
+func resetOnClose(nc net.Conn) {
+	if tcp, ok := nc.(halfCloser); ok {
 		_ = tcp.SetLinger(0)
 	}
 }

@@ -49,6 +49,7 @@ type upstream struct {
 
 	_        [128]byte // what requests write stands apart from what they read
 	inFlight atomic.Int64
+	tunnels  atomic.Int64     // open now
 	outcomes [3]atomic.Uint64 // by outcome
 	_        [128]byte
 }
@@ -90,6 +91,12 @@ func (p *hostPool[C]) acquire(timeout time.Duration) (lease, error) { return p.t
 func (p *hostPool[C]) release(l lease)                              { p.give(l.(C)) }
 func (p *hostPool[C]) discard(l lease)                              { p.drop(l.(C)) }
 func (p *hostPool[C]) closeIdle()                                   { p.idle() }
+
+// apart is the lease of a connection that is no pool's.
+type apart struct{ conn *backendConn }
+
+func (a apart) Conn() net.Conn       { return a.conn }
+func (apart) LastUseTime() time.Time { return time.Time{} }
 
 // newUpstream starts an instance: nothing is dialled, but a name begins to be resolved.
 func (s *service) newUpstream(in *registry.Instance) *upstream {
@@ -327,6 +334,16 @@ func (u *upstream) acquire(i int, fresh bool, timeout time.Duration) (l lease, c
 	}
 }
 
+// dialApart makes a connection that no pool has. It is held by the calling goroutine.
+func (u *upstream) dialApart(i int, timeout time.Duration) (lease, *backendConn, error) {
+	nc, err := u.dial(i, max(timeout, 0))
+	if err != nil {
+		return nil, nil, err
+	}
+	conn := nc.(*backendConn)
+	return apart{conn}, conn, nil
+}
+
 // idle takes an idle connection for the loop that asks; nil if there is none that it can use.
 func (u *upstream) idle(i int) (lease, *backendConn) {
 	if u.tls != nil {
@@ -346,6 +363,10 @@ func (u *upstream) idle(i int) (lease, *backendConn) {
 
 // release gives a connection back, or closes it if it cannot serve another request or the instance has left.
 func (u *upstream) release(i int, l lease, reusable bool) {
+	if own, ok := l.(apart); ok {
+		own.conn.Close()
+		return
+	}
 	if !reusable {
 		u.pool(i).discard(l)
 		return

@@ -475,6 +475,7 @@ func (p *Proxy) DescribeInstance(name, id string) registry.InstanceStatus {
 	status := registry.InstanceStatus{
 		Breaker:  registry.BreakerStatus{State: breaker.State.String(), Since: breaker.Since},
 		InFlight: u.inFlight.Load(),
+		Tunnels:  u.tunnels.Load(),
 		Success:  u.outcomes[success].Load(),
 		Failure:  u.outcomes[failure].Load(),
 		Ignored:  u.outcomes[ignored].Load(),

@@ -255,7 +255,7 @@ func TestRefusedRequests(t *testing.T) {
 // What is refused, or answered by the gateway itself, although it is clear where the next request begins: the connection
 // goes on.
 func TestAnsweredHere(t *testing.T) {
-	g := startGateway(t, func(cfg *Config) { cfg.HealthPath = "/-/health" }, nil)
+	g := startGateway(t, func(cfg *Config) { cfg.HealthPath, cfg.Upgrades = "/-/health", []string{} }, nil)
 	o, came := untouched(t)
 	g.register(t, "echo", "1", o.url())
 	g.register(t, "users", "1", o.url())

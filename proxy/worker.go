@@ -188,7 +188,9 @@ func (w *worker) shutdown() {
 				c.reading = false
 				c.slow(stageReading)
 			case !c.sock.Held():
-				c.close()
+				if c.tunnel == nil {
+					c.close()
+				}
 			case c.state.CompareAndSwap(stateIdle, stateClosed):
 				c.cut()
 			}
@@ -293,7 +295,7 @@ func (c *conn) ask() (s stage, ok bool) {
 		return stageHead, false
 	}
 	if end < len(headEnd) || waiting[0] == '\r' || end > limits.Head || r.parse(waiting[:end], c.p.pseudonym, c.trusted, limits) != nil ||
-		r.authority || r.chunked || r.length > int64(len(waiting)-end) || r.length > limits.Body || c.isLocal() {
+		r.authority || r.chunked || r.length > int64(len(waiting)-end) || r.length > limits.Body || c.isLocal() || c.asksTunnel() {
 		return stageReading, false
 	}
 	x.begin(w.loop.Now())
@@ -357,8 +359,7 @@ func (c *conn) dial() error {
 		x.lease, x.backend, x.reused, err = x.upstream.acquire(c.pool(), true, x.timeLeft())
 	}
 	if err != nil {
-		x.waited += time.Since(x.sent)
-		return dialFailure(err)
+		return x.undialled(err)
 	}
 	c.leave(func() {
 		x.sent = c.worker.loop.Now()
@@ -516,6 +517,9 @@ func (c *conn) slow(s stage) {
 func (c *conn) close() {
 	c.vacate()
 	c.state.Store(stateClosed)
+	if c.tunnel != nil {
+		c.tunnel.release()
+	}
 	c.sock.Close()
 	c.worker.forget(c)
 	c.p.remove(c)

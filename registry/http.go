@@ -42,6 +42,7 @@ type InstanceStatus struct {
 	Reason    string        `json:"reason"` // why it is not ready, else empty
 	Breaker   BreakerStatus `json:"breaker"`
 	InFlight  int64         `json:"in_flight"` // requests now
+	Tunnels   int64         `json:"tunnels"`   // open now: upgraded connections, which are no requests in flight any more
 	Success   uint64        `json:"success"`   // requests that ended, since the instance came
 	Failure   uint64        `json:"failure"`
 	Ignored   uint64        `json:"ignored"`

@@ -125,7 +125,7 @@ func (fakeDescriber) DescribeInstance(service, id string) InstanceStatus {
 	}
 	until := described.Add(30 * time.Second)
 	return InstanceStatus{Reason: "breaker", Breaker: BreakerStatus{State: "open", Since: described, Until: &until},
-		InFlight: 1, Success: 2, Failure: 3, Ignored: 4, LastError: "refused <1>"}
+		InFlight: 1, Tunnels: 5, Success: 2, Failure: 3, Ignored: 4, LastError: "refused <1>"}
 }
 
 func TestGet(t *testing.T) {
@@ -138,9 +138,9 @@ func TestGet(t *testing.T) {
 		return reg.Snapshot(service).Instance(id).RegisteredAt.UTC().Format("2006-01-02T15:04:05Z")
 	}
 	one := func(service string) string {
-		return `{"id":"inst-1","addr":"http://localhost:8081","weight":2,"ready":true,"reason":"","breaker":{"state":"closed","since":"2026-11-23T17:00:00Z","until":null},"in_flight":0,"success":0,"failure":0,"ignored":0,"last_error":"","registered_at":"` + at(service, "inst-1") + `"}`
+		return `{"id":"inst-1","addr":"http://localhost:8081","weight":2,"ready":true,"reason":"","breaker":{"state":"closed","since":"2026-11-23T17:00:00Z","until":null},"in_flight":0,"tunnels":0,"success":0,"failure":0,"ignored":0,"last_error":"","registered_at":"` + at(service, "inst-1") + `"}`
 	}
-	two := `{"id":"inst-2","addr":"http://h/a&b","weight":0,"ready":false,"reason":"breaker","breaker":{"state":"open","since":"2026-11-23T17:00:00Z","until":"2026-11-23T17:00:30Z"},"in_flight":1,"success":2,"failure":3,"ignored":4,"last_error":"refused <1>","registered_at":"` + at("echo", "inst-2") + `"}`
+	two := `{"id":"inst-2","addr":"http://h/a&b","weight":0,"ready":false,"reason":"breaker","breaker":{"state":"open","since":"2026-11-23T17:00:00Z","until":"2026-11-23T17:00:30Z"},"in_flight":1,"tunnels":5,"success":2,"failure":3,"ignored":4,"last_error":"refused <1>","registered_at":"` + at("echo", "inst-2") + `"}`
 	service := func(name, instances string) string {
 		return `{"name":"` + name + `","strategy":"weighted-round-robin","in_force":"round-robin","why":"inst-2 has no weight","instances":[` + instances + `]}`
 	}
@@ -167,7 +167,7 @@ func TestGet(t *testing.T) {
 
 	// Without a Describer the members are there all the same.
 	bare := call(NewHandler(reg, nil), near, "GET", "/services/echo/inst-1", "")
-	want := `{"id":"inst-1","addr":"http://localhost:8081","weight":2,"ready":false,"reason":"","breaker":{"state":"","since":"0001-01-01T00:00:00Z","until":null},"in_flight":0,"success":0,"failure":0,"ignored":0,"last_error":"","registered_at":"` + at("echo", "inst-1") + `"}` + "\n"
+	want := `{"id":"inst-1","addr":"http://localhost:8081","weight":2,"ready":false,"reason":"","breaker":{"state":"","since":"0001-01-01T00:00:00Z","until":null},"in_flight":0,"tunnels":0,"success":0,"failure":0,"ignored":0,"last_error":"","registered_at":"` + at("echo", "inst-1") + `"}` + "\n"
 	if d := cmp.Diff(want, string(bare.Body())); d != "" {
 		t.Errorf("without a Describer (-want +got):\n%s", d)
 	}

@@ -39,6 +39,9 @@ type Gateway struct {
 	ConnectTimeout time.Duration `default:"2s" min:"0s" group:"traffic" help:"For one connection to one address."`
 	Retries        int           `default:"2" min:"0" also:"RETRY_MAX" group:"traffic" help:"Further attempts once an instance may have seen the request. What was not written at all is always tried elsewhere, at up to ${most_tried} instances."`
 
+	AllowUpgrades     []string      `default:"websocket" type:"protocols" placeholder:"PROTOCOL" group:"traffic" help:"Protocols to which clients may upgrade, a name such as websocket or with a version such as foo/2, or none."`
+	TunnelIdleTimeout time.Duration `default:"1h" min:"0s" group:"traffic" help:"How long nothing may move on an upgraded connection; 0s for no limit."`
+
 	BreakerFailures int           `default:"5" min:"1" also:"BREAKER_FAILURES" group:"traffic" help:"Failures in a row that open the breaker of an instance."`
 	BreakerOpen     time.Duration `default:"30s" min:"1ms" also:"BREAKER_OPEN" group:"traffic" help:"How long a breaker stays open before it is probed."`
 	BreakerProbes   int           `default:"3" min:"1" also:"BREAKER_PROBES" group:"traffic" help:"Probes that must all succeed to close a breaker."`

@@ -52,6 +52,7 @@ func TestValues(t *testing.T) {
 		ResponseIdleTimeout: 5 * time.Minute, UpstreamIdleTimeout: 4 * time.Second,
 		MaxConnections: Share{Percent: 90}, QueueTimeout: time.Second,
 		AmbiguousPaths: "refuse", MaxHead: 32 << 10, MaxFields: 200, MaxRequestLine: 16 << 10,
+		AllowUpgrades: []string{"websocket"}, TunnelIdleTimeout: time.Hour,
 	}
 	tests := []struct {
 		name string
@@ -109,6 +110,10 @@ func TestValues(t *testing.T) {
 		{"limits", "--max-head 1MiB --max-fields 0 --max-request-line 1000", nil, func(g *Gateway) {
 			g.MaxHead, g.MaxFields, g.MaxRequestLine = 1<<20, 0, 1000
 		}},
+		{"upgrades", "--allow-upgrades WebSocket,foo/2 --tunnel-idle-timeout 0", nil, func(g *Gateway) {
+			g.AllowUpgrades, g.TunnelIdleTimeout = []string{"websocket", "foo/2"}, 0
+		}},
+		{"no upgrades", "", map[string]string{"KERBEROS_ALLOW_UPGRADES": "none"}, func(g *Gateway) { g.AllowUpgrades = []string{} }},
 		{"no retries", "--retries 0", nil, func(g *Gateway) { g.Retries = 0 }},
 		{"environment", "", map[string]string{
 			"KERBEROS_ROUTE": "/a=a,/*", "KERBEROS_VIA": "off", "KERBEROS_LOG_REQUESTS": "1", "KERBEROS_API_ALLOW": "none",
@@ -236,6 +241,11 @@ func TestRefused(t *testing.T) {
 		{"--max-head 32k", nil, []string{"--max-head", `"32k"`, "32KiB"}},
 		{"--max-request-line -1", nil, []string{"--max-request-line", `"-1"`, "32KiB"}},
 		{"--max-fields -1", nil, []string{"--max-fields", `"-1"`, "at least 0"}},
+		{"--allow-upgrades web_socket,none", nil, []string{"--allow-upgrades", `"web_socket,none"`, "foo/2"}},
+		{"--allow-upgrades=", nil, []string{"--allow-upgrades", `""`, "websocket"}},
+		{"--allow-upgrades foo/", nil, []string{"--allow-upgrades", `"foo/"`, "websocket"}},
+		{"--allow-upgrades foo/2/3", nil, []string{"--allow-upgrades", `"foo/2/3"`, "websocket"}},
+		{"--tunnel-idle-timeout -1s", nil, []string{"--tunnel-idle-timeout", `"-1s"`, "at least 0s"}},
 		{"--upstream-ca /does/not/exist.pem", nil, []string{"--upstream-ca", "/does/not/exist.pem", "no such file"}},
 		{"--upstream-ca " + noPEM, nil, []string{"--upstream-ca", noPEM, "no certificate"}},
 		{"--via=perhaps", nil, []string{"--via", `"perhaps"`, "on nor off"}},
@@ -374,7 +384,7 @@ func FuzzParse(f *testing.F) {
 		f.Add(seed)
 	}
 	flags := []string{"--listen", "--admin", "--health-path", "--api", "--api-allow", "--token", "--addr-allow", "--addr-deny",
-		"--trusted-proxies", "--strategy", "--route", "--request-timeout", "--retries", "--breaker-statuses", "--via"}
+		"--trusted-proxies", "--strategy", "--route", "--request-timeout", "--retries", "--breaker-statuses", "--via", "--allow-upgrades"}
 	f.Fuzz(func(t *testing.T, value string) {
 		for _, flag := range flags {
 			g, err := parse(t, []string{flag + "=" + value}, nil)

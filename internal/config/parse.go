@@ -47,6 +47,7 @@ func Parse(grammar any, args []string, env func(string) (string, bool), options 
 		kong.NamedMapper("status", text(parseStatuses)),
 		kong.NamedMapper("methods", each(parseMethod)),
 		kong.NamedMapper("size", kong.MapperFunc(size)),
+		kong.NamedMapper("protocols", text(parseProtocols)),
 	}, options...)...)
 	if err != nil {
 		return nil, fmt.Errorf("the grammar of the command line: %w", err)

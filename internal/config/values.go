@@ -267,6 +267,30 @@ func parseStatuses(s string) ([]int, error) {
 	return statuses, nil
 }
 
+// parseProtocols reads names of protocols as an Upgrade field has them (RFC 9110 section 7.8), or none.
+func parseProtocols(s string) ([]string, error) {
+	if s == "none" {
+		return []string{}, nil
+	}
+	var protocols []string
+	for word := range strings.SplitSeq(s, ",") {
+		word = strings.ToLower(strings.TrimSpace(word))
+		name, version, versioned := strings.Cut(word, "/")
+		if !isToken(name) || versioned && !isToken(version) || name == "none" {
+			return nil, fmt.Errorf("%q is not a list of protocols such as websocket or foo/2, separated by commas, nor none", s)
+		}
+		protocols = append(protocols, word)
+	}
+	return protocols, nil
+}
+
+// isToken: RFC 9110 section 5.6.2.
+func isToken(s string) bool {
+	return s != "" && !strings.ContainsFunc(s, func(r rune) bool {
+		return r <= ' ' || r > '~' || strings.ContainsRune(`"(),/:;<=>?@[\]{}`, r)
+	})
+}
+
 func readPool(file string) (*x509.CertPool, error) {
 	pem, err := os.ReadFile(file)
 	if err != nil {

@@ -19,10 +19,11 @@ const Supported = true
 // The events of a Socket.
 const (
 	Readable Events = unix.EPOLLIN
-	HangUp   Events = unix.EPOLLRDHUP | unix.EPOLLHUP | unix.EPOLLERR // the peer has ended its stream, or all is over
+	Writable Events = unix.EPOLLOUT
+	HangUp   Events = unix.EPOLLRDHUP | Over        // the peer has ended its stream, or all is over
+	Over     Events = unix.EPOLLHUP | unix.EPOLLERR // both directions have ended, or the connection is reset
 
-	writable Events = unix.EPOLLOUT
-	watched         = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLET&(1<<32-1)
+	watched = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLET&(1<<32-1)
 )
 
 const (
@@ -82,6 +83,8 @@ type Loop struct {
 	yielded  time.Time // when other goroutines last had a chance
 	woken    bool      // a goroutine was made ready
 	busy     bool      // the last wait brought many events
+	again    []*Socket // whose handlers have more to do
+	recalled []*Socket // the slice that again was before
 	stopping bool
 	tick     func(now time.Time) time.Duration
 	tickAt   time.Time // zero: never
@@ -166,6 +169,9 @@ func (l *Loop) run() {
 		for done := 0; done < n; {
 			done = l.dispatch(done, n)
 		}
+		if len(l.again) > 0 {
+			l.recall()
+		}
 		if l.pending.Load() {
 			l.runInbox()
 		}
@@ -195,10 +201,10 @@ func (l *Loop) yield() {
 
 // wait takes events from the kernel; it returns none when there is something else to do.
 func (l *Loop) wait() int {
-	if l.busy { // or the look would be one in vain: a call more for each wait of a loop with little to do
+	if l.busy || len(l.again) > 0 { // or the look would be one in vain: a call more for each wait of a loop with little to do
 		n, _ := l.poll(0)
 		l.busy = n >= busyFrom
-		if n > 0 || l.pending.Load() {
+		if n > 0 || len(l.again) > 0 || l.pending.Load() {
 			return n
 		}
 	}
@@ -273,6 +279,19 @@ func (l *Loop) dispatch(i, n int) (done int) {
 		l.running = nil
 	}
 	return done
+}
+
+// recall calls the handlers of the sockets that asked for it.
+func (l *Loop) recall() {
+	due := l.again
+	l.again = l.recalled[:0]
+	for i, s := range due {
+		due[i] = nil
+		if !s.closed.Load() && !s.held.Load() {
+			l.Guard(s.handler, func() { s.handler.Ready(Readable) })
+		}
+	}
+	l.recalled = due
 }
 
 // Blame has Failed of h called, instead of that of the handler whose Ready is running, if that panics.

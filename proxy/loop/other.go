@@ -15,7 +15,9 @@ const Supported = false
 // What the code around loops names; see the files for Linux.
 const (
 	Readable Events = 1 << iota
+	Writable
 	HangUp
+	Over
 )
 
 var ErrAgain = errors.New("not ready")
@@ -48,6 +50,7 @@ func (*Socket) Forget()                      {}
 func (*Socket) Held() bool                   { return false }
 func (*Socket) TryRead([]byte) (int, error)  { return 0, errUnsupported }
 func (*Socket) TryWrite([]byte) (int, error) { return 0, errUnsupported }
+func (*Socket) Again()                       {}
 func (*Socket) Peek() int                    { return -1 }
 func (*Socket) HungUp() bool                 { return false }
 func (*Socket) OnHangUp(func())              {}
@@ -68,7 +71,9 @@ func Discard(int) {}
 
 type Pipe struct{}
 
-func (*Group) Pipe() (*Pipe, error)                { return nil, errUnsupported }
-func (*Group) Release(*Pipe, bool)                 {}
-func (*Socket) SpliceTo(*Pipe, int64) (int, error) { return 0, errUnsupported }
-func (*Socket) SpliceFrom(*Pipe, int) (int, error) { return 0, errUnsupported }
+func (*Group) Pipe() (*Pipe, error)                   { return nil, errUnsupported }
+func (*Group) Release(*Pipe, bool)                    {}
+func (*Socket) SpliceTo(*Pipe, int64) (int, error)    { return 0, errUnsupported }
+func (*Socket) SpliceFrom(*Pipe, int) (int, error)    { return 0, errUnsupported }
+func (*Socket) TrySpliceTo(*Pipe) (int, error)        { return 0, errUnsupported }
+func (*Socket) TrySpliceFrom(*Pipe, int) (int, error) { return 0, errUnsupported }

@@ -28,6 +28,7 @@ type Socket struct {
 	held       atomic.Bool // by a goroutine
 	waits      *waits      // nil until first held
 
+	abortive atomic.Bool // closing resets the connection
 	closed   atomic.Bool
 	users    atomic.Int32 // calls that use the descriptor now, and one until it is closed
 	released atomic.Bool  // the descriptor is closed
@@ -107,6 +108,10 @@ func (s *Socket) TryRead(b []byte) (int, error) { return read(s.fd, b) }
 // TryWrite writes what there is room for; ErrAgain if there is none. For the loop.
 func (s *Socket) TryWrite(b []byte) (int, error) { return write(s.fd, b) }
 
+// Again has the handler called once more, as if something had come in, after those of the other sockets on which something
+// has happened: for one that has more to do than it should do at a time. For the loop.
+func (s *Socket) Again() { s.loop.again = append(s.loop.again, s) }
+
 // Peek looks at what has come in without taking it: the number of bytes (1 means one or more), 0 at the end of the stream
 // or on an error, -1 if there is nothing.
 func (s *Socket) Peek() int {
@@ -171,11 +176,11 @@ func (s *Socket) Close() error {
 	if !s.closed.CompareAndSwap(false, true) {
 		return net.ErrClosed
 	}
-	if s.users.Load() > 1 {
+	if s.users.Load() > 1 && !s.abortive.Load() {
 		unix.Shutdown(s.fd, unix.SHUT_RDWR) // now, not when they have left
 	}
 	if s.held.Load() {
-		s.waits.wake(Readable | writable)
+		s.waits.wake(Readable | Writable)
 	}
 	if s.waits != nil {
 		s.waits.stop() // a timer would keep them until the deadline
@@ -313,6 +318,7 @@ func (s *Socket) SetLinger(seconds int) error {
 	if seconds < 0 {
 		linger = unix.Linger{}
 	}
+	s.abortive.Store(seconds == 0)
 	return os.NewSyscallError("setsockopt", unix.SetsockoptLinger(s.fd, unix.SOL_SOCKET, unix.SO_LINGER, &linger))
 }
 
@@ -357,7 +363,7 @@ func (w *waits) wake(e Events) {
 	if e&(Readable|HangUp) != 0 {
 		w.in.wake()
 	}
-	if e&(writable|HangUp) != 0 {
+	if e&(Writable|HangUp) != 0 {
 		w.out.wake()
 	}
 }

@@ -108,6 +108,20 @@ func (s *Socket) SpliceFrom(p *Pipe, n int) (int, error) {
 	})
 }
 
+// TrySpliceTo is TryRead into an empty pipe.
+func (s *Socket) TrySpliceTo(p *Pipe) (int, error) { return trySplice(s.fd, p.w, p.size) }
+
+// TrySpliceFrom is TryWrite of the n bytes that are in a pipe.
+func (s *Socket) TrySpliceFrom(p *Pipe, n int) (int, error) { return trySplice(p.r, s.fd, n) }
+
+func trySplice(from, to, n int) (int, error) {
+	n, err := splice(from, to, n)
+	if err == unix.EAGAIN {
+		err = ErrAgain
+	}
+	return max(n, 0), err
+}
+
 // splice moves at most n bytes; unix.EAGAIN says that the socket is not ready.
 func splice(from, to, n int) (int, error) {
 	for {
