@@ -131,7 +131,7 @@ func (x *exchange) switches() bool {
 // RFC 9110 sections 8.6 and 9.3.6.
 func (x *exchange) appendSwitch(dst []byte) []byte {
 	res := &x.res
-	for at := 0; res.length >= 0 && res.status > 204 && at < len(res.lines); { // of others parse drops it
+	for at := 0; res.length >= 0 && res.status > 199 && res.status != 204 && at < len(res.lines); { // of others parse drops it
 		f, n, _ := readField(res.lines[at:])
 		if identify(f.name) == fieldContentLength {
 			res.drops = append(res.drops, span{at, at + n})
