@@ -436,7 +436,7 @@ func TestEarlyAnswer(t *testing.T) {
 		"length": fmt.Sprintf("POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s", len(body), body),
 		"chunks": "POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + inChunks(body, 1<<20),
 	}
-	for _, then := range []string{"reads on", "reads no more", "closes"} {
+	for _, then := range []string{"reads on", "reads no more", "closes", "resets"} {
 		for framing, request := range requests {
 			t.Run(then+", "+framing, func(t *testing.T) {
 				over := make(chan struct{})
@@ -448,6 +448,8 @@ func TestEarlyAnswer(t *testing.T) {
 						io.Copy(io.Discard, r)
 					case "reads no more":
 						<-over
+					case "resets":
+						c.(*net.TCPConn).SetLinger(0)
 					}
 				})
 				g := startGateway(t, nil, nil)
