@@ -583,6 +583,29 @@ func (c *conn) receive(room []byte, patience time.Duration) (int, error) {
 	return n, nil
 }
 
+// chunkRoom is what a chunk of a buffer's size needs before and behind its data, and a little more.
+const chunkRoom = 8
+
+// sendChunk sends data, a part of buffer, as one chunk. The chunk is made where the data stand: the chunkRoom bytes in front
+// of them must be done with; what stands behind them is put back.
+func (c *conn) sendChunk(buffer, data []byte) error {
+	buffer = buffer[:cap(buffer)]
+	to := cap(buffer) - cap(data) + len(data)
+	from := to - len(data)
+	var room [chunkRoom]byte
+	line := append(appendHex(room[:0], len(data)), '\r', '\n')
+	from -= copy(buffer[from-len(line):], line)
+	if to+2 > len(buffer) {
+		c.out = append(c.out, '\r', '\n') // with what comes next
+		return c.send(buffer[from:to])
+	}
+	behind := [2]byte(buffer[to:])
+	copy(buffer[to:], "\r\n")
+	err := c.send(buffer[from : to+2])
+	copy(buffer[to:], behind[:])
+	return err
+}
+
 // pool says whose connections to instances it uses.
 func (c *conn) pool() int {
 	if c.worker == nil {
