@@ -15,7 +15,7 @@ import (
 const (
 	maxHeld      = 64 << 10              // request bodies up to this size may be sent again
 	maxWhole     = 64 << 10              // responses up to this size are read whole before they are passed on,
-	wholeTimeout = 20 * time.Millisecond // if they are there this long after their head
+	wholeTimeout = 15 * time.Millisecond // if they are there this long after their head, which reaches the client within 20 ms
 	relaySize    = 32 << 10              // what a stream is read and written in
 	spliceFrom   = 128 << 10             // what is left of a body to be moved by splice: it costs more calls, and no copies
 
