@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -56,32 +57,33 @@ func (g *running) startBackend(id, listen string, registers bool) *backendProces
 type load struct {
 	stop     func() // and wait for the last answer
 	answered atomic.Int64
-	mu       sync.Mutex
-	failed   map[string]int // by method and what came instead of a 200
+	mu       sync.Mutex      // guards what follows
+	failed   map[string]int  // by method and what came instead of a 200
+	took     []time.Duration // from when a request was due to its answer
 }
 
 const clients = 24 // of a load
 
-// beginLoad sends about rate requests a second, GET and POST in turn, until stop is called.
+// beginLoad sends rate requests a second, GET and POST in turn, until stop is called. A request is due whether or not those
+// before it were answered in time.
 func beginLoad(t *testing.T, addr string, rate int) *load {
 	l := &load{failed: map[string]int{}}
 	over := make(chan struct{})
 	var clientsOver sync.WaitGroup
 	for n := range clients {
 		clientsOver.Go(func() {
-			time.Sleep(time.Duration(n) * time.Second / time.Duration(rate)) // evenly spread
-			ticker := time.NewTicker(clients * time.Second / time.Duration(rate))
-			defer ticker.Stop()
+			due := time.Now()
 			var conn net.Conn
 			var r *bufio.Reader
-			for i := n; ; i++ {
+			for i := n; ; i += clients {
+				at := due.Add(time.Duration(i) * time.Second / time.Duration(rate))
 				select {
 				case <-over:
 					if conn != nil {
 						conn.Close()
 					}
 					return
-				case <-ticker.C:
+				case <-time.After(time.Until(at)):
 				}
 				if conn == nil {
 					var err error
@@ -91,8 +93,9 @@ func beginLoad(t *testing.T, addr string, rate int) *load {
 					}
 					r = bufio.NewReader(conn)
 				}
-				method := []string{"GET", "POST"}[i%2]
-				keep, err := ask(conn, r, method, fmt.Sprint(method, " ", n, " ", i))
+				method := []string{"GET", "POST"}[i/clients%2]
+				keep, err := ask(conn, r, method, fmt.Sprint(method, " ", i))
+				l.notes(time.Since(at))
 				if err != nil {
 					l.fails(method + ": " + err.Error())
 				} else {
@@ -117,6 +120,21 @@ func (l *load) fails(how string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.failed[how]++
+}
+
+func (l *load) notes(took time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.took = append(l.took, took)
+}
+
+// p99 is the time that one of a hundred requests has exceeded, of the last n.
+func (l *load) p99(n int) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	last := slices.Clone(l.took[max(0, len(l.took)-n):])
+	slices.Sort(last)
+	return last[len(last)*99/100]
 }
 
 // failures is what has failed so far.

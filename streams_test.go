@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -16,6 +17,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -84,17 +86,18 @@ func (p pace) copy(r io.Reader, n int64) (int64, error) {
 type bulk struct {
 	net.Listener
 	reads pace
+	block []byte // what is sent
 	sent  atomic.Int64
 	got   atomic.Int64
 }
 
 func startBulk(t *testing.T, reads pace) *bulk {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	ln, err := (&net.ListenConfig{Control: asOnEthernet}).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &bulk{Listener: ln, reads: reads}
+	b := &bulk{Listener: ln, reads: reads, block: make([]byte, 256<<10)}
 	t.Cleanup(func() { ln.Close() })
 	go func() {
 		for {
@@ -114,7 +117,6 @@ func startBulk(t *testing.T, reads pace) *bulk {
 func (b *bulk) serve(c net.Conn) {
 	defer c.Close()
 	r := bufio.NewReader(c)
-	block := make([]byte, 256<<10)
 	for {
 		request, err := http.ReadRequest(r)
 		if err != nil {
@@ -141,8 +143,8 @@ func (b *bulk) serve(c net.Conn) {
 		} else {
 			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", size)
 		}
-		for left := size; left > 0; left -= len(block) {
-			n, err := w.Write(block[:min(left, len(block))])
+		for left := size; left > 0; left -= len(b.block) {
+			n, err := w.Write(b.block[:min(left, len(b.block))])
 			b.sent.Add(int64(n))
 			if err != nil {
 				return
@@ -152,6 +154,14 @@ func (b *bulk) serve(c net.Conn) {
 			fmt.Fprintf(c, "0\r\n\r\n")
 		}
 	}
+}
+
+// asOnEthernet makes the segments of a connection as large as they are on a network. On the loopback they are 64 KiB, and for
+// those the kernel begins with buffers of 2.5 MiB a connection.
+func asOnEthernet(_, _ string, c syscall.RawConn) (err error) {
+	return errors.Join(c.Control(func(fd uintptr) {
+		err = syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, syscall.TCP_MAXSEG, 1460)
+	}), err)
 }
 
 // dialed is a connection with a deadline far off and, for a slow reader, a small buffer: so it is the gateway that waits, not
@@ -438,5 +448,101 @@ func TestCurl(t *testing.T) {
 		if took := time.Since(began); took > 900*time.Millisecond { // curl itself goes on after a second without 100-continue
 			t.Logf("curl %q took %v", row.args, took)
 		}
+	}
+}
+
+// Thousands of clients that are slow on purpose cost the others nothing that these notice, and are gone when their time is up.
+func TestSlowClients(t *testing.T) {
+	heavy(t)
+	const slow, rate, seconds = 5000, 500, 2
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil || limit.Cur < 2*slow+1000 {
+		t.Skipf("needs %d descriptors for each of two processes, has %d, %v", 2*slow+1000, limit.Cur, err)
+	}
+	for _, row := range []struct {
+		name, request string
+		drips         bool // sends on, a byte a second
+	}{
+		{"heads", "GET /held/ HTTP/1.1\r\nHost: a\r\nX-A: ", true},
+		{"bodies", "POST /held/ HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nx", false},
+		{"large bodies", "POST /held/ HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\nx", false},
+		{"readers", "GET /held/chunks/1000000 HTTP/1.1\r\nHost: a\r\n\r\n", false},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			g := launch(t, nil, "--client-head-timeout", "5s", "--client-body-timeout", "5s", "--client-write-timeout", "3s")
+			pid := g.cmd.Process.Pid
+			g.register("held", "a", "http://"+startBulk(t, 0).Addr().String())
+			g.register("echo", "a", named(t, "a"))
+			l := beginLoad(t, g.data, rate)
+			l.more(t, rate*seconds)
+			before, held, open := l.p99(rate*seconds), resident(t, pid, "VmRSS"), descriptors(t, pid)
+
+			conns := make([]net.Conn, slow)
+			dialer := &net.Dialer{Control: asOnEthernet}
+			var opening sync.WaitGroup
+			for part := range slices.Chunk(conns, slow/8) {
+				opening.Go(func() {
+					for i := range part {
+						conn, err := dialer.Dial("tcp", g.data)
+						if err != nil {
+							t.Error(err)
+							return
+						}
+						part[i] = conn
+						if _, err := io.WriteString(conn, row.request); err != nil {
+							t.Error(err)
+						}
+					}
+				})
+			}
+			opening.Wait()
+			defer func() {
+				for _, conn := range conns {
+					if conn != nil {
+						conn.Close()
+					}
+				}
+			}()
+			began := time.Now()
+			for all := -1; all < open+slow || all != descriptors(t, pid); time.Sleep(200 * time.Millisecond) {
+				if all = descriptors(t, pid); time.Since(began) > 20*time.Second {
+					t.Fatal("they are not all there")
+				}
+			}
+			over := make(chan struct{})
+			var dripping sync.WaitGroup
+			if row.drips {
+				dripping.Go(func() {
+					for n := 0; ; {
+						select {
+						case <-over:
+							return
+						case <-time.After(10 * time.Millisecond):
+						}
+						for range slow / 100 {
+							_, _ = conns[n%slow].Write([]byte("x")) // fails once it is closed
+							n++
+						}
+					}
+				})
+			}
+			l.more(t, rate*seconds)
+			during := l.p99(rate * seconds)
+			each := (resident(t, pid, "VmRSS") - held) / slow
+			for descriptors(t, pid) > open+slow/100 {
+				if time.Sleep(20 * time.Millisecond); time.Since(began) > time.Minute {
+					t.Fatal("they are not gone")
+				}
+			}
+			gone, leaving := time.Since(began), l.p99(rate*seconds)
+			close(over)
+			dripping.Wait()
+			l.stop()
+			t.Logf("p99 of others: %v before, %v beside them (x %.1f), %v while they are closed; %d KiB each; gone after %v",
+				before, during, float64(during)/float64(before), leaving, each>>10, gone.Round(10*time.Millisecond))
+			if failures := l.failures(); len(failures) > 0 {
+				t.Errorf("of %d others failed: %v", l.answered.Load(), failures)
+			}
+		})
 	}
 }
