@@ -469,7 +469,7 @@ func TestSlowClients(t *testing.T) {
 		{"readers", "GET /held/chunks/1000000 HTTP/1.1\r\nHost: a\r\n\r\n", false},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			g := launch(t, nil, "--client-head-timeout", "5s", "--client-body-timeout", "5s", "--client-write-timeout", "3s")
+			g := launch(t, nil, "--client-head-timeout", "5s", "--client-body-timeout", "5s", "--client-write-timeout", "2s")
 			pid := g.cmd.Process.Pid
 			g.register("held", "a", "http://"+startBulk(t, 0).Addr().String())
 			g.register("echo", "a", named(t, "a"))
@@ -489,6 +489,7 @@ func TestSlowClients(t *testing.T) {
 							return
 						}
 						part[i] = conn
+						_ = conn.(*net.TCPConn).SetReadBuffer(4 << 10) // so that what is sent is not kept by the kernel
 						if _, err := io.WriteString(conn, row.request); err != nil {
 							t.Error(err)
 						}
