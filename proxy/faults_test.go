@@ -89,12 +89,18 @@ func TestToxicBackends(t *testing.T) {
 				if beside {
 					g.register(t, "echo", "b", well.url())
 				}
-				posts := 0
 				for _, method := range []string{"GET", "POST", "GET", "POST", "GET", "POST"} {
 					a.count()
 					well.count()
 					began := time.Now()
-					m := g.do(t, method+" /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
+					c := g.dial(t)
+					c.send(method + " /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello")
+					m, err := readMessage(c.r, false)
+					// A body that is not there soon behind its head is waited for no more: then the client sees that it is cut.
+					cut := err != nil && row.alone == errIncomplete && m.status() == 200
+					if err != nil && !cut {
+						t.Fatalf("%s: %v, so far %q", method, err, m.head)
+					}
 					if took := time.Since(began); took > timeout+5*time.Second {
 						t.Errorf("%s took %v", method, took)
 					}
@@ -102,11 +108,11 @@ func TestToxicBackends(t *testing.T) {
 					if row.spared && seen > 0 {
 						t.Errorf("%s came to the backend: this tests something else", method)
 					}
-					if method == "POST" {
-						if seen+elsewhere > 1 {
-							t.Errorf("POST was seen %d times", seen+elsewhere)
-						}
-						posts++
+					if method == "POST" && seen+elsewhere > 1 {
+						t.Errorf("POST was seen %d times", seen+elsewhere)
+					}
+					if cut {
+						continue
 					}
 					want := row.alone
 					switch {
