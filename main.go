@@ -194,7 +194,7 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 			Fields:           limit(cfg.MaxFields),
 			RequestLine:      limit(cfg.MaxRequestLine),
 
-			Connections:          cfg.MaxConnections.Of(descriptors()),
+			Connections:          cfg.MaxConnections.Of(config.Descriptors()),
 			ConnectionsPerClient: cfg.MaxConnectionsPerClient,
 			InFlightPerInstance:  cfg.MaxInFlightPerInstance,
 			InFlightPerService:   cfg.MaxInFlightPerService,

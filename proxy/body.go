@@ -166,6 +166,24 @@ func (d *body) next(b *buffer, limit int) (data []byte, done bool, err error) {
 	}
 }
 
+// gather takes all that has come in of the body out of the buffer, in one piece: what several chunks hold is moved to where
+// the first of them is. An error may come with data in front of it.
+func (d *body) gather(b *buffer) (data []byte, done bool, err error) {
+	from, to := 0, 0
+	for {
+		part, done, err := d.next(b, len(b.b))
+		switch {
+		case len(part) > 0 && to == 0:
+			from, to = b.r-len(part), b.r
+		case len(part) > 0:
+			to += copy(b.b[to:], part)
+		}
+		if done || err != nil || len(part) == 0 {
+			return b.b[from:to], done, err
+		}
+	}
+}
+
 // line takes a line that has come in whole, without its CRLF.
 func (d *body) line(b *buffer) (line []byte, ok bool, err error) {
 	w := b.waiting()

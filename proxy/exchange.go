@@ -15,7 +15,7 @@ import (
 const (
 	maxHeld      = 64 << 10              // request bodies up to this size may be sent again
 	maxWhole     = 64 << 10              // responses up to this size are read whole before they are passed on,
-	wholeTimeout = 20 * time.Millisecond // if they are there this long after their head
+	wholeTimeout = 15 * time.Millisecond // if they are there this long after their head, which reaches the client within 20 ms
 	relaySize    = 32 << 10              // what a stream is read and written in
 	spliceFrom   = 128 << 10             // what is left of a body to be moved by splice: it costs more calls, and no copies
 
@@ -811,34 +811,40 @@ func (x *exchange) relay() error {
 		x.back.b = x.borrow(backBuffer)
 		copy(x.back.b, small)
 	}
-	x.back.base = 0 // the head is done with
+	x.back.base = chunkRoom // the head is done with
+	if end := len(x.back.b) - chunkRoom; x.back.w <= end {
+		x.back.b = x.back.b[:end]
+	}
 	var total int64
 	for {
-		data, done, err := x.resBody.next(&x.back, relaySize)
-		if err != nil {
-			_ = c.flush() // the client shall see how far it came
-			return errMalformed
-		}
+		data, done, err := x.resBody.gather(&x.back)
 		total += int64(len(data))
 		switch {
-		case len(data) == 0:
-		case x.chunks:
+		case len(data) > firstBuffer && x.chunks: // spare the copy, and a buffer to hold it
+			if err := c.flush(); err != nil {
+				return err
+			}
+			if err := c.sendChunk(x.back.b, data); err != nil {
+				return err
+			}
+		case x.chunks && len(data) > 0:
 			c.out = appendChunk(c.out, data)
-		case len(c.out) == 0 && len(data) > firstBuffer: // nothing to send along: spare the copy
+		case len(c.out) == 0 && len(data) > firstBuffer: // nothing to send along
 			if err := c.send(data); err != nil {
 				return err
 			}
 		default:
 			c.out = append(c.out, data...)
 		}
+		if err != nil {
+			_ = c.flush() // the client shall see how far it came
+			return errMalformed
+		}
 		if done {
 			if x.chunks {
 				c.out = appendLastChunk(c.out, x.resBody.trailers)
 			}
 			return c.flush()
-		}
-		if len(data) > 0 {
-			continue
 		}
 		if err := c.flush(); err != nil {
 			return err

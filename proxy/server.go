@@ -417,9 +417,16 @@ func (c *conn) flush() error {
 // linger reads what a client still sends after an answer that came early, and drops it: closing at once would reset the
 // connection, and the answer could be lost on its way.
 func (c *conn) linger() {
-	if half, ok := c.nc.(halfCloser); ok && half.CloseWrite() == nil &&
-		c.nc.SetReadDeadline(time.Now().Add(lingerTimeout)) == nil {
-		_, _ = io.CopyN(io.Discard, c.nc, lingerBytes) // whatever ends it, the connection is closed next
+	half, ok := c.nc.(halfCloser)
+	if !ok || half.CloseWrite() != nil || c.nc.SetReadDeadline(time.Now().Add(lingerTimeout)) != nil {
+		return
+	}
+	for read := 0; read < lingerBytes; {
+		n, err := c.nc.Read(c.in.b) // what is in there is not needed any more
+		if err != nil {
+			return
+		}
+		read += n
 	}
 }
 
@@ -528,14 +535,18 @@ func (c *conn) send(data []byte) error {
 
 // push calls write, which sends what follows the first done bytes, until all have gone, as long as the client takes some
 // of them within the limits. It returns errClientGone, errClientSlow or errOverTime.
+//
+// What the system takes from us is not yet taken by the client, so at each quarter of the time it is asked what was
+// acknowledged.
 func (c *conn) push(all int, write func(done int) (int, error)) error {
 	limits := &c.p.cfg.Limits
-	patience := limits.WriteTimeout
+	patience := limits.WriteTimeout / 4
 	if limits.MinDownload > 0 {
 		patience = min(patience, paceWindow)
 	}
 	began := time.Now()
-	for done, last := 0, began; done < all; began = time.Now() {
+	last, taken, looked := began, 0, c.sock == nil
+	for done := 0; done < all; began = time.Now() {
 		d := patience
 		if c.x.started { // what says that a request is late has its own time
 			d = c.x.within(began, patience)
@@ -548,20 +559,26 @@ func (c *conn) push(all int, write func(done int) (int, error)) error {
 		if limits.MinDownload > 0 {
 			c.x.download.add(n, began)
 		}
-		switch {
-		case done == all:
-		case !isTimeout(err):
+		if done == all {
+			break
+		}
+		if !isTimeout(err) {
 			return errClientGone
-		case c.x.started && c.x.late(time.Now()):
+		}
+		c.write.disarm()
+		now, before := time.Now(), taken
+		if taken = done; c.sock != nil {
+			taken -= c.sock.Queued()
+		}
+		if looked && taken > before {
+			last = now
+		}
+		looked = true
+		switch {
+		case c.x.started && c.x.late(now):
 			return errOverTime
-		case c.x.download.below(limits.MinDownload), n == 0 && time.Since(last) >= limits.WriteTimeout:
+		case c.x.download.below(limits.MinDownload), now.Sub(last) >= limits.WriteTimeout:
 			return errClientSlow
-		}
-		if n > 0 {
-			last = began
-		}
-		if err != nil {
-			c.write.disarm()
 		}
 	}
 	return nil
@@ -593,6 +610,29 @@ func (c *conn) receive(room []byte, patience time.Duration) (int, error) {
 		return n, errBodySlow
 	}
 	return n, nil
+}
+
+// chunkRoom is what a chunk of a buffer's size needs before and behind its data, and a little more.
+const chunkRoom = 8
+
+// sendChunk sends data, a part of buffer, as one chunk. The chunk is made where the data stand: the chunkRoom bytes in front
+// of them must be done with; what stands behind them is put back.
+func (c *conn) sendChunk(buffer, data []byte) error {
+	buffer = buffer[:cap(buffer)]
+	to := cap(buffer) - cap(data) + len(data)
+	from := to - len(data)
+	var room [chunkRoom]byte
+	line := append(appendHex(room[:0], len(data)), '\r', '\n')
+	from -= copy(buffer[from-len(line):], line)
+	if to+2 > len(buffer) {
+		c.out = append(c.out, '\r', '\n') // with what comes next
+		return c.send(buffer[from:to])
+	}
+	behind := [2]byte(buffer[to:])
+	copy(buffer[to:], "\r\n")
+	err := c.send(buffer[from : to+2])
+	copy(buffer[to:], behind[:])
+	return err
 }
 
 // pool says whose connections to instances it uses.

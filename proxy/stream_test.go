@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"math/rand/v2"
 	"net"
 	"net/http/httputil"
 	"slices"
@@ -131,6 +132,46 @@ func TestDownloads(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Chunks of any size that come in pieces of any size go on as the same body, whatever is in the gateway's buffer when it sends.
+func TestChunksOfAnySize(t *testing.T) {
+	g := startGateway(t, nil, nil)
+	var response atomic.Pointer[string]
+	o := startOrigin(t, func(o *origin, c net.Conn, r *bufio.Reader) {
+		for {
+			if _, err := o.next(r); err != nil {
+				return
+			}
+			for rest := *response.Load(); rest != ""; {
+				n := min(len(rest), 1+rand.IntN([]int{10, 5000, 100_000}[rand.IntN(3)]))
+				if _, err := io.WriteString(c, rest[:n]); err != nil {
+					return
+				}
+				rest = rest[n:]
+			}
+		}
+	})
+	g.register(t, "echo", "1", o.url())
+	c := g.dial(t)
+	for range 100 {
+		body := filler(1 + rand.IntN(400_000))
+		var framed strings.Builder
+		framed.WriteString("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+		size := []int{2000, 20_000, 200_000}[rand.IntN(3)]
+		for rest := body; rest != ""; {
+			n := min(len(rest), 1+rand.IntN(size))
+			fmt.Fprintf(&framed, "%x\r\n%s\r\n", n, rest[:n])
+			rest = rest[n:]
+		}
+		framed.WriteString("0\r\nX-Sum: 1\r\n\r\n")
+		text := framed.String()
+		response.Store(&text)
+		c.send(toHTTP11)
+		if m := c.read(false); m.body != body || m.trailer != "X-Sum: 1\r\n" || m.field("Connection") != "" {
+			t.Fatalf("%s%d bytes of %d, trailer %q", m.head, len(m.body), len(body), m.trailer)
+		}
 	}
 }
 
@@ -436,7 +477,7 @@ func TestEarlyAnswer(t *testing.T) {
 		"length": fmt.Sprintf("POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s", len(body), body),
 		"chunks": "POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + inChunks(body, 1<<20),
 	}
-	for _, then := range []string{"reads on", "reads no more", "closes"} {
+	for _, then := range []string{"reads on", "reads no more", "closes", "resets"} {
 		for framing, request := range requests {
 			t.Run(then+", "+framing, func(t *testing.T) {
 				over := make(chan struct{})
@@ -448,6 +489,8 @@ func TestEarlyAnswer(t *testing.T) {
 						io.Copy(io.Discard, r)
 					case "reads no more":
 						<-over
+					case "resets":
+						c.(*net.TCPConn).SetLinger(0)
 					}
 				})
 				g := startGateway(t, nil, nil)

@@ -14,12 +14,12 @@ type upload struct {
 	stopped  atomic.Bool           // nobody waits for it any more
 	failed   atomic.Pointer[error] // a refusal or errClientGone, which ends the exchange
 	waiting  atomic.Bool           // for the client: this time is not the backend's
-	progress atomic.Int64          // Unix nanoseconds of when the backend last took something, or the client sent it
+	began    time.Time             // by the monotonic clock: one that is set must not end an upload, nor keep it
+	progress atomic.Int64          // nanoseconds after that, when the backend last took something or the client sent it
 }
 
 func (x *exchange) startUpload() {
-	x.upload = &upload{done: make(chan struct{})}
-	x.upload.progress.Store(time.Now().UnixNano())
+	x.upload = &upload{done: make(chan struct{}), began: time.Now()}
 	go x.upload.run(x.c, x.backend, &x.body)
 }
 
@@ -72,7 +72,7 @@ func (up *upload) copy(c *conn, b *body) error {
 				}
 				return err // the exchange reads what the backend had to say
 			}
-			up.progress.Store(time.Now().UnixNano())
+			up.progressed()
 		}
 		if done {
 			return nil
@@ -82,7 +82,7 @@ func (up *upload) copy(c *conn, b *body) error {
 		}
 		up.waiting.Store(true)
 		n, err := c.receive(c.in.space(relaySize), c.p.cfg.Limits.BodyTimeout)
-		up.progress.Store(time.Now().UnixNano())
+		up.progressed()
 		up.waiting.Store(false)
 		c.in.w += n
 		if err != nil {
@@ -91,12 +91,14 @@ func (up *upload) copy(c *conn, b *body) error {
 	}
 }
 
+func (up *upload) progressed() { up.progress.Store(int64(time.Since(up.began))) }
+
 // since is when the backend's time to answer began: it does not run while the client is waited for.
 func (up *upload) since(now time.Time) time.Time {
 	if up.waiting.Load() {
 		return now
 	}
-	return time.Unix(0, up.progress.Load())
+	return up.began.Add(time.Duration(up.progress.Load()))
 }
 
 // uploaded reports whether all of the request body was sent. A backend may answer to its last byte before the goroutine

@@ -26,9 +26,9 @@ type service struct {
 	proxy   *Proxy
 	pinned  bool // named by the configuration: never forgotten
 	view    atomic.Pointer[view]
-	changes atomic.Uint64 // grows with every reason to build a new view
-	touched atomic.Bool   // a refresh is on its way
-	emptied atomic.Int64  // Unix nanoseconds of when the last instance left; 0 while there is one
+	changes atomic.Uint64             // grows with every reason to build a new view
+	touched atomic.Bool               // a refresh is on its way
+	emptied atomic.Pointer[time.Time] // when the last instance left; nil while there is one
 	counter lb.Counter
 	budget  retryBudget
 	crowd   crowd
@@ -162,9 +162,10 @@ func (s *service) build(snapshot *registry.Snapshot) {
 	next.ipHash, _ = next.balancer.(*lb.Rendezvous)
 
 	if len(next.parts) > 0 {
-		s.emptied.Store(0)
-	} else if s.emptied.Load() == 0 {
-		s.emptied.Store(time.Now().UnixNano())
+		s.emptied.Store(nil)
+	} else if s.emptied.Load() == nil {
+		now := time.Now()
+		s.emptied.Store(&now)
 		s.proxy.departed(s)
 	}
 	s.view.Store(next)
@@ -372,7 +373,8 @@ func (p *Proxy) addService(name string, pinned bool) *service {
 	}
 	s := &service{name: name, proxy: p, pinned: pinned}
 	s.view.Store(&view{inForce: p.cfg.Strategy})
-	s.emptied.Store(time.Now().UnixNano())
+	now := time.Now()
+	s.emptied.Store(&now)
 	found, _ := p.services.LoadOrStore(name, s)
 	return found.(*service)
 }
@@ -439,7 +441,7 @@ func (p *Proxy) forget(s *service) {
 // known says whether the service answers 503 without instances, not 404.
 func (s *service) known() bool {
 	since := s.emptied.Load()
-	return s.pinned || since == 0 || time.Since(time.Unix(0, since)) < rememberName
+	return s.pinned || since == nil || time.Since(*since) < rememberName
 }
 
 // close ends the service's upstreams.

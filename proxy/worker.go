@@ -20,6 +20,7 @@ const (
 	readRequest = 32 << 10         // of a client at once; a larger head is read in a goroutine
 	readSize    = maxWhole + 8<<10 // a response that is read whole, with its head
 	firstRead   = 20 << 10         // of it: what is larger than 64 KiB shall be moved by splice
+	expireTurn  = 32               // connections that are closed at once when their time is up; others have their turn then
 	headroom    = 1 << 10          // in front of what is read: a head that has grown finds room before its body
 )
 
@@ -132,12 +133,16 @@ func (w *worker) tick(now time.Time) time.Duration {
 		}
 	}
 	reached := w.seconds(now)
-	for w.second = max(w.second, reached-wheelSize); w.second < reached; {
-		w.second++
-		w.expire(w.second)
+	left := expireTurn
+	for w.second = max(w.second, reached-wheelSize); w.second < reached && left >= 0; {
+		if left = w.expire(w.second+1, left); left >= 0 {
+			w.second++
+		}
 	}
 	w.part(reached)
 	switch {
+	case left < 0:
+		return time.Millisecond
 	case len(w.waiting) > 0:
 		return patience / 2
 	case w.conns > 0 || len(w.leaving) > 0:
@@ -146,19 +151,26 @@ func (w *worker) tick(now time.Time) time.Duration {
 	return loop.Never
 }
 
-// expire looks at the connections of one second.
-func (w *worker) expire(second int64) {
+// expire looks at the connections of one second. It closes left of them at most, and returns how many more it might have,
+// less than 0 if there are some that it did not close.
+func (w *worker) expire(second int64, left int) int {
 	bucket := w.wheel[second%wheelSize]
 	for i := len(bucket) - 1; i >= 0; i-- {
-		switch c := bucket[i]; {
-		case w.reshelve(c, second):
-		case c.reading:
+		c := bucket[i]
+		if w.reshelve(c, second) {
+			continue
+		}
+		if left--; left < 0 {
+			break
+		}
+		if c.reading {
 			c.reading = false
 			c.slow(stageLate)
-		default:
+		} else {
 			c.close()
 		}
 	}
+	return left
 }
 
 // reshelve moves a connection of that second to a later one, if it is not to expire in this.

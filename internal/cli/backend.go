@@ -83,8 +83,10 @@ func (b *backend) stop() {
 	b.served.Wait()
 }
 
-// drain lets requests in flight end, for a second.
+// drain lets requests in flight end, for a second. Those that were sent a moment before it unregistered are not here yet, and
+// would find that their idle connection closes: they get a moment too.
 func (b *backend) drain() {
+	time.Sleep(100 * time.Millisecond)
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	_ = b.server.Shutdown(ctx)

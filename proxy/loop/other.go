@@ -54,6 +54,7 @@ func (*Socket) Again()                       {}
 func (*Socket) Peek() int                    { return -1 }
 func (*Socket) HungUp() bool                 { return false }
 func (*Socket) OnHangUp(func())              {}
+func (*Socket) Queued() int                  { return -1 }
 func (*Socket) Lost() bool                   { return false }
 func (*Socket) CloseRead() error             { return errUnsupported }
 func (*Socket) CloseWrite() error            { return errUnsupported }

@@ -154,6 +154,19 @@ func (s *Socket) Lost() bool {
 	return err == nil && n > 0 && fds[0].Revents&(unix.POLLERR|unix.POLLHUP) != 0
 }
 
+// Queued is how many bytes were written that the peer has not acknowledged; -1 if the socket is closed.
+func (s *Socket) Queued() int {
+	if !s.enter() {
+		return -1
+	}
+	defer s.leave()
+	n, err := unix.IoctlGetInt(s.fd, unix.SIOCOUTQ)
+	if err != nil {
+		return -1
+	}
+	return n
+}
+
 // enter keeps the descriptor open until leave; false if it is closed.
 func (s *Socket) enter() bool {
 	s.users.Add(1)

@@ -1,12 +1,12 @@
 //go:build unix
 
-package main
+package config
 
 import "golang.org/x/sys/unix"
 
-// descriptors is how many the process may have open; 0: nobody knows. At its start Go has raised the soft limit to the
+// Descriptors is how many the process may have open; 0: nobody knows. At its start Go has raised the soft limit to the
 // hard one.
-func descriptors() uint64 {
+func Descriptors() uint64 {
 	var limit unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
 		return 0

@@ -1,0 +1,552 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+const mib = 1 << 20
+
+// heavy skips what takes seconds of the processor, and measures what the race detector makes different.
+func heavy(t *testing.T) {
+	if testing.Short() || raceDetector || runtime.GOOS != "linux" {
+		t.Skip("measures a process, by /proc")
+	}
+}
+
+// resident is a line of /proc/PID/status, in bytes: VmRSS is what a process holds, VmHWM the most it has held.
+func resident(t *testing.T, pid int, line string) int {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(status), "\n"+line+":")
+	fields := strings.Fields(rest)
+	if len(fields) < 2 || fields[1] != "kB" {
+		t.Fatalf("%s is not in %s", line, status)
+	}
+	n, err := strconv.Atoi(fields[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n << 10
+}
+
+// growth is by how much the memory of a process peaks above what it holds now while f runs.
+func growth(t *testing.T, pid int, f func()) int {
+	t.Helper()
+	if err := os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", pid), []byte("5"), 0); err != nil {
+		t.Skip("the peak cannot be reset: ", err)
+	}
+	before := resident(t, pid, "VmRSS")
+	f()
+	return resident(t, pid, "VmHWM") - before
+}
+
+// pace is how fast a peer reads: bytes a second; 0: as fast as it can.
+type pace int
+
+// copy reads n bytes at that pace; small buffers make the sender feel it.
+func (p pace) copy(r io.Reader, n int64) (int64, error) {
+	const piece = 64 << 10
+	if p == 0 {
+		return io.CopyN(io.Discard, r, n)
+	}
+	began, got := time.Now(), int64(0)
+	for got < n {
+		m, err := io.CopyN(io.Discard, r, min(piece, n-got))
+		if got += m; err != nil {
+			return got, err
+		}
+		time.Sleep(time.Until(began.Add(time.Duration(got) * time.Second / time.Duration(p)))) // the pace
+	}
+	return got, nil
+}
+
+// bulk is a backend of large bodies: to GET /echo/length/N and /echo/chunks/N it sends N bytes, what is sent to it is read
+// at its pace.
+type bulk struct {
+	net.Listener
+	reads pace
+	block []byte // what is sent
+	sent  atomic.Int64
+	got   atomic.Int64
+}
+
+func startBulk(t *testing.T, reads pace) *bulk {
+	t.Helper()
+	ln, err := (&net.ListenConfig{Control: asOnEthernet}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &bulk{Listener: ln, reads: reads, block: make([]byte, 256<<10)}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			if reads > 0 {
+				_ = c.(*net.TCPConn).SetReadBuffer(64 << 10)
+			}
+			go b.serve(c)
+		}
+	}()
+	return b
+}
+
+func (b *bulk) serve(c net.Conn) {
+	defer c.Close()
+	r := bufio.NewReader(c)
+	for {
+		request, err := http.ReadRequest(r)
+		if err != nil {
+			return
+		}
+		if request.Method != "GET" {
+			n, err := b.reads.copy(request.Body, request.ContentLength)
+			b.got.Add(n)
+			if err != nil {
+				return
+			}
+			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+			continue
+		}
+		parts := strings.Split(request.URL.Path, "/")
+		size, err := strconv.Atoi(parts[3])
+		if err != nil {
+			return
+		}
+		var w io.Writer = c
+		if parts[2] == "chunks" {
+			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+			w = httputil.NewChunkedWriter(c)
+		} else {
+			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", size)
+		}
+		for left := size; left > 0; left -= len(b.block) {
+			n, err := w.Write(b.block[:min(left, len(b.block))])
+			b.sent.Add(int64(n))
+			if err != nil {
+				return
+			}
+		}
+		if parts[2] == "chunks" {
+			fmt.Fprintf(c, "0\r\n\r\n")
+		}
+	}
+}
+
+// asOnEthernet makes the segments of a connection as large as they are on a network. On the loopback they are 64 KiB, and for
+// those the kernel begins with buffers of 2.5 MiB a connection.
+func asOnEthernet(_, _ string, c syscall.RawConn) (err error) {
+	return errors.Join(c.Control(func(fd uintptr) {
+		err = syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, syscall.TCP_MAXSEG, 1460)
+	}), err)
+}
+
+// dialed is a connection with a deadline far off and, for a slow reader, a small buffer: so it is the gateway that waits, not
+// the kernel that keeps it all.
+func dialed(addr string, slow bool) (net.Conn, error) {
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	if slow {
+		_ = conn.(*net.TCPConn).SetReadBuffer(64 << 10)
+	}
+	return conn, conn.SetDeadline(time.Now().Add(2 * time.Minute))
+}
+
+// takeBody takes a body of size bytes at a pace.
+func takeBody(addr, framing string, size int64, reads pace) error {
+	conn, err := dialed(addr, reads > 0)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if _, err := fmt.Fprintf(conn, "GET /echo/%s/%d HTTP/1.1\r\nHost: a\r\n\r\n", framing, size); err != nil {
+		return err
+	}
+	response, err := http.ReadResponse(bufio.NewReaderSize(conn, 64<<10), nil)
+	if err != nil {
+		return err
+	}
+	n, err := reads.copy(response.Body, size)
+	if err != nil || response.StatusCode != http.StatusOK {
+		return fmt.Errorf("status %d, %d bytes of %d: %w", response.StatusCode, n, size, err)
+	}
+	return nil
+}
+
+// sendBody sends a body of size bytes.
+func sendBody(addr string, size int64) error {
+	conn, err := dialed(addr, false)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if _, err := fmt.Fprintf(conn, "POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n", size); err != nil {
+		return err
+	}
+	block := make([]byte, 256<<10)
+	for left := size; left > 0; left -= int64(len(block)) {
+		if _, err := conn.Write(block[:min(left, int64(len(block)))]); err != nil {
+			return err
+		}
+	}
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		return err
+	}
+	if response.StatusCode != http.StatusOK {
+		return fmt.Errorf("status %d", response.StatusCode)
+	}
+	return nil
+}
+
+// together runs f n times at once.
+func together(t *testing.T, n int, f func() error) {
+	t.Helper()
+	var wg sync.WaitGroup
+	for range n {
+		wg.Go(func() {
+			if err := f(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// Bodies of any size flow with bounded memory, and a slow peer is waited for, not stored for.
+func TestMemoryOfStreams(t *testing.T) {
+	heavy(t)
+	const streams, size = 64, 16 * mib
+	const slow = pace(4 * mib) // a second: four times that of an ordinary slow reader, in a quarter of the time
+	const once, each = 8 * mib, 64 << 10
+	g := launch(t, nil)
+	pid := g.cmd.Process.Pid
+	g.register("echo", "a", "http://"+startBulk(t, 0).Addr().String())
+	if err := takeBody(g.data, "chunks", mib, 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range []struct {
+		name  string
+		limit int
+		f     func()
+	}{
+		{"1 GiB down, with a length", once, func() { together(t, 1, func() error { return takeBody(g.data, "length", 1<<30, 0) }) }},
+		{"1 GiB down, in chunks", once, func() { together(t, 1, func() error { return takeBody(g.data, "chunks", 1<<30, 0) }) }},
+		{"1 GiB up", once, func() { together(t, 1, func() error { return sendBody(g.data, 1<<30) }) }},
+		{"64 slow readers, with a length", once + streams*each, func() { together(t, streams, func() error { return takeBody(g.data, "length", size, slow) }) }},
+		{"64 slow readers, in chunks", once + streams*each, func() { together(t, streams, func() error { return takeBody(g.data, "chunks", size, slow) }) }},
+		{"64 uploads to a slow backend", once + streams*each, func() {
+			g.register("echo", "a", "http://"+startBulk(t, slow).Addr().String())
+			together(t, streams, func() error { return sendBody(g.data, size) })
+		}},
+	} {
+		began := time.Now()
+		grown := growth(t, pid, row.f)
+		t.Logf("%s: the peak grew by %.1f MiB, in %v", row.name, float64(grown)/mib, time.Since(began).Round(time.Millisecond))
+		if grown >= row.limit {
+			t.Errorf("%s: want less than %d MiB", row.name, row.limit/mib)
+		}
+	}
+}
+
+// A reader that takes nothing holds up its own backend connection, and nobody else.
+func TestStalledReadersHoldUpNobody(t *testing.T) {
+	heavy(t)
+	const stalled, size, others = 64, 64 * mib, 256 * mib
+	g := launch(t, nil)
+	held, well := startBulk(t, 0), startBulk(t, 0)
+	g.register("held", "a", "http://"+held.Addr().String())
+	g.register("echo", "a", "http://"+well.Addr().String())
+	timed := func() time.Duration {
+		began := time.Now()
+		if err := takeBody(g.data, "chunks", others, 0); err != nil {
+			t.Error(err)
+		}
+		return time.Since(began)
+	}
+	alone := timed()
+	var conns []net.Conn
+	for i := range stalled {
+		conn, err := dialed(g.data, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		framing := []string{"length", "chunks"}[i%2]
+		if _, err := fmt.Fprintf(conn, "GET /held/%s/%d HTTP/1.1\r\nHost: a\r\n\r\n", framing, size); err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, conn)
+	}
+	eventually(t, "their backends wait", func() bool {
+		before := held.sent.Load()
+		time.Sleep(50 * time.Millisecond)
+		return before > stalled && held.sent.Load() == before
+	})
+	sent := held.sent.Load()
+	t.Logf("%v alone, %v beside readers that stall; their backends could send %.1f MiB each", alone, timed(), float64(sent)/stalled/mib)
+	if sent > stalled*size/2 {
+		t.Errorf("nobody reads, and backends could send %d bytes of %d", sent, stalled*size)
+	}
+	for _, conn := range conns { // they are late, not lost
+		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n, err := io.Copy(io.Discard, response.Body); err != nil || n != size {
+			t.Errorf("%d bytes, %v", n, err)
+		}
+		conn.Close()
+	}
+}
+
+// What a backend flushes arrives soon. The medians are asked to be within ten times what is aimed at: 5 ms, and 20 ms for the
+// head and the first bytes of a small body with a length, which is waited for.
+func TestFlushedBytesArriveSoon(t *testing.T) {
+	const rounds, events = 15, 5
+	for _, row := range []struct {
+		name, length string
+		first        time.Duration
+	}{
+		{"chunks", "", 5 * time.Millisecond},
+		{"a large body with a length", "1000000", 5 * time.Millisecond},
+		{"a small body with a length", "1000", 20 * time.Millisecond},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			turn := make(chan chan<- time.Time)
+			g := launch(t, nil)
+			g.register("echo", "a", backend(t, func(w http.ResponseWriter, r *http.Request) {
+				w.Header().Set("Content-Type", "text/event-stream")
+				if row.length != "" {
+					w.Header().Set("Content-Length", row.length)
+				}
+				for range events + 1 { // the head alone is the first
+					select {
+					case at := <-turn:
+						at <- time.Now()
+					case <-r.Context().Done():
+						return
+					}
+					w.(http.Flusher).Flush()
+					_, _ = io.WriteString(w, "data: 12\n\n") // flushed by the next turn
+				}
+				<-r.Context().Done()
+			}))
+			var heads, rest []time.Duration
+			next := func() chan time.Time {
+				at := make(chan time.Time, 1)
+				select {
+				case turn <- at:
+				case <-time.After(10 * time.Second):
+					t.Fatal("the request did not arrive")
+				}
+				return at
+			}
+			for range rounds {
+				conn, err := dialed(g.data, false)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := io.WriteString(conn, "GET /echo HTTP/1.1\r\nHost: a\r\n\r\n"); err != nil {
+					t.Fatal(err)
+				}
+				r := bufio.NewReader(conn)
+				at := next()
+				response, err := http.ReadResponse(r, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				heads = append(heads, time.Since(<-at))
+				event := make([]byte, len("data: 12\n\n"))
+				for range events {
+					at := next()
+					if _, err := io.ReadFull(response.Body, event); err != nil {
+						t.Fatal(err)
+					}
+					rest = append(rest, time.Since(<-at))
+				}
+				conn.Close()
+			}
+			slices.Sort(heads)
+			slices.Sort(rest)
+			head, later := heads[len(heads)/2], rest[len(rest)/2]
+			t.Logf("medians: head %v, what follows %v", head, later)
+			if head > 10*row.first {
+				t.Errorf("the head takes %v", head)
+			}
+			if later > 50*time.Millisecond {
+				t.Errorf("what follows takes %v", later)
+			}
+		})
+	}
+}
+
+// curl, as people use it, with the defaults.
+func TestCurl(t *testing.T) {
+	curl, err := exec.LookPath("curl")
+	if err != nil {
+		t.Skip(err)
+	}
+	g := launch(t, nil)
+	g.register("echo", "a", backend(t, func(w http.ResponseWriter, r *http.Request) {
+		n, err := io.Copy(io.Discard, r.Body)
+		fmt.Fprintf(w, "%s %s %s %d %v", r.Proto, r.Method, r.URL, n, err)
+	}))
+	large := t.TempDir() + "/large"
+	if err := os.WriteFile(large, bytes.Repeat([]byte("x"), 3*mib), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	url := "http://" + g.data + "/echo"
+	for _, row := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{url}, "HTTP/1.1 GET /echo 0 <nil>"},
+		{[]string{"--http1.0", url}, "HTTP/1.1 GET /echo 0 <nil>"},
+		{[]string{"--http2", url}, "HTTP/1.1 GET /echo 0 <nil>"}, // an Upgrade to h2c that is not taken up
+		{[]string{"-G", "-d", "a=b+c", url}, "HTTP/1.1 GET /echo?a=b+c 0 <nil>"},
+		{[]string{"-d", "a=b", url}, "HTTP/1.1 POST /echo 3 <nil>"},
+		{[]string{"--path-as-is", url + "/a/../b"}, "HTTP/1.1 GET /echo/a/../b 0 <nil>"},
+		{[]string{"-T", large, url}, fmt.Sprintf("HTTP/1.1 PUT /echo %d <nil>", 3*mib)},
+		{[]string{"-H", "Expect: 100-continue", "-T", large, url}, fmt.Sprintf("HTTP/1.1 PUT /echo %d <nil>", 3*mib)},
+		{[]string{"-H", "Transfer-Encoding: chunked", "-T", large, url}, fmt.Sprintf("HTTP/1.1 PUT /echo %d <nil>", 3*mib)},
+		{[]string{"-F", "file=@" + large, "-o", "/dev/null", "-w", "%{http_code}", url}, "200"},
+		{[]string{"-I", "-o", "/dev/null", "-w", "%{http_code}", url}, "200"},
+		{[]string{url, url}, strings.Repeat("HTTP/1.1 GET /echo 0 <nil>", 2)},
+		{[]string{"-x", "http://" + g.data, "http://example.test/echo"}, "HTTP/1.1 GET /echo 0 <nil>"}, // absolute form
+	} {
+		began := time.Now()
+		out, err := exec.CommandContext(t.Context(), curl, append([]string{"-sS", "--max-time", "20"}, row.args...)...).CombinedOutput()
+		if err != nil || string(out) != row.want {
+			t.Errorf("curl %q: %v, %q", row.args, err, out)
+		}
+		if took := time.Since(began); took > 900*time.Millisecond { // curl itself goes on after a second without 100-continue
+			t.Logf("curl %q took %v", row.args, took)
+		}
+	}
+}
+
+// Thousands of clients that are slow on purpose cost the others nothing that these notice, and are gone when their time is up.
+func TestSlowClients(t *testing.T) {
+	heavy(t)
+	const slow, rate, seconds = 5000, 500, 2
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil || limit.Cur < 2*slow+1000 {
+		t.Skipf("needs %d descriptors for each of two processes, has %d, %v", 2*slow+1000, limit.Cur, err)
+	}
+	for _, row := range []struct {
+		name, request string
+		drips         bool // sends on, a byte a second
+	}{
+		{"heads", "GET /held/ HTTP/1.1\r\nHost: a\r\nX-A: ", true},
+		{"bodies", "POST /held/ HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nx", false},
+		{"large bodies", "POST /held/ HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\nx", false},
+		{"readers", "GET /held/chunks/1000000 HTTP/1.1\r\nHost: a\r\n\r\n", false},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			// A backend of one process has a limit of its own to how many connections it takes at a time: none shall fail for that.
+			g := launch(t, nil, "--client-head-timeout", "7s", "--client-body-timeout", "7s", "--client-write-timeout", "7s",
+				"--client-idle-timeout", "7s", "--connect-timeout", "20s", "--breaker-failures", "100000")
+			pid := g.cmd.Process.Pid
+			g.register("held", "a", "http://"+startBulk(t, 0).Addr().String())
+			g.register("echo", "a", named(t, "a"))
+			l := beginLoad(t, g.data, rate)
+			l.more(t, rate*seconds)
+			before, held, open := l.p99(rate*seconds), resident(t, pid, "VmRSS"), descriptors(t, pid)
+
+			conns := make([]net.Conn, slow)
+			dialer := &net.Dialer{Control: asOnEthernet}
+			var opening sync.WaitGroup
+			for part := range slices.Chunk(conns, slow/8) {
+				opening.Go(func() {
+					for i := range part {
+						conn, err := dialer.Dial("tcp", g.data)
+						if err != nil {
+							t.Error(err)
+							return
+						}
+						part[i] = conn
+						_ = conn.(*net.TCPConn).SetReadBuffer(4 << 10) // so that what is sent is not kept by the kernel
+						if _, err := io.WriteString(conn, row.request); err != nil {
+							t.Error(err)
+						}
+					}
+				})
+			}
+			opening.Wait()
+			defer func() {
+				for _, conn := range conns {
+					if conn != nil {
+						conn.Close()
+					}
+				}
+			}()
+			began := time.Now()
+			for all := -1; all < open+slow || all != descriptors(t, pid); time.Sleep(200 * time.Millisecond) {
+				if all = descriptors(t, pid); time.Since(began) > 20*time.Second {
+					t.Fatal("they are not all there")
+				}
+			}
+			over := make(chan struct{})
+			var dripping sync.WaitGroup
+			if row.drips {
+				dripping.Go(func() {
+					for n := 0; ; {
+						select {
+						case <-over:
+							return
+						case <-time.After(10 * time.Millisecond):
+						}
+						for range slow / 100 {
+							_, _ = conns[n%slow].Write([]byte("x")) // fails once it is closed
+							n++
+						}
+					}
+				})
+			}
+			l.more(t, rate) // as long as it takes to send them what they do not read
+			l.more(t, rate*seconds)
+			during := l.p99(rate * seconds)
+			each := (resident(t, pid, "VmRSS") - held) / slow
+			for descriptors(t, pid) > open+slow/100 {
+				if time.Sleep(20 * time.Millisecond); time.Since(began) > time.Minute {
+					t.Fatal("they are not gone")
+				}
+			}
+			gone, leaving := time.Since(began), l.p99(rate*seconds)
+			close(over)
+			dripping.Wait()
+			l.stop()
+			t.Logf("p99 of others: %v before, %v beside them (x %.1f), %v while they are closed; %d KiB each; gone after %v",
+				before, during, float64(during)/float64(before), leaving, each>>10, gone.Round(10*time.Millisecond))
+			if failures := l.failures(); len(failures) > 0 {
+				t.Errorf("of %d others failed: %v", l.answered.Load(), failures)
+			}
+		})
+	}
+}
