@@ -406,6 +406,25 @@ func TestFlushedBytesArriveSoon(t *testing.T) {
 	}
 }
 
+// used is the CPU time that a process has taken.
+func used(t *testing.T, pid int) time.Duration {
+	t.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')'):]))
+	var ticks int
+	for _, field := range fields[12:14] { // user and system, in hundredths of a second
+		n, err := strconv.Atoi(field)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ticks += n
+	}
+	return time.Duration(ticks) * 10 * time.Millisecond
+}
+
 // curl, as people use it, with the defaults.
 func TestCurl(t *testing.T) {
 	curl, err := exec.LookPath("curl")
@@ -470,8 +489,8 @@ func TestSlowClients(t *testing.T) {
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			// A backend of one process has a limit of its own to how many connections it takes at a time: none shall fail for that.
-			g := launch(t, nil, "--client-head-timeout", "7s", "--client-body-timeout", "7s", "--client-write-timeout", "7s",
-				"--client-idle-timeout", "7s", "--connect-timeout", "20s", "--breaker-failures", "100000")
+			g := launch(t, nil, "--client-head-timeout", "5s", "--client-body-timeout", "5s", "--client-write-timeout", "8s",
+				"--client-idle-timeout", "8s", "--connect-timeout", "20s", "--breaker-failures", "100000")
 			pid := g.cmd.Process.Pid
 			g.register("held", "a", "http://"+startBulk(t, 0).Addr().String())
 			g.register("echo", "a", named(t, "a"))
@@ -529,7 +548,11 @@ func TestSlowClients(t *testing.T) {
 					}
 				})
 			}
-			l.more(t, rate) // as long as it takes to send them what they do not read
+			for busy, end := 1.0, time.Now().Add(5*time.Second); busy > 0.2 && time.Now().Before(end); {
+				before := used(t, pid) // until what they do not read was sent
+				time.Sleep(300 * time.Millisecond)
+				busy = (used(t, pid) - before).Seconds() / 0.3
+			}
 			l.more(t, rate*seconds)
 			during := l.p99(rate * seconds)
 			each := (resident(t, pid, "VmRSS") - held) / slow

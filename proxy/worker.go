@@ -21,6 +21,7 @@ const (
 	readSize    = maxWhole + 8<<10 // a response that is read whole, with its head
 	firstRead   = 20 << 10         // of it: what is larger than 64 KiB shall be moved by splice
 	expireTurn  = 32               // connections that are closed at once when their time is up; others have their turn then
+	lateCost    = 7                // that is more, in such, if the client is told why
 	headroom    = 1 << 10          // in front of what is read: a head that has grown finds room before its body
 )
 
@@ -164,6 +165,7 @@ func (w *worker) expire(second int64, left int) int {
 			break
 		}
 		if c.reading {
+			left -= lateCost
 			c.reading = false
 			c.slow(stageLate)
 		} else {
