@@ -122,7 +122,7 @@ func headCases() []Case {
 		refuse("version-sign", Must, "RFC 9112 2.3", "GET {p}/a HTTP/1.+1\r\n"+host+"\r\n", 505),
 		refuse("version-name", Must, "RFC 9112 2.3", "GET {p}/a HTTPS/1.1\r\n"+host+"\r\n", 505),
 		refuse("version-more", Must, "RFC 9112 3", "GET {p}/a HTTP/1.1x\r\n"+host+"\r\n", 505),
-		one(heads, "version-none", Should, "RFC 9112 3", "no HTTP/0.9", "GET {p}/a\r\n", func(c *Case, o *outcome) error {
+		one(heads, "version-none", Should, "RFC 9112 3", "no HTTP/0.9", "GET {p}/a\r\n\r\n", func(c *Case, o *outcome) error {
 			if o.closed && len(o.requests) == 0 {
 				return nil // whatever was said: an HTTP/0.9 answer has no head
 			}
@@ -258,6 +258,14 @@ func chunkCases() []Case {
 	refuse := func(id, source, body string) Case {
 		return one(chunks, id, Must, source, "refused and closed; the origin never sees it as whole", chunked(body+extra), stopped)
 	}
+	// overflow is a size that is read as 5 where it is cut off; it may be waited for.
+	overflow := func(id, source, size string) Case {
+		return Case{ID: id, Section: chunks, Level: Must, Source: source, Says: "refused, or read as the size that it is",
+			Client: []step{send(chunked(size + "\r\nhello\r\n0\r\n\r\n" + extra)), pause(50 * time.Millisecond), halfClose}, Want: stopped}
+	}
+	choice := func(id, source, sent string, repaired verdict) Case {
+		return one(chunks, id, Must, source, "refused and closed, or forwarded repaired", chunked(sent), anyOf(stopped, repaired))
+	}
 	keep := func(id, source, says, sent string, checks ...check) Case {
 		return one(chunks, id, Must, source, says, chunked(sent), both(forwarded(append(checks, body("hello"))...), stays))
 	}
@@ -275,11 +283,10 @@ func chunkCases() []Case {
 		refuse("chunk-underscore", "RFC 9112 7.1", "0_5\r\nhello"+end),
 		refuse("chunk-empty", "RFC 9112 7.1", "\r\nhello"+end),
 		refuse("chunk-semicolon", "RFC 9112 7.1", ";a\r\nhello"+end),
-		{ID: "chunk-overflow-32", Section: chunks, Level: Must, Source: "RFC 9112 7.1", Says: "a size of 4 GiB and 5 bytes is never read as 5",
-			Client: []step{send(chunked("100000005\r\nhello" + end + extra)), pause(50 * time.Millisecond), halfClose}, Want: stopped},
-		refuse("chunk-overflow-64", "RFC 9112 7.1", "10000000000000005\r\nhello"+end),
-		refuse("chunk-overflow-sign", "CVE-2013-2028", "fffffffffffffff5\r\nhello"+end),
-		refuse("chunk-many-digits", "RFC 9112 7.1", strings.Repeat("0", 5000)+"5\r\nhello"+end).but(anyOf(stopped, forwarded(body("hello")))),
+		overflow("chunk-overflow-32", "RFC 9112 7.1", "100000005"),
+		overflow("chunk-overflow-64", "RFC 9112 7.1", "10000000000000005"),
+		overflow("chunk-overflow-sign", "CVE-2013-2028", "fffffffffffffff5"),
+		choice("chunk-many-digits", "RFC 9112 7.1", strings.Repeat("0", 5000)+"5\r\nhello"+end, forwarded(body("hello"))),
 		refuse("chunk-lf-size", "RFC 9112 7.1", "5\nhello"+end),
 		refuse("chunk-lf-data", "RFC 9112 7.1", "5\r\nhello\n0\r\n\r\n"),
 		refuse("chunk-lf-last", "RFC 9112 7.1", "5\r\nhello\r\n0\n\r\n"),
@@ -293,10 +300,10 @@ func chunkCases() []Case {
 		refuse("chunk-extension-lf", "TE.TE, J. Kettle 2025; CVE-2025-22871", "5;\nhello\r\n0\r\n\r\n"),
 		refuse("chunk-extension-lf-2", "CVE-2025-22871", "5;a\nb\r\nhello"+end),
 		refuse("chunk-extension-cr", "RFC 9112 7.1.1", "5;a\rb\r\nhello"+end),
-		refuse("chunk-extension-nul", "RFC 9112 7.1.1", "5;a\x00b\r\nhello"+end),
-		refuse("chunk-trailer-lf", "RFC 9112 7.1.2", "5\r\nhello\r\n0\r\nX-A: 1\n\r\n").but(anyOf(stopped, forwarded(body("hello")))),
-		refuse("chunk-trailer-no-colon", "RFC 9112 7.1.2", "5\r\nhello\r\n0\r\ngarbage\r\n\r\n").but(anyOf(stopped, forwarded(body("hello")))),
-		refuse("chunk-trailer-space", "RFC 9112 5.1", "5\r\nhello\r\n0\r\nX-A : 1\r\n\r\n").but(anyOf(stopped, forwarded(body("hello"), lacks("X-A")))),
+		refuse("chunk-extension-nul", "RFC 9112 7.1.1", "5;a\x00b\r\nhello"+end).should(),
+		choice("chunk-trailer-lf", "RFC 9112 7.1.2", "5\r\nhello\r\n0\r\nX-A: 1\n\r\n", forwarded(body("hello"))),
+		choice("chunk-trailer-no-colon", "RFC 9112 7.1.2", "5\r\nhello\r\n0\r\ngarbage\r\n\r\n", forwarded(body("hello"))),
+		choice("chunk-trailer-space", "RFC 9112 5.1", "5\r\nhello\r\n0\r\nX-A : 1\r\n\r\n", forwarded(body("hello"), lacks("X-A"))),
 		{ID: "chunk-cut", Section: chunks, Level: Must, Source: "RFC 9112 8", Says: "a request that breaks off never reaches the origin as a whole",
 			Client: []step{send(chunked("5\r\nhel")), pause(50 * time.Millisecond), halfClose}, Want: stopped},
 		{ID: "chunk-cut-last", Section: chunks, Level: Must, Source: "RFC 9112 8", Says: "a request without its last chunk never reaches the origin as a whole",
@@ -364,11 +371,11 @@ func targetCases() []Case {
 		exact("path-encoded-dots", Should, "RFC 3986 2.3", "{p}/a/%2e%2e/b"),
 		exact("path-encoded-slash", Must, "RFC 3986 2.2", "{p}/a%2fb%2Fc"),
 		exact("path-encoded-backslash", Should, "RFC 3986 2.1", "{p}/a%5cb"),
-		careful("path-backslash", Must, "RFC 3986 3.3", `{p}/a\b`),
+		careful("path-backslash", Should, "RFC 3986 3.3", `{p}/a\b`),
 		careful("path-encoded-nul", Must, "CWE-158", "{p}/a%00b"),
 		careful("path-broken-escape", Must, "RFC 3986 2.1", "{p}/%zz%"),
-		careful("path-high", Must, "RFC 3986 2", "{p}/\xc3\xa4\xff"),
-		careful("path-invalid", Must, "RFC 3986 2", "{p}/a<b>\"{c}|^`"),
+		careful("path-high", Should, "RFC 3986 2", "{p}/\xc3\xa4\xff"),
+		careful("path-invalid", Should, "RFC 3986 2", "{p}/a<b>\"{c}|^`"),
 		careful("path-climbs", Must, "CWE-22", "{p}/../../../../etc/passwd").but(either(denied(400, 403, 404), forwarded(target("{p}/../../../../etc/passwd")))),
 		careful("path-elsewhere", Must, "CWE-22", "{p}/../../other/a").but(either(denied(400, 403, 404), forwarded(target("{p}/../../other/a")))),
 		careful("path-elsewhere-encoded", Must, "CWE-22", "{p}/%2e%2e/%2e%2E/other/a").but(either(denied(400, 403, 404), forwarded(target("{p}/%2e%2e/%2e%2E/other/a")))),
@@ -376,7 +383,7 @@ func targetCases() []Case {
 		exact("query", Must, "RFC 3986 3.4", "{p}/a?b=c&d=%2e%2e/%2F?e;f"),
 		exact("query-dots", Must, "RFC 3986 3.4", `{p}/a?../../other`),
 		exact("query-empty", Should, "RFC 3986 3.4", "{p}/a?"),
-		careful("query-high", Must, "RFC 3986 2", "{p}/a?\xe4"),
+		careful("query-high", Should, "RFC 3986 2", "{p}/a?\xe4"),
 		exact("target-8000", Should, "RFC 9110 4.1", "{p}/"+strings.Repeat("a", 7900)),
 		one(targets, "slashes-first", Must, "RFC 9112 3.2.1", "routed by the Host field", at("//evil.test{p}/../a"), either(denied(400, 404), forwarded(target("//evil.test{p}/../a"), has("Host", "wire.test")))),
 		one(targets, "slashes-authority", Must, "RFC 9112 3.2.1", "routed by the Host field", at("//evil.test/..://{p}/a"), either(denied(400, 404), forwarded(target("//evil.test/..://{p}/a"), has("Host", "wire.test")))),
@@ -418,8 +425,8 @@ func targetCases() []Case {
 		})),
 		one(targets, "host-port", Should, "RFC 9110 7.2", "forwarded as it is", line+"Host: wire.test:8080\r\n\r\n", forwarded(has("Host", "wire.test:8080"))),
 		one(targets, "host-ipv6", Should, "RFC 9110 7.2", "forwarded as it is", line+"Host: [::1]\r\n\r\n", forwarded(has("Host", "[::1]"))),
-		one(targets, "connect", Must, "RFC 9110 9.3.6", "no tunnel", "CONNECT wire.test:443 HTTP/1.1\r\nHost: wire.test:443\r\n\r\n", denied(400, 403, 404, 405, 501)),
-		one(targets, "connect-path", Must, "RFC 9110 9.3.6", "no tunnel", "CONNECT {p}/a HTTP/1.1\r\n"+host+"\r\n", denied(400, 403, 404, 405, 501)),
+		one(targets, "connect", Should, "RFC 9110 9.3.6", "no tunnel", "CONNECT wire.test:443 HTTP/1.1\r\nHost: wire.test:443\r\n\r\n", denied(400, 403, 404, 405, 501)),
+		one(targets, "connect-path", Should, "RFC 9110 9.3.6", "no tunnel", "CONNECT {p}/a HTTP/1.1\r\n"+host+"\r\n", denied(400, 403, 404, 405, 501)),
 		one(targets, "trace", Should, "RFC 9110 9.3.8", "not allowed by default", "TRACE {p}/a HTTP/1.1\r\n"+host+"\r\n", denied(405, 501, 403, 400)),
 		one(targets, "trace-body", Must, "RFC 9110 9.3.8", "no TRACE with a body", "TRACE {p}/a HTTP/1.1\r\n"+host+"Content-Length: 3\r\n\r\nabc", either(denied(405, 501, 403, 400), forwarded(body("")))),
 		one(targets, "options-asterisk", Must, "RFC 9110 9.3.7", "answered here, or forwarded as it is", "OPTIONS * HTTP/1.1\r\n"+host+"\r\n", either(denied(200, 204, 400, 404, 405), forwarded(target("*"), method("OPTIONS")))),

@@ -2,6 +2,7 @@ package wire
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -22,9 +23,9 @@ func from(id string, level Level, source, says, response string, want verdict) C
 		Client: []step{send(get(""))}, Origin: [][]step{{readAll, send(response)}}, Want: want}
 }
 
-// ended returns the case with an origin that closes the connection behind its first answer.
+// ended returns the case with an origin that closes the connection behind its answer.
 func (c Case) ended() Case {
-	c.Origin = [][]step{append(append([]step{}, c.Origin[0]...), hangUp), {readAll, answer}}
+	c.Origin = [][]step{append(slices.Clone(c.Origin[0]), hangUp)}
 	return c
 }
 
@@ -57,7 +58,7 @@ func responseCases() []Case {
 		}
 		return []Case{
 			at(id, Must, []step{send(request)}, []step{readAll, send(response + evil)}),
-			at(id+"-late", Must, []step{send(request), await("X-Last: 1\r\n"), pause(20 * time.Millisecond), tell("the client got its answer"), hear("the origin went on")},
+			at(id+"-late", Must, []step{send(request), await("X-Last: 1\r\n"), pause(20 * time.Millisecond), tell("the client got its answer"), hear("the origin went on"), pause(20 * time.Millisecond)},
 				[]step{readAll, send(response), hear("the client got its answer"), send(evil), tell("the origin went on")}),
 		}
 	}
@@ -68,10 +69,10 @@ func responseCases() []Case {
 	all := []Case{
 		bad("status-garbage", "RFC 9112 4", "garbage\r\n\r\n"),
 		bad("status-ssh", "RFC 9112 4", "SSH-2.0-OpenSSH_9.9\r\n"),
-		bad("status-http2", "RFC 9112 2.3", "HTTP/2.0 200 OK\r\n"+hello),
+		mend("status-http2", "RFC 9112 2.3", "HTTP/2.0 200 OK\r\n"+hello),
 		mend("status-http12", "RFC 9112 2.3", "HTTP/1.2 200 OK\r\n"+hello),
-		bad("status-http09", "RFC 9112 2.3", "HTTP/0.9 200 OK\r\n"+hello),
-		bad("status-version-case", "RFC 9112 2.3", "http/1.1 200 OK\r\n"+hello),
+		mend("status-http09", "RFC 9112 2.3", "HTTP/0.9 200 OK\r\n"+hello),
+		mend("status-version-case", "RFC 9112 2.3", "http/1.1 200 OK\r\n"+hello),
 		bad("status-icy", "RFC 9112 4", "ICY 200 OK\r\n"+hello),
 		bad("status-two-digits", "RFC 9112 4", "HTTP/1.1 20 OK\r\n"+hello),
 		bad("status-four-digits", "RFC 9112 4", "HTTP/1.1 2000 OK\r\n"+hello),
@@ -105,7 +106,7 @@ func responseCases() []Case {
 		mend("response-te-10", "RFC 9112 6.1", "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
 		bad("response-head-1m", "RFC 9110 5.4", ok+"X-A: "+strings.Repeat("a", 12<<20)+"\r\n"+hello).should(),
 		from("response-head-15k", Should, "RFC 9110 5.4", "passed on", ok+strings.Repeat("X-A: "+strings.Repeat("a", 293)+"\r\n", 50)+hello, passed(200, "hello")),
-		bad("response-nothing", "RFC 9110 15.6.3", ""),
+		{ID: "response-nothing", Section: responses, Level: Must, Source: "RFC 9110 15.6.3", Says: "502", Client: []step{send(get(""))}, Origin: [][]step{{readAll, hangUp}}, Want: status(502)},
 		bad("response-half-head", "RFC 9112 8", ok+"X-A: 1"),
 
 		// the end of the body
@@ -120,7 +121,7 @@ func responseCases() []Case {
 		from("chunk-bad-end", Must, "RFC 9112 7.1", "502, or seen to break off", ok+"Transfer-Encoding: chunked\r\n\r\n5\r\nhello!!!\r\n0\r\n\r\n", truncated),
 		from("chunk-bad-minus", Must, "RFC 9112 7.1", "502, or seen to break off", ok+"Transfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n0\r\n\r\n", truncated),
 		from("chunk-bad-overflow", Must, "RFC 9112 7.1", "502, or seen to break off", ok+"Transfer-Encoding: chunked\r\n\r\n10000000000000005\r\nhello\r\n0\r\n\r\n", truncated),
-		from("chunk-bad-lf", Must, "RFC 9112 7.1", "502, or seen to break off", ok+"Transfer-Encoding: chunked\r\n\r\n5\nhello\n0\n\n", truncated),
+		from("chunk-bad-lf", Should, "RFC 9112 7.1", "502, or seen to break off", ok+"Transfer-Encoding: chunked\r\n\r\n5\nhello\n0\n\n", truncated),
 		{ID: "chunk-bad-late", Section: responses, Level: Must, Source: "RFC 9112 7.1", Says: "seen to break off", Client: []step{send(get(""))},
 			Origin: [][]step{{readAll, send(ok + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"), pause(100 * time.Millisecond), send("zz\r\nhello\r\n0\r\n\r\n")}, {readAll, answer}}, Want: truncated},
 		pass("close-delimited", Must, "RFC 9112 6.3", "passed on", ok+"\r\nhello", passed(200, "hello")).ended(),
@@ -151,7 +152,7 @@ func responseCases() []Case {
 			return nil
 		})),
 		pass("response-nominated-length", Must, "hop-by-hop abuse, N. Davison 2019", "Connection cannot take Content-Length away", ok+"Connection: Content-Length\r\n"+hello, anyOf(status(502), passed(200, "hello"))),
-		pass("date-kept", Must, "RFC 9110 6.6.1", "passed on", ok+"Date: Mon, 01 Jan 2024 00:00:00 GMT\r\n"+hello, passed(200, "hello", field("Date", "Mon, 01 Jan 2024 00:00:00 GMT"))),
+		pass("date-kept", Should, "RFC 9110 6.6.1", "passed on", ok+"Date: Mon, 01 Jan 2024 00:00:00 GMT\r\n"+hello, passed(200, "hello", field("Date", "Mon, 01 Jan 2024 00:00:00 GMT"))),
 		pass("date-added", Should, "RFC 9110 6.6.1", "a Date is added", ok+hello, passed(200, "hello", func(r *response) error {
 			if n := len(r.values("Date")); n != 1 {
 				return fmt.Errorf("200 with %d Date fields", n)
@@ -227,8 +228,8 @@ func streamCases() []Case {
 		row("1xx-unknown", Should, "RFC 9110 15.2", "passed on", []step{send(get(""))}, []step{readAll, send("HTTP/1.1 150 Something\r\n\r\n" + length("hello"))}, passed(200, "hello", interim(150))),
 		row("103-then-cut", Must, "RFC 9112 8", "502, or seen to break off", []step{send(get(""))}, []step{readAll, send(hints + ok + "Content-Length: 100\r\n\r\nhello"), hangUp}, truncated),
 
-		row("expect", Must, "RFC 9110 10.1.1", "100 arrives, then the body", []step{send(post(expecting, "")), await(proceed), send("hello")}, []step{send(proceed), readAll, answer}, forwarded(body("hello"))),
-		row("expect-at-once", Must, "RFC 9110 10.1.1", "a body that does not wait arrives", []step{send(post(expecting, "hello"))}, []step{send(proceed), readAll, answer}, forwarded(body("hello"))),
+		row("expect", Must, "RFC 9110 10.1.1", "100 arrives, then the body", []step{send(post(expecting, "")), await(proceed), send("hello")}, []step{proceeds, readAll, answer}, forwarded(body("hello"))),
+		row("expect-at-once", Must, "RFC 9110 10.1.1", "a body that does not wait arrives", []step{send(post(expecting, "hello"))}, []step{proceeds, readAll, answer}, forwarded(body("hello"))),
 		row("expect-no-100", Must, "RFC 9110 10.1.1", "no deadlock with an origin that never says 100", []step{send(post(expecting, "")), perhaps(within(soon, await(proceed))), send("hello")}, []step{readAll, answer}, forwarded(body("hello"))),
 		row("expect-refused", Must, "RFC 9110 10.1.1", "the origin's refusal arrives", []step{send(post("Expect: 100-continue\r\nContent-Length: 1000\r\n", "")), await(final...), perhaps(send(strings.Repeat("a", 1000)))}, []step{send(tooLarge), hangUp},
 			func(_ *Case, o *outcome) error { return o.answered([]int{413}) }),
@@ -238,11 +239,11 @@ func streamCases() []Case {
 		row("expect-10", Must, "RFC 9110 10.1.1", "no 100 for HTTP/1.0", []step{send("POST {p}/a HTTP/1.0\r\n" + host + expecting + "\r\nhello")}, []step{readAll, answer}, both(forwarded(body("hello")), passed(200, "a", interim()))),
 		row("expect-get", Must, "RFC 9110 10.1.1", "means nothing without a body", []step{send(get("Expect: 100-continue\r\n"))}, []step{readAll, answer}, either(denied(400, 417), forwarded())),
 		row("expect-unknown", Must, "RFC 9110 10.1.1", "417, or forwarded", []step{send(get("Expect: foo\r\n"))}, []step{readAll, answer}, either(denied(400, 417), forwarded())),
-		row("expect-chunked", Must, "RFC 9110 10.1.1", "100 arrives, then the body", []step{send(post("Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n", "")), await(proceed), send(hello)}, []step{send(proceed), readAll, answer}, forwarded(body("hello"))),
+		row("expect-chunked", Must, "RFC 9110 10.1.1", "100 arrives, then the body", []step{send(post("Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n", "")), await(proceed), send(hello)}, []step{proceeds, readAll, answer}, forwarded(body("hello"))),
 
 		row("early-413", Should, "RFC 9112 9.3", "an early answer arrives while the upload runs", []step{send(post("Content-Length: 10000000\r\n", big[:64<<10])), within(soon, await(" 413 "))}, []step{send(tooLarge), hangUp}, func(_ *Case, o *outcome) error { return o.answered([]int{413}) }),
 		row("early-413-all", Should, "RFC 9112 9.5", "an early answer arrives although all is sent", []step{send(post(fmt.Sprintf("Content-Length: %d\r\n", len(big)), big))}, []step{send(tooLarge), hangUp}, func(_ *Case, o *outcome) error { return o.answered([]int{413}) }),
-		row("early-200", Should, "RFC 9112 9.3", "an early answer arrives, and the upload does too", []step{send(post("Content-Length: 10\r\n", "hello")), within(soon, await("early")), send("world")}, []step{send(length("early")), readAll}, both(reached(body("helloworld")), passed(200, "early"))),
+		row("early-200", Should, "RFC 9112 9.3", "an early answer arrives, and the upload does too", []step{send(post("Content-Length: 200005\r\n", big[:200000])), within(soon, await("early")), send("world")}, []step{send(length("early")), readAll}, both(reached(body(big[:200000]+"world")), passed(200, "early"))),
 		row("both-ways", Should, "RFC 9112 9.3", "request and response stream at once", []step{send(chunked("5\r\nping1\r\n")), within(soon, await("ping1")), send("5\r\nping2\r\n"), within(soon, await("ping2")), send("0\r\n\r\n")},
 			[]step{perhaps(within(soon+200*time.Millisecond, await("ping1"))), send(ok + inChunks + "5\r\nping1\r\n"), perhaps(within(soon+200*time.Millisecond, await("ping2"))), send("5\r\nping2\r\n"), readAll, send("0\r\n\r\n")}, both(reached(body("ping1ping2")), passed(200, "ping1ping2"))),
 		row("upload-streams", Should, "RFC 9112 6", "the origin gets what the client has sent so far", []step{send(post("Content-Length: 100010\r\n", "hello"+strings.Repeat("a", 100000))), hear("the origin got nothing of the body within 1 s"), send("world")}, []step{await("hello"), tell("the origin got nothing of the body within 1 s"), readAll, answer}, forwarded(body("hello"+strings.Repeat("a", 100000)+"world"))),

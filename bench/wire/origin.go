@@ -220,3 +220,11 @@ func answer(ctx context.Context, p *peer) error {
 	}
 	return send(head+body)(ctx, p)
 }
+
+// proceeds sends 100 to a request that expects it.
+func proceeds(ctx context.Context, p *peer) error {
+	if !strings.EqualFold(p.req.value("Expect"), "100-continue") {
+		return nil
+	}
+	return send("HTTP/1.1 100 Continue\r\n\r\n")(ctx, p)
+}

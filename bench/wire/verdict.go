@@ -70,13 +70,20 @@ func (o *outcome) answered(statuses []int) error {
 
 // forms tells what the origin got, for errors.
 func (o *outcome) forms() string {
-	if len(o.requests) > 1 {
+	switch r := o.requests[0]; {
+	case strings.Contains(o.requests[len(o.requests)-1].target, "smuggled"):
+		return "with what followed"
+	case len(o.requests) > 1:
 		return fmt.Sprintf("as %d requests", len(o.requests))
+	case !r.complete:
+		return "and broken off"
+	case r.chunked:
+		return fmt.Sprintf("as %s, chunked", r.method)
+	case r.length > 0:
+		return fmt.Sprintf("as %s, Content-Length %d", r.method, r.length)
+	default:
+		return fmt.Sprintf("as %s", r.method)
 	}
-	if r := o.requests[0]; r.complete {
-		return fmt.Sprintf("as %s", shorten(r.start))
-	}
-	return "and broken off"
 }
 
 // check judges the one request that reached the origin.
@@ -321,10 +328,10 @@ func truncated(_ *Case, o *outcome) error {
 	switch {
 	case r.status == 502 && r.complete:
 		return nil
-	case !o.closed:
-		return fmt.Errorf("%d, and the connection stays open", r.status)
 	case r.complete:
 		return fmt.Errorf("%d that looks whole, of %d bytes", r.status, len(r.body))
+	case !o.closed:
+		return fmt.Errorf("%d, and the connection stays open", r.status)
 	}
 	return nil
 }

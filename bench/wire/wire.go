@@ -54,7 +54,7 @@ type Result struct {
 
 // How long a case waits. Only those that fail wait for so long.
 const (
-	caseTime  = 3 * time.Second // for all that its client does
+	caseTime  = 4 * time.Second // for all that its client does
 	probeTime = 2 * time.Second // for each request that asks whether all is well
 )
 
@@ -243,9 +243,6 @@ func (c *Case) judge(out *outcome) error {
 		if r.err != nil {
 			return fmt.Errorf("forwarded with %w", r.err)
 		}
-		if strings.Contains(r.target, "smuggled") {
-			return fmt.Errorf("what followed reached the origin as a request")
-		}
 	}
 	if out.malformed != nil {
 		return fmt.Errorf("answered with %w", out.malformed)
@@ -253,11 +250,16 @@ func (c *Case) judge(out *outcome) error {
 	if out.others != nil {
 		return out.others
 	}
-	if out.closed && len(out.rest) > 0 && !c.Tunnel && len(out.responses) == len(c.methods()) {
-		return fmt.Errorf("%d bytes behind the response", len(out.rest))
-	}
 	if err := c.Want(c, out); err != nil {
 		return err
+	}
+	for _, r := range out.requests {
+		if strings.Contains(r.target, "smuggled") {
+			return fmt.Errorf("what followed reached the origin as a request")
+		}
+	}
+	if out.closed && len(out.rest) > 0 && !c.Tunnel && len(out.responses) == len(c.methods()) {
+		return fmt.Errorf("%d bytes behind the response", len(out.rest))
 	}
 	if out.stuck != nil {
 		return out.stuck
