@@ -87,7 +87,7 @@ func (w *wireCmd) columns(ctx context.Context) ([]wire.Column, error) {
 	}
 	defer origin.Close()
 	if w.At != "" {
-		return []wire.Column{{Gateway: w.At, Results: wire.Run(ctx, w.At, origin, w.Only)}}, nil
+		return []wire.Column{{Gateway: w.At, Results: (&wire.Runner{Gateway: w.At, Origin: origin, Only: w.Only}).Run(ctx)}}, nil
 	}
 	dir, err := os.MkdirTemp("", "kerberos-wire-")
 	if err != nil {
@@ -145,7 +145,7 @@ func wireResults(ctx context.Context, g gateway, dir string, origin *wire.Origin
 	if err != nil {
 		return nil, err
 	}
-	return wire.Run(ctx, r.addr, origin, only), nil
+	return (&wire.Runner{Gateway: r.addr, Origin: origin, Only: only}).Run(ctx), nil
 }
 
 // plainConfigs are what these gateways are started with for the wire, in the place of what makes them fast: reverse

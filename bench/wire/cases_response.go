@@ -58,12 +58,12 @@ func responseCases() []Case {
 		}
 		return []Case{
 			at(id, Must, []step{send(request)}, []step{readAll, send(response + evil)}),
-			at(id+"-late", Must, []step{send(request), await("X-Last: 1\r\n"), pause(20 * time.Millisecond), tell("the client got its answer"), hear("the origin went on"), pause(20 * time.Millisecond)},
+			at(id+"-late", Must, []step{send(request), await("that-was-all"), pause(20 * time.Millisecond), tell("the client got its answer"), hear("the origin went on"), pause(20 * time.Millisecond)},
 				[]step{readAll, send(response), hear("the client got its answer"), send(evil), tell("the origin went on")}),
 		}
 	}
 	const (
-		last  = "X-Last: 1\r\n"
+		last  = "X-Last: that-was-all\r\n"
 		hello = "Content-Length: 5\r\n\r\nhello"
 	)
 	all := []Case{
@@ -179,7 +179,7 @@ func responseCases() []Case {
 		{ID: "1xx-length", Section: responses, Level: Must, Source: "RFC 9112 6.3", Says: "an interim response has no body",
 			Client: []step{send(get(""))}, Origin: [][]step{{readAll, send("HTTP/1.1 103 Early Hints\r\nContent-Length: 5\r\n\r\n" + length("hello"))}, {readAll, answer}}, Want: anyOf(status(502), passed(200, "hello"))},
 		{ID: "unasked", Section: responses, Level: Must, Source: "RFC 9112 9.2", Says: "a response before its request is nobody's",
-			Client: []step{send(get("")), await("X-Last"), pause(20 * time.Millisecond), tell("the client got its answer"), hear("the origin went on"), pause(50 * time.Millisecond)},
+			Client: []step{send(get("")), await("that-was-all"), pause(20 * time.Millisecond), tell("the client got its answer"), hear("the origin went on"), pause(50 * time.Millisecond)},
 			Origin: [][]step{{readAll, send(ok + last + hello), hear("the client got its answer"), send(evil + evil), tell("the origin went on")}, {readAll, answer}}, Want: passed(200, "hello")},
 	}
 	for _, c := range [][]Case{
@@ -231,8 +231,7 @@ func streamCases() []Case {
 		row("expect", Must, "RFC 9110 10.1.1", "100 arrives, then the body", []step{send(post(expecting, "")), await(proceed), send("hello")}, []step{proceeds, readAll, answer}, forwarded(body("hello"))),
 		row("expect-at-once", Must, "RFC 9110 10.1.1", "a body that does not wait arrives", []step{send(post(expecting, "hello"))}, []step{proceeds, readAll, answer}, forwarded(body("hello"))),
 		row("expect-no-100", Must, "RFC 9110 10.1.1", "no deadlock with an origin that never says 100", []step{send(post(expecting, "")), perhaps(within(soon, await(proceed))), send("hello")}, []step{readAll, answer}, forwarded(body("hello"))),
-		row("expect-refused", Must, "RFC 9110 10.1.1", "the origin's refusal arrives", []step{send(post("Expect: 100-continue\r\nContent-Length: 1000\r\n", "")), await(final...), perhaps(send(strings.Repeat("a", 1000)))}, []step{send(tooLarge), hangUp},
-			func(_ *Case, o *outcome) error { return o.answered([]int{413}) }),
+		row("expect-refused", Must, "RFC 9110 10.1.1", "the origin's refusal arrives", []step{send(post("Expect: 100-continue\r\nContent-Length: 1000\r\n", "")), await(final...), perhaps(send(strings.Repeat("a", 1000)))}, []step{send(tooLarge), hangUp}, status(413)),
 		row("expect-doomed", Should, "RFC 9110 10.1.1", "no 100 before the origin's refusal", []step{send(post("Expect: 100-continue\r\nContent-Length: 1000\r\n", "")), await(final...), perhaps(send(strings.Repeat("a", 1000)))}, []step{send(tooLarge), hangUp},
 			passed(413, "no!", interim())),
 		row("expect-final", Must, "RFC 9110 10.1.1", "an answer without 100 arrives, and what follows is read as what it is", []step{send(post(expecting, "")), await(final...), perhaps(send("hello"))}, []step{send(length("early")), readAll}, anyOf(passed(200, "early"), status(502))),
@@ -241,9 +240,9 @@ func streamCases() []Case {
 		row("expect-unknown", Must, "RFC 9110 10.1.1", "417, or forwarded", []step{send(get("Expect: foo\r\n"))}, []step{readAll, answer}, either(denied(400, 417), forwarded())),
 		row("expect-chunked", Must, "RFC 9110 10.1.1", "100 arrives, then the body", []step{send(post("Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n", "")), await(proceed), send(hello)}, []step{proceeds, readAll, answer}, forwarded(body("hello"))),
 
-		row("early-413", Should, "RFC 9112 9.3", "an early answer arrives while the upload runs", []step{send(post("Content-Length: 10000000\r\n", big[:64<<10])), within(soon, await(" 413 "))}, []step{send(tooLarge), hangUp}, func(_ *Case, o *outcome) error { return o.answered([]int{413}) }),
-		row("early-413-all", Should, "RFC 9112 9.5", "an early answer arrives although all is sent", []step{send(post(fmt.Sprintf("Content-Length: %d\r\n", len(big)), big))}, []step{send(tooLarge), hangUp}, func(_ *Case, o *outcome) error { return o.answered([]int{413}) }),
-		row("early-200", Should, "RFC 9112 9.3", "an early answer arrives, and the upload does too", []step{send(post("Content-Length: 200005\r\n", big[:200000])), within(soon, await("early")), send("world")}, []step{send(length("early")), readAll}, both(reached(body(big[:200000]+"world")), passed(200, "early"))),
+		row("early-413", Should, "RFC 9112 9.3", "an early answer arrives while the upload runs", []step{send(post("Content-Length: 10000000\r\n", big[:64<<10])), within(soon, await(" 413 "))}, []step{send(tooLarge), hangUp}, status(413)).open(),
+		row("early-413-all", Should, "RFC 9112 9.5", "an early answer arrives although all is sent", []step{send(post(fmt.Sprintf("Content-Length: %d\r\n", len(big)), big))}, []step{send(tooLarge), hangUp}, status(413)),
+		row("early-200", Should, "RFC 9112 9.3", "an early answer arrives while the upload runs", []step{send(post("Content-Length: 10000000\r\n", big[:64<<10])), within(soon, await("early"))}, []step{send(length("early"))}, passed(200, "early")).open(),
 		row("both-ways", Should, "RFC 9112 9.3", "request and response stream at once", []step{send(chunked("5\r\nping1\r\n")), within(soon, await("ping1")), send("5\r\nping2\r\n"), within(soon, await("ping2")), send("0\r\n\r\n")},
 			[]step{perhaps(within(soon+200*time.Millisecond, await("ping1"))), send(ok + inChunks + "5\r\nping1\r\n"), perhaps(within(soon+200*time.Millisecond, await("ping2"))), send("5\r\nping2\r\n"), readAll, send("0\r\n\r\n")}, both(reached(body("ping1ping2")), passed(200, "ping1ping2"))),
 		row("upload-streams", Should, "RFC 9112 6", "the origin gets what the client has sent so far", []step{send(post("Content-Length: 100010\r\n", "hello"+strings.Repeat("a", 100000))), hear("the origin got nothing of the body within 1 s"), send("world")}, []step{await("hello"), tell("the origin got nothing of the body within 1 s"), readAll, answer}, forwarded(body("hello"+strings.Repeat("a", 100000)+"world"))),
@@ -253,7 +252,7 @@ func streamCases() []Case {
 		row("sse-until-close", Should, "HTML 9.2", "each event arrives within a second", []step{send(get("Accept: text/event-stream\r\n")), within(soon, await("data: 1")), tell("the event came")},
 			[]step{readAll, send(ok + "Content-Type: text/event-stream\r\n\r\ndata: 1\n\n"), perhaps(hear("the event came")), send("data: 2\n\n"), hangUp}, passed(200, "data: 1\n\ndata: 2\n\n")),
 		row("flush-length", Should, "RFC 9112 6", "a body with a length arrives as it comes", []step{send(get("")), within(soon, await("hello")), tell("the first half came")}, []step{readAll, send(ok + "Content-Length: 10\r\n\r\nhello"), perhaps(hear("the first half came")), send("world")}, passed(200, "helloworld")),
-		row("flush-head", Should, "RFC 9112 6", "the head arrives when it was sent", []step{send(get("")), within(soon, await("X-A: 1")), tell("the head came")}, []step{readAll, send(ok + "X-A: 1\r\nContent-Length: 5\r\n\r\n"), perhaps(hear("the head came")), send("hello")}, passed(200, "hello")),
+		row("flush-head", Should, "RFC 9112 6", "the head arrives when it was sent", []step{send(get("")), within(soon, await("early-field")), tell("the head came")}, []step{readAll, send(ok + "X-A: early-field\r\nContent-Length: 5\r\n\r\n"), perhaps(hear("the head came")), send("hello")}, passed(200, "hello")),
 		row("response-drip", Must, "RFC 9112 2.2", "read however it arrives", []step{send(get(""))}, []step{readAll, drip(ok + inChunks + "2;a=b\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n")}, passed(200, "hello")),
 		row("response-4m", Must, "RFC 9112 6", "passed on", []step{send(get(""))}, []step{readAll, send(length(big))}, passed(200, big)),
 		row("upload-4m-chunked", Must, "RFC 9112 7.1", "forwarded", []step{send(chunked("400000\r\n" + big + "\r\n0\r\n\r\n"))}, []step{readAll, answer}, forwarded(body(big))),
@@ -274,10 +273,11 @@ func upgradeCases() []Case {
 		closing  = "\x88\x00"
 	)
 	row := func(id string, level Level, source, says string, client, origin []step, want verdict) Case {
-		return Case{ID: id, Section: upgrades, Level: level, Source: source, Says: says, Client: client, Origin: [][]step{origin, {readAll, answer}}, Want: want, Tunnel: true}
+		return Case{ID: id, Section: upgrades, Level: level, Source: source, Says: says, Client: client, Origin: [][]step{origin, {readAll, answer}}, Want: want, Open: true}
 	}
+	// http is a row in which no tunnel is made.
 	http := func(c Case) Case {
-		c.Tunnel = false
+		c.Open = false
 		return c
 	}
 	handshake := passed(101, "", field("Upgrade", "websocket"), field("Sec-WebSocket-Accept", "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="), func(r *response) error {
@@ -327,6 +327,18 @@ func upgradeCases() []Case {
 	}
 }
 
+// open returns the case with a connection that is no place for another request.
+func (c Case) open() Case {
+	c.Open = true
+	return c
+}
+
+// slow returns the case with a time of its own.
+func (c Case) slow(d time.Duration) Case {
+	c.Time = d
+	return c
+}
+
 // withMethods returns the case with more than one answer.
 func (c Case) withMethods(methods ...string) Case {
 	c.Methods = methods
@@ -352,6 +364,7 @@ func connectionCases() []Case {
 		return []step{send(req("first")), await("first"), tell("the client got its answer"), hear("the origin closed"), pause(20 * time.Millisecond), send(second)}
 	}
 	silent := []step{readAll, hangUp}
+	leaves := hearFor(5*time.Second, "the origin's connection stayed open")
 	var twenty strings.Builder
 	var numbers []string
 	for n := range 20 {
@@ -372,18 +385,18 @@ func connectionCases() []Case {
 		row("keep-alive", Must, "RFC 9112 9.3", "the connection goes on", 1, []step{send(req("a"))}, both(forwarded(), stays)),
 		row("keep-alive-10", Should, "RFC 9112 9.3", "the connection goes on if it asks for that", 1, []step{send("GET {p}/a HTTP/1.0\r\n" + host + "Connection: keep-alive\r\n\r\n")}, both(forwarded(), stays)),
 		row("half-close", Should, "RFC 9112 9.6", "a client that ends its half is answered", 1, []step{send(req("a")), halfClose}, forwarded(), []step{readAll, pause(50 * time.Millisecond), answer}),
-		row("client-leaves", Should, "RFC 9110 7.6", "the origin's work ends with it", 1, []step{send(req("a")), hear("never forwarded"), reset, hear("the origin's connection stayed open for 1 s")}, func(_ *Case, o *outcome) error {
+		row("client-leaves", Should, "RFC 9110 7.6", "the origin's work ends with it", 1, []step{send(req("a")), hear("never forwarded"), reset, leaves}, func(_ *Case, o *outcome) error {
 			if len(o.requests) != 1 {
 				return fmt.Errorf("%d requests reached the origin", len(o.requests))
 			}
 			return nil
-		}, []step{readAll, tell("never forwarded"), waitEnd, tell("the origin's connection stayed open for 1 s")}),
-		row("client-leaves-stream", Should, "RFC 9110 7.6", "the origin's work ends with it", 1, []step{send(req("a")), await("hello"), reset, hear("the origin's connection stayed open for 1 s")}, func(_ *Case, o *outcome) error {
+		}, []step{readAll, tell("never forwarded"), waitEnd, tell("the origin's connection stayed open")}).slow(6 * time.Second),
+		row("client-leaves-stream", Should, "RFC 9110 7.6", "the origin's work ends with it", 1, []step{send(req("a")), await("hello"), reset, leaves}, func(_ *Case, o *outcome) error {
 			if len(o.requests) != 1 {
 				return fmt.Errorf("%d requests reached the origin", len(o.requests))
 			}
 			return nil
-		}, []step{readAll, send(ok + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"), waitEnd, tell("the origin's connection stayed open for 1 s")}),
+		}, []step{readAll, send(ok + "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"), waitEnd, tell("the origin's connection stayed open")}).slow(6 * time.Second),
 
 		row("stale-get", Must, "RFC 9112 9.3.1", "answered over another connection", 2, waits(req("second")), both(bodies("first", "second"), deliveries(2, 2)), closing, ordinary),
 		row("stale-post", Should, "RFC 9112 9.3.1", "nothing was written: answered over another connection", 2, waits(upload("second")), both(bodies("first", "second"), deliveries(2, 2)), closing, ordinary),
@@ -392,10 +405,10 @@ func connectionCases() []Case {
 			if err := deliveries(2, 2)(nil, o); err != nil {
 				return err
 			}
-			if len(o.responses) != 2 || o.responses[1].status/100 != 5 {
-				return fmt.Errorf("%d answers", len(o.responses))
+			if n := len(o.responses); n > 1 && o.responses[1].status < 500 {
+				return fmt.Errorf("answered %d", o.responses[1].status)
 			}
-			return nil
+			return nil // closed without an answer says the same as 502
 		}, ordinary, silent, ordinary),
 		row("cut-post", Must, "RFC 9110 9.2.2", "a POST that may have been seen is never sent again", 1, []step{send(upload("a"))}, both(deliveries(1, 1), status(502, 504)), silent, ordinary),
 		row("reset-post", Must, "RFC 9110 9.2.2", "a POST that may have been seen is never sent again", 1, []step{send(upload("a"))}, both(deliveries(1, 1), status(502, 504)), []step{readAll, reset}, ordinary),

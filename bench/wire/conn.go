@@ -149,9 +149,11 @@ func tell(what string) step {
 }
 
 // hear waits for it, but not long.
-func hear(what string) step {
+func hear(what string) step { return hearFor(2*time.Second, what) }
+
+func hearFor(d time.Duration, what string) step {
 	return func(ctx context.Context, p *peer) error {
-		ctx, cancel := context.WithTimeout(ctx, 2500*time.Millisecond)
+		ctx, cancel := context.WithTimeout(ctx, d)
 		defer cancel()
 		select {
 		case <-p.run.told(what):

@@ -191,9 +191,9 @@ func (r *run) script(req *request) []step {
 	return r.c.Origin[n]
 }
 
-// settle waits until no more comes of the requests that came, but not long.
-func (r *run) settle() {
-	for range 50 {
+// settle waits until no more comes of the requests that came, but not longer than d.
+func (r *run) settle(d time.Duration) {
+	for start := time.Now(); time.Since(start) < d; time.Sleep(5 * time.Millisecond) {
 		settled := true
 		r.mu.Lock()
 		for _, req := range r.requests {
@@ -203,7 +203,6 @@ func (r *run) settle() {
 		if settled {
 			return
 		}
-		time.Sleep(10 * time.Millisecond)
 	}
 }
 

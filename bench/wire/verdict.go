@@ -72,7 +72,7 @@ func (o *outcome) answered(statuses []int) error {
 func (o *outcome) forms() string {
 	switch r := o.requests[0]; {
 	case strings.Contains(o.requests[len(o.requests)-1].target, "smuggled"):
-		return "with what followed"
+		return "with what follows"
 	case len(o.requests) > 1:
 		return fmt.Sprintf("as %d requests", len(o.requests))
 	case !r.complete:

@@ -38,10 +38,11 @@ type Case struct {
 	Level   Level
 	Says    string // what must happen
 
-	Client  []step   // what the client does; then it reads its answers
-	Origin  [][]step // how the origin answers the first request, the second, ...; the last also those that follow
-	Methods []string // of the requests whose answers are read; nil: one GET, or what has answers like it
-	Tunnel  bool     // after a 101 nothing is HTTP
+	Client  []step        // what the client does; then it reads its answers
+	Origin  [][]step      // how the origin answers the first request, the second, ...; the last also those that follow
+	Methods []string      // of the requests whose answers are read; nil: one GET, or what has answers like it
+	Open    bool          // the connection is no place for another request then: it is a tunnel, or an upload goes on
+	Time    time.Duration // for all that the client does, if it needs more than others
 	Want    verdict
 }
 
@@ -52,25 +53,29 @@ type Result struct {
 	Took time.Duration
 }
 
-// How long a case waits. Only those that fail wait for so long.
-const (
-	caseTime  = 4 * time.Second // for all that its client does
-	probeTime = 2 * time.Second // for each request that asks whether all is well
-)
+// Runner runs cases, one after the other.
+type Runner struct {
+	Gateway string // host:port; it forwards what is below /wire/, and /other/, to the origin
+	Origin  *Origin
+	Only    []string      // IDs of the cases to run; all, if there are none
+	Time    time.Duration // that a client waits for what does not come: 2.5 s. Only cases that fail take so long.
+}
 
-// Run runs the cases, one after the other, against a gateway that forwards /wire/ to the origin. only, if it is not
-// empty, names those that are run.
-func Run(ctx context.Context, gateway string, o *Origin, only []string) []Result {
+// Run runs the cases until ctx is over.
+func (r *Runner) Run(ctx context.Context) []Result {
+	if r.Time == 0 {
+		r.Time = 2500 * time.Millisecond
+	}
 	var results []Result
 	for _, c := range Cases() {
 		if ctx.Err() != nil {
 			break
 		}
-		if len(only) > 0 && !slices.Contains(only, c.ID) {
+		if len(r.Only) > 0 && !slices.Contains(r.Only, c.ID) {
 			continue
 		}
 		start := time.Now()
-		err := c.run(ctx, gateway, o)
+		err := r.one(ctx, &c)
 		results = append(results, Result{&c, err, time.Since(start)})
 	}
 	return results
@@ -88,34 +93,34 @@ type outcome struct {
 	others    error       // ... to requests of other clients
 }
 
-func (c *Case) run(ctx context.Context, gateway string, o *Origin) error {
-	ctx, cancel := context.WithTimeout(ctx, 4*caseTime)
+func (r *Runner) one(ctx context.Context, c *Case) error {
+	ctx, cancel := context.WithTimeout(ctx, 4*max(r.Time, c.Time))
 	defer cancel()
-	r := &run{c: c, ctx: ctx, events: map[string]chan struct{}{}}
-	o.set(r)
-	defer o.set(nil)
-	nc, err := net.Dial("tcp", gateway)
+	run := &run{c: c, ctx: ctx, events: map[string]chan struct{}{}}
+	r.Origin.set(run)
+	defer r.Origin.set(nil)
+	nc, err := net.Dial("tcp", r.Gateway)
 	if err != nil {
 		return err
 	}
-	p := &peer{conn: newConn(nc), run: r}
+	p := &peer{conn: newConn(nc), run: run}
 	defer p.Close()
 	out := &outcome{}
-	c.play(ctx, p, out)
-	if out.malformed == nil && !out.closed && !c.Tunnel && len(out.responses) == len(c.methods()) && out.last().complete {
-		out.probeSame(ctx, p)
+	r.play(ctx, p, out)
+	if out.malformed == nil && !out.closed && !c.Open && len(out.responses) == len(c.methods()) && out.last().complete {
+		r.probeSame(ctx, p, out)
 	}
 	for n := range 2 {
-		if err := probeOther(ctx, gateway, r, n); err != nil && out.others == nil {
+		if err := r.probeOther(ctx, run, n); err != nil && out.others == nil {
 			out.others = err
 		}
 	}
-	r.settle()
-	r.mu.Lock()
-	for _, req := range r.requests {
+	run.settle(r.Time / 5)
+	run.mu.Lock()
+	for _, req := range run.requests {
 		out.requests = append(out.requests, *req)
 	}
-	r.mu.Unlock()
+	run.mu.Unlock()
 	return c.judge(out)
 }
 
@@ -127,8 +132,9 @@ func (c *Case) methods() []string {
 }
 
 // play follows the client's script and reads its answers.
-func (c *Case) play(ctx context.Context, p *peer, out *outcome) {
-	ctx, cancel := context.WithTimeout(ctx, caseTime)
+func (r *Runner) play(ctx context.Context, p *peer, out *outcome) {
+	c := p.run.c
+	ctx, cancel := context.WithTimeout(ctx, max(r.Time, c.Time))
 	defer cancel()
 	for _, s := range c.Client {
 		if err := s(ctx, p); err != nil && !isClosed(err) {
@@ -176,12 +182,12 @@ func (out *outcome) first() *response {
 }
 
 // probeSame sends another request on the case's connection, if that goes on.
-func (out *outcome) probeSame(ctx context.Context, p *peer) {
-	ctx, cancel := context.WithTimeout(ctx, probeTime)
+func (r *Runner) probeSame(ctx context.Context, p *peer, out *outcome) {
+	ctx, cancel := context.WithTimeout(ctx, r.Time)
 	defer cancel()
 	at := 0
-	for _, r := range out.responses {
-		at += r.size
+	for _, resp := range out.responses {
+		at += resp.size
 	}
 	if err := send("GET {p}/probe-same HTTP/1.1\r\nHost: wire.test\r\n\r\n")(ctx, p); err != nil {
 		out.closed = true
@@ -210,14 +216,14 @@ func (out *outcome) probeSame(ctx context.Context, p *peer) {
 }
 
 // probeOther is another client's request.
-func probeOther(ctx context.Context, gateway string, r *run, n int) error {
-	ctx, cancel := context.WithTimeout(ctx, probeTime)
+func (r *Runner) probeOther(ctx context.Context, run *run, n int) error {
+	ctx, cancel := context.WithTimeout(ctx, r.Time)
 	defer cancel()
-	nc, err := net.Dial("tcp", gateway)
+	nc, err := net.Dial("tcp", r.Gateway)
 	if err != nil {
 		return err
 	}
-	p := &peer{conn: newConn(nc), run: r}
+	p := &peer{conn: newConn(nc), run: run}
 	defer p.Close()
 	want := fmt.Sprintf("probe-other-%d", n)
 	if err := send("GET {p}/"+want+" HTTP/1.1\r\nHost: wire.test\r\nConnection: close\r\n\r\n")(ctx, p); err != nil {
@@ -258,7 +264,7 @@ func (c *Case) judge(out *outcome) error {
 			return fmt.Errorf("what followed reached the origin as a request")
 		}
 	}
-	if out.closed && len(out.rest) > 0 && !c.Tunnel && len(out.responses) == len(c.methods()) {
+	if out.closed && len(out.rest) > 0 && !c.Open && len(out.responses) == len(c.methods()) {
 		return fmt.Errorf("%d bytes behind the response", len(out.rest))
 	}
 	if out.stuck != nil {
