@@ -59,7 +59,7 @@ func responseCases() []Case {
 		return []Case{
 			at(id, Must, []step{send(request)}, []step{readAll, send(response + evil)}),
 			at(id+"-late", Must, []step{send(request), await("that-was-all"), pause(20 * time.Millisecond), tell("the client got its answer"), hear("the origin went on"), pause(20 * time.Millisecond)},
-				[]step{readAll, send(response), hear("the client got its answer"), send(evil), tell("the origin went on")}),
+				[]step{readAll, send(response), hear("the client got its answer"), perhaps(send(evil)), tell("the origin went on")}),
 		}
 	}
 	const (
@@ -180,7 +180,7 @@ func responseCases() []Case {
 			Client: []step{send(get(""))}, Origin: [][]step{{readAll, send("HTTP/1.1 103 Early Hints\r\nContent-Length: 5\r\n\r\n" + length("hello"))}, {readAll, answer}}, Want: anyOf(status(502), passed(200, "hello"))},
 		{ID: "unasked", Section: responses, Level: Must, Source: "RFC 9112 9.2", Says: "a response before its request is nobody's",
 			Client: []step{send(get("")), await("that-was-all"), pause(20 * time.Millisecond), tell("the client got its answer"), hear("the origin went on"), pause(50 * time.Millisecond)},
-			Origin: [][]step{{readAll, send(ok + last + hello), hear("the client got its answer"), send(evil + evil), tell("the origin went on")}, {readAll, answer}}, Want: passed(200, "hello")},
+			Origin: [][]step{{readAll, send(ok + last + hello), hear("the client got its answer"), perhaps(send(evil + evil)), tell("the origin went on")}, {readAll, answer}}, Want: passed(200, "hello")},
 	}
 	for _, c := range [][]Case{
 		behind("behind-length", "RFC 9112 6.3", "GET", ok+last+hello),
@@ -359,7 +359,7 @@ func connectionCases() []Case {
 	}
 	ordinary := []step{readAll, answer}
 	// closing is an origin that closes the connection when the client has its answer.
-	closing := []step{readAll, answer, hear("the client got its answer"), halfClose, tell("the origin closed"), hangUp}
+	closing := []step{readAll, answer, hear("the client got its answer"), perhaps(halfClose), tell("the origin closed"), hangUp}
 	waits := func(second string) []step {
 		return []step{send(req("first")), await("first"), tell("the client got its answer"), hear("the origin closed"), pause(20 * time.Millisecond), send(second)}
 	}
@@ -383,7 +383,7 @@ func connectionCases() []Case {
 			return nil
 		}),
 		row("keep-alive", Must, "RFC 9112 9.3", "the connection goes on", 1, []step{send(req("a"))}, both(forwarded(), stays)),
-		row("keep-alive-10", Should, "RFC 9112 9.3", "the connection goes on if it asks for that", 1, []step{send("GET {p}/a HTTP/1.0\r\n" + host + "Connection: keep-alive\r\n\r\n")}, both(forwarded(), stays)),
+		row("keep-alive-asked", Should, "RFC 9112 9.3", "the connection goes on if it asks for that", 1, []step{send("GET {p}/a HTTP/1.0\r\n" + host + "Connection: keep-alive\r\n\r\n")}, both(forwarded(), stays)),
 		row("half-close", Should, "RFC 9112 9.6", "a client that ends its half is answered", 1, []step{send(req("a")), halfClose}, forwarded(), []step{readAll, pause(50 * time.Millisecond), answer}),
 		row("client-leaves", Should, "RFC 9110 7.6", "the origin's work ends with it", 1, []step{send(req("a")), hear("never forwarded"), reset, leaves}, func(_ *Case, o *outcome) error {
 			if len(o.requests) != 1 {

@@ -234,16 +234,16 @@ func either(kept, sent verdict) verdict {
 	}
 }
 
-// any wants one of the verdicts, and tells of the first.
+// anyOf wants one of the verdicts, and tells of the last.
 func anyOf(all ...verdict) verdict {
 	return func(c *Case, o *outcome) error {
-		first := all[0](c, o)
-		for _, v := range all[1:] {
-			if first == nil || v(c, o) == nil {
+		var err error
+		for _, v := range all {
+			if err = v(c, o); err == nil {
 				return nil
 			}
 		}
-		return first
+		return err
 	}
 }
 
