@@ -173,7 +173,7 @@ func (r *request) startLine() error {
 		return fmt.Errorf("Host %q", hosts[0])
 	}
 	if r.minor == 0 && r.chunked {
-		return errors.New("Transfer-Encoding in HTTP/1.0")
+		return errors.New("a Transfer-Encoding in HTTP/1.0")
 	}
 	return nil
 }
@@ -187,13 +187,14 @@ func (r *request) readBody(b []byte) (n int, err error) {
 	return r.message.readBody(b)
 }
 
-// readBody reads a body of known framing as far as it is there; errShort if that is not all.
+// readBody reads a body of known framing as far as it is there; errShort if that is not all. What it keeps may be a part of
+// b, which nobody changes.
 func (m *message) readBody(b []byte) (n int, err error) {
 	if m.chunked {
 		m.body, m.trailers, n, err = parseChunks(b)
 	} else {
 		n = int(min(m.length, int64(len(b))))
-		m.body = bytes.Clone(b[:n])
+		m.body = b[:n:n]
 		if int64(n) < m.length {
 			err = errShort
 		}
@@ -227,7 +228,11 @@ func parseChunks(b []byte) (body []byte, trailers []Field, n int, err error) {
 		}
 		rest := b[n:]
 		if int64(len(rest)) < size+2 {
-			return append(body, rest[:min(size, int64(len(rest)))]...), nil, n, errShort
+			part := rest[:min(size, int64(len(rest)))]
+			if body == nil { // a large chunk is looked at often, until it is there
+				return part[:len(part):len(part)], nil, n, errShort
+			}
+			return append(body, part...), nil, n, errShort
 		}
 		if string(rest[size:size+2]) != "\r\n" {
 			return body, nil, n, errors.New("a chunk longer than its size")
@@ -298,7 +303,7 @@ func parseResponse(b []byte, method string, ended bool) (*response, error) {
 			r.size += n
 			return r, err
 		default:
-			r.body, r.size, r.complete = bytes.Clone(b[at:]), len(b), ended
+			r.body, r.size, r.complete = b[at:len(b):len(b)], len(b), ended
 			if !ended {
 				return r, errShort
 			}
@@ -318,7 +323,7 @@ func (r *response) statusLine() error {
 		return fmt.Errorf("status %d", r.status)
 	}
 	if r.chunked && r.minor == 0 {
-		return errors.New("Transfer-Encoding in HTTP/1.0")
+		return errors.New("a Transfer-Encoding in HTTP/1.0")
 	}
 	return nil
 }
