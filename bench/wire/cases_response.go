@@ -173,7 +173,7 @@ func responseCases() []Case {
 		bad("101-unasked", "RFC 9110 15.2.2", "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: foo\r\n\r\n"),
 		bad("101-unasked-bare", "RFC 9110 15.2.2", "HTTP/1.1 101 Switching Protocols\r\n\r\n"+evil),
 		from("100-unasked", Must, "RFC 9110 15.2.1", "the final response arrives", "HTTP/1.1 100 Continue\r\n\r\n"+length("hello"), passed(200, "hello")),
-		from("1xx-flood", Should, "RFC 9110 15.2", "502", strings.Repeat("HTTP/1.1 103 Early Hints\r\n\r\n", 10000)+length("hello"), status(502)),
+		from("1xx-flood", Should, "RFC 9110 15.2", "502", strings.Repeat("HTTP/1.1 103 Early Hints\r\n\r\n", 1000)+length("hello"), status(502)),
 		bad("1xx-alone", "RFC 9110 15.2", "HTTP/1.1 103 Early Hints\r\n\r\n"),
 		bad("1xx-malformed", "RFC 9110 15.2", "HTTP/1.1 103 Early Hints\r\ngarbage\r\n\r\n"+length("hello")).should(),
 		{ID: "1xx-length", Section: responses, Level: Must, Source: "RFC 9112 6.3", Says: "an interim response has no body",

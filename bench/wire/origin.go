@@ -23,7 +23,9 @@ type Origin struct {
 
 // ListenOrigin starts the origin at an address, host:port.
 func ListenOrigin(addr string) (*Origin, error) {
-	ln, err := net.Listen("tcp", addr)
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false) // with it the end of a connection may be sent 200 ms late, and stale ones do not look it
+	ln, err := lc.Listen(context.Background(), "tcp", addr)
 	if err != nil {
 		return nil, err
 	}
