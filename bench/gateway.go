@@ -31,6 +31,7 @@ type setup struct {
 	instances   int      // kerberos: of each service
 	beside      int      // kerberos: instances of one more service
 	token       bool     // kerberos: its API wants apiToken
+	plain       bool     // with defaults, and WebSocket: for what it does, not for what that costs
 }
 
 // running is a gateway that forwards to the origin.

@@ -7,6 +7,8 @@
 //	go run ./bench --only get-64,post     # some sections
 //	go run ./bench --json all.json --svg cost.svg --markdown tables.md
 //	go run ./bench --from all.json --svg cost.svg      # from an earlier run, or several: nothing is measured
+//	go run ./bench wire --markdown wire.md             # what they do with requests and responses that are not as they should be
+//	go run ./bench wire --at 127.0.0.1:8080 --origin 127.0.0.1:9000
 //
 // It builds the gateway, starts a cheap origin written for this purpose, puts each gateway in turn in front of that
 // origin with the same forwarded headers (one request checks that they arrive), and drives it with a load of its own, or
@@ -102,6 +104,7 @@ const (
 
 type cli struct {
 	Run    runCmd    `cmd:"" default:"withargs" help:"Compare the gateways (what happens without a command)."`
+	Wire   wireCmd   `cmd:"" help:"Run a table of what a gateway must do on the wire: what it refuses, and what it passes on as it is."`
 	Origin originCmd `cmd:"" hidden:"" help:"Serve as the origin."`
 	Pump   pumpCmd   `cmd:"" hidden:"" help:"Be the byte pump."`
 	Load   loadCmd   `cmd:"" hidden:"" help:"Be the built-in load."`

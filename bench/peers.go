@@ -57,7 +57,7 @@ func startNginx(ctx context.Context, path string, s setup) (*running, error) {
 		user = "user root;" // another user could not enter the directory of its temporary files
 	}
 	file := filepath.Join(s.dir, "nginx.conf")
-	text := fmt.Sprintf(nginxConfig, user, 3*s.connections+512, s.origins[0], s.connections, addr)
+	text := fmt.Sprintf(s.config("nginx", nginxConfig), user, 3*s.connections+512, s.origins[0], s.connections, addr)
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		return nil, err
 	}
@@ -105,7 +105,7 @@ func startHAProxy(ctx context.Context, path string, s setup) (*running, error) {
 	}
 	defer socket.Close()
 	file := filepath.Join(s.dir, "haproxy.cfg")
-	if err := os.WriteFile(file, fmt.Appendf(nil, haproxyConfig, 2*s.connections+64, s.origins[0]), 0o600); err != nil {
+	if err := os.WriteFile(file, fmt.Appendf(nil, s.config("haproxy", haproxyConfig), 2*s.connections+64, s.origins[0]), 0o600); err != nil {
 		return nil, err
 	}
 	cmd := exec.Command(path, "-db", "-f", file)
@@ -147,7 +147,8 @@ func startCaddy(ctx context.Context, path string, s setup) (*running, error) {
 	if err != nil {
 		return nil, err
 	}
-	return startWith(s, addr, path, map[string]string{"Caddyfile": fmt.Sprintf(caddyConfig, portOf(addr), s.origins[0], s.connections)},
+	config := fmt.Sprintf(s.config("caddy", caddyConfig), portOf(addr), s.origins[0], s.connections)
+	return startWith(s, addr, path, map[string]string{"Caddyfile": config},
 		"run", "--config", "Caddyfile", "--adapter", "caddyfile")
 }
 
