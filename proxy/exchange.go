@@ -254,7 +254,8 @@ func (x *exchange) timeLeft() time.Duration {
 }
 
 // hold reads a request body that is small enough to be sent twice. One that is larger, or comes slowly in chunks, is
-// sent as it comes, unless patient says to wait for slow chunks too. A client that waits for it is told to go on.
+// sent as it comes, unless patient says to wait for slow chunks too. Where the client waits to be asked for it, the backend
+// is to say so; if patient is set the gateway does.
 func (x *exchange) hold(patient bool) error {
 	c, r, b := x.c, &x.c.req, &x.c.in
 	if x.bodyRead {
@@ -269,7 +270,7 @@ func (x *exchange) hold(patient bool) error {
 	}
 	x.body.start(r.framing)
 	if r.expect && len(b.waiting()) == 0 {
-		if !patient && (r.chunked || r.length > maxHeld) {
+		if !patient {
 			r.asking, x.complete = true, false
 			return nil
 		}
