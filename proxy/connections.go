@@ -70,7 +70,7 @@ func (w *worker) spare() *conn {
 				return nil
 			}
 			switch c := bucket[i]; {
-			case c.sock.Held() || c.slot >= 0, c.expires > second && c.expires <= w.second+wheelSize:
+			case c.sock.Held() || c.slot >= 0 || c.tunnel != nil, c.expires > second && c.expires <= w.second+wheelSize:
 				w.reshelve(c, second) // where it is not in the way of the next look
 			case now-c.since >= spareAfter && c.sock.Peek() < 0:
 				return c

@@ -726,6 +726,7 @@ func (x *exchange) whole(have int) bool {
 func (x *exchange) appendResponse(dst []byte) []byte {
 	r, res := &x.c.req, &x.res
 	bodyless := x.bodyless()
+	x.unread = x.unread || r.authority // what follows a CONNECT was meant for its tunnel
 	x.keep = (r.minor == 1 || r.keepAlive) && !r.close && !r.authority && x.uploaded() && !x.p().closing.Load()
 	x.chunks = !bodyless && res.length < 0 && r.minor == 1
 	if !bodyless && res.length < 0 && r.minor == 0 {

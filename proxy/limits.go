@@ -16,6 +16,7 @@ type Limits struct {
 	BodyTimeout      time.Duration // 30 s: a client that sends no byte of its request body, then 408
 	WriteTimeout     time.Duration // 60 s: a client that takes no byte of its response is closed
 	SilenceTimeout   time.Duration // 5 min: an instance that sends no byte of its response body; the response is cut
+	TunnelIdle       time.Duration // 1 h: a tunnel in which no byte moves is closed
 	TotalTimeout     time.Duration // none: from the end of a request head to the end of the response; 504, or cut
 
 	MinUpload   int64 // none: bytes a second of a request body, over the time that it was waited for (5 s at least), then 408
@@ -42,6 +43,7 @@ const (
 	bodyTimeout      = 30 * time.Second
 	writeTimeout     = 60 * time.Second
 	silenceTimeout   = 5 * time.Minute
+	tunnelIdle       = time.Hour
 )
 
 // forever is in the place of a time limit that is not set.
@@ -68,6 +70,7 @@ func (l Limits) withDefaults() (Limits, error) {
 		{&l.BodyTimeout, bodyTimeout},
 		{&l.WriteTimeout, writeTimeout},
 		{&l.SilenceTimeout, silenceTimeout},
+		{&l.TunnelIdle, tunnelIdle},
 		{&l.TotalTimeout, forever},
 	} {
 		*d.value = orForever(*d.value, d.standard)

@@ -16,12 +16,12 @@ import (
 	"kerberos/registry"
 )
 
-var unlimited = Limits{-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1}
+var unlimited = Limits{-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1}
 
 func TestLimitsDefaults(t *testing.T) {
 	standard := Limits{
 		FirstByteTimeout: 30 * time.Second, HeadTimeout: 10 * time.Second, IdleTimeout: 75 * time.Second, BodyTimeout: 30 * time.Second,
-		WriteTimeout: time.Minute, SilenceTimeout: 5 * time.Minute, TotalTimeout: forever, Body: math.MaxInt64,
+		WriteTimeout: time.Minute, SilenceTimeout: 5 * time.Minute, TunnelIdle: time.Hour, TotalTimeout: forever, Body: math.MaxInt64,
 		Head: 32 << 10, Fields: 200, RequestLine: 16 << 10,
 		QueueTimeout: time.Second,
 	}
@@ -30,7 +30,7 @@ func TestLimitsDefaults(t *testing.T) {
 	}
 	none := Limits{
 		FirstByteTimeout: forever, HeadTimeout: forever, IdleTimeout: forever, BodyTimeout: forever,
-		WriteTimeout: forever, SilenceTimeout: forever, TotalTimeout: forever, Body: math.MaxInt64,
+		WriteTimeout: forever, SilenceTimeout: forever, TunnelIdle: forever, TotalTimeout: forever, Body: math.MaxInt64,
 		Head: MaxHead, Fields: math.MaxInt, RequestLine: math.MaxInt,
 	}
 	if got, err := unlimited.withDefaults(); got != none || err != nil {

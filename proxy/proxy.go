@@ -63,8 +63,7 @@ type Config struct {
 	AmbiguousPaths PathPolicy // RefusePaths: what becomes of paths that can be read in two ways
 	AllowMethods   []string   // none: of CONNECT and TRACE, which are refused otherwise
 
-	Upgrades   []string      // websocket: protocols, foo or foo/2, to which a client may upgrade; empty but not nil: none
-	TunnelIdle time.Duration // 1 h: a tunnel in which nothing moves for so long is closed; negative: never
+	Upgrades []string // websocket: protocols, foo or foo/2, to which a client may upgrade; empty but not nil: none
 
 	TrustedProxies   []netip.Prefix // none: whose forwarding fields are believed
 	UpstreamCA       *x509.CertPool // nil: the system's roots
@@ -119,9 +118,6 @@ func (cfg Config) withDefaults() (Config, error) {
 		if !all([]byte(name), isToken) || versioned && !all([]byte(version), isToken) {
 			return cfg, fmt.Errorf("proxy: Config.Upgrades has %q: a protocol is a name such as websocket, or a name and a version such as foo/2", protocol)
 		}
-	}
-	if cfg.TunnelIdle == 0 {
-		cfg.TunnelIdle = time.Hour
 	}
 	gate, err := cb.New(cfg.Breaker, nil)
 	if err != nil {

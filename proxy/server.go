@@ -308,7 +308,7 @@ func (c *conn) after(keep bool) bool {
 		c.logRequest()
 	}
 	c.x.leave()
-	if c.x.unread {
+	if c.x.unread || c.req.authority && c.x.tunnel == nil { // or what its client sent into a tunnel that is none
 		c.linger()
 	}
 	if !keep || c.p.closing.Load() {

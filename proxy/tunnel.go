@@ -4,7 +4,6 @@ import (
 	"errors"
 	"io"
 	"log/slog"
-	"math"
 	"net"
 	"slices"
 	"sync"
@@ -39,6 +38,7 @@ type tunnel struct {
 	since time.Time    // the clock of moved
 	moved atomic.Int64 // nanoseconds on it: when something was last read or written
 	idle  *time.Timer
+	half  atomic.Bool // one side was told that the other has ended
 }
 
 // flow is one direction of a tunnel. On the loop it is the handler of the socket that it reads.
@@ -60,7 +60,7 @@ type flow struct {
 // 9110 section 7.8.
 func (c *conn) asksTunnel() bool {
 	r := &c.req
-	return string(r.Method) == "CONNECT" || r.upgrade && r.upgradeField && c.mayUpgrade(nil)
+	return r.authority || r.upgrade && r.upgradeField && c.mayUpgrade(nil)
 }
 
 // mayUpgrade reports whether the request may change to a protocol that it asks for; to any if protocol is nil. A body would
@@ -121,7 +121,7 @@ func (x *exchange) switches() bool {
 	switch {
 	case !x.c.req.switching:
 		return false
-	case string(x.c.req.Method) == "CONNECT":
+	case x.c.req.authority:
 		return res.status/100 == 2
 	}
 	return res.status == 101 && res.upgrade && res.protocols == 1 && len(res.protocol) > 0 && x.c.mayUpgrade(res.protocol)
@@ -161,8 +161,8 @@ func (x *exchange) openTunnel() {
 		t.line = c.line()
 	}
 	t.upstream.tunnels.Add(1)
-	x.watchClient(false)
 	x.tunnel, x.lease = t, nil
+	x.watchClient(false)
 	x.end(success, nil)
 	x.leave()
 	c.out = c.out[:0]
@@ -235,9 +235,6 @@ func (t *tunnel) begin() {
 		c.close()
 		return
 	}
-	if c.place >= 0 { // as a connection that waits for a request
-		c.worker.unshelve(c)
-	}
 	c.worker.keep(c, t.patience())
 	for _, f := range []*flow{&t.down, &t.up} {
 		f.more, f.ending = true, true // events that came in the meantime were not told
@@ -247,12 +244,7 @@ func (t *tunnel) begin() {
 }
 
 // patience is how long nothing may move.
-func (t *tunnel) patience() time.Duration {
-	if idle := t.c.p.cfg.TunnelIdle; idle > 0 {
-		return idle
-	}
-	return math.MaxInt64 / 2 // 146 years
-}
+func (t *tunnel) patience() time.Duration { return t.c.p.cfg.Limits.TunnelIdle }
 
 // Ready is called for what has happened on from.
 func (f *flow) Ready(e loop.Events) {
@@ -313,8 +305,8 @@ func (f *flow) pump() {
 	switch {
 	case f.ended && (f.back.ended || f.over):
 		t.end()
-	case f.total != before && t.c.p.cfg.TunnelIdle > 0:
-		t.c.worker.keep(t.c, t.c.p.cfg.TunnelIdle)
+	case f.total != before:
+		t.c.worker.keep(t.c, t.patience())
 	}
 }
 
@@ -459,10 +451,17 @@ func (t *tunnel) copy(f *flow, to, from net.Conn) {
 		n, err = from.Read(buf)
 		data = buf[:n]
 	}
-	if half, ok := to.(interface{ CloseWrite() error }); ok && err == io.EOF && half.CloseWrite() == nil {
-		return
+	orderly := err == io.EOF
+	if sock, ok := from.(*loop.Socket); ok && sock.Lost() && !t.half.Load() { // another call got the error
+		orderly = false
 	}
-	if err != io.EOF {
+	if half, ok := to.(interface{ CloseWrite() error }); ok && orderly {
+		t.half.Store(true)
+		if half.CloseWrite() == nil {
+			return
+		}
+	}
+	if !orderly {
 		t.reset()
 	}
 	t.abort()

@@ -575,3 +575,59 @@ func TestWatchFails(t *testing.T) {
 		t.Error("the table still has it")
 	}
 }
+
+// asking is a handler that asks to be called again, so many times.
+type asking struct {
+	s     *Socket
+	left  int
+	calls atomic.Int64
+	fails atomic.Int64
+}
+
+func (h *asking) Ready(e Events) {
+	if h.calls.Add(1); e&Readable == 0 {
+		return
+	}
+	if h.left--; h.left > 0 {
+		h.s.Again()
+	} else if h.left < 0 {
+		panic("called once more")
+	}
+}
+
+func (h *asking) Failed(any) { h.fails.Add(1) }
+
+// A handler that asks for it is called again, one that always does so keeps no others waiting, and none is called for a
+// socket that was closed meanwhile.
+func TestAgain(t *testing.T) {
+	g := startGroup(t, 1)
+	l := g.Loops[0]
+	greedy, busy := pair(t, l)
+	others, peer := pair(t, l)
+	always := &asking{s: greedy, left: 1 << 60}
+	few := &asking{s: others, left: 5}
+	for s, h := range map[*Socket]*asking{greedy: always, others: few} {
+		l.Call(func() {
+			s.SetHandler(h)
+			s.Forget()
+		})
+	}
+	busy.Write([]byte("x"))
+	eventually(t, "called again and again", func() bool { return always.calls.Load() > 1000 })
+	peer.Write([]byte("x"))
+	eventually(t, "the other one five times", func() bool { return few.calls.Load() == 5 })
+	l.Call(func() {}) // an inbox has its turn too
+	peer.Write([]byte("x"))
+	eventually(t, "a panic is told", func() bool { return few.fails.Load() == 1 })
+	n := int64(0)
+	l.Call(func() {
+		greedy.Close()
+		n = always.calls.Load()
+	})
+	for range 3 {
+		l.Call(func() {})
+	}
+	if always.calls.Load() != n {
+		t.Error("called for a closed socket")
+	}
+}
