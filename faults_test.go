@@ -338,7 +338,7 @@ func TestOutOfDescriptors(t *testing.T) {
 	if keep, err := ask(first, r, "GET", ""); err != nil || !keep {
 		t.Fatalf("keep %v, %v", keep, err)
 	}
-	open := func() int { return descriptors(t, g.cmd.Process.Pid) }
+	open := func() int { return openFiles(t, g.cmd.Process.Pid) }
 	idle := open()
 
 	// Each of these takes one descriptor, and one more for the backend as long as there are any.
@@ -404,8 +404,8 @@ func errorOf(err error) string {
 	return err.Error()
 }
 
-// descriptors counts the open ones of a process.
-func descriptors(t *testing.T, pid int) int {
+// openFiles counts the open descriptors of a process.
+func openFiles(t *testing.T, pid int) int {
 	t.Helper()
 	all, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
 	if err != nil {

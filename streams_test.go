@@ -496,7 +496,7 @@ func TestSlowClients(t *testing.T) {
 			g.register("echo", "a", named(t, "a"))
 			l := beginLoad(t, g.data, rate)
 			l.more(t, rate*seconds)
-			before, held, open := l.p99(rate*seconds), resident(t, pid, "VmRSS"), descriptors(t, pid)
+			before, held, open := l.p99(rate*seconds), resident(t, pid, "VmRSS"), openFiles(t, pid)
 
 			conns := make([]net.Conn, slow)
 			dialer := &net.Dialer{Control: asOnEthernet}
@@ -526,8 +526,8 @@ func TestSlowClients(t *testing.T) {
 				}
 			}()
 			began := time.Now()
-			for all := -1; all < open+slow || all != descriptors(t, pid); time.Sleep(200 * time.Millisecond) {
-				if all = descriptors(t, pid); time.Since(began) > 20*time.Second {
+			for all := -1; all < open+slow || all != openFiles(t, pid); time.Sleep(200 * time.Millisecond) {
+				if all = openFiles(t, pid); time.Since(began) > 20*time.Second {
 					t.Fatal("they are not all there")
 				}
 			}
@@ -556,7 +556,7 @@ func TestSlowClients(t *testing.T) {
 			l.more(t, rate*seconds)
 			during := l.p99(rate * seconds)
 			each := (resident(t, pid, "VmRSS") - held) / slow
-			for descriptors(t, pid) > open+slow/100 {
+			for openFiles(t, pid) > open+slow/100 {
 				if time.Sleep(20 * time.Millisecond); time.Since(began) > time.Minute {
 					t.Fatal("they are not gone")
 				}
