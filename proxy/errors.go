@@ -150,7 +150,7 @@ const (
 // blame says whose fault an error of an attempt is: the instance's, or nobody's that a breaker should hear of.
 func blame(err error) outcome {
 	for _, other := range []error{errClientGone, errClientSlow, errBodyTimeout, errBodySlow, errBodyTooLarge, errChunk, errOverTime,
-		errStale, errNoSocket} {
+		errStale, errNoSocket, errInternal} {
 		if errors.Is(err, other) {
 			return ignored
 		}

@@ -308,7 +308,7 @@ func (x *exchange) hold(patient bool) error {
 			c.read.disarm()
 			patience = min(patience, time.Until(slowest))
 		}
-		n, err := c.receive(b.space(relaySize), patience)
+		n, err := c.receive(patience, func() (int, error) { return c.nc.Read(b.space(relaySize)) })
 		b.w += n
 		switch {
 		case err == errBodyTimeout && r.chunked && !patient:
@@ -410,14 +410,14 @@ func (x *exchange) write(data []byte) (int, error) {
 	if len(data) == 0 {
 		return 0, nil
 	}
-	n, err := x.push(data, x.sent)
+	n, err := x.push(len(data), x.sent, func(done int) (int, error) { return x.backend.Write(data[done:]) })
 	x.written = x.written || n > 0
 	return n, err
 }
 
-// push sends data to the backend, as long as it takes some of them. It is called by whoever sends the request: this
-// goroutine, or that of an upload.
-func (x *exchange) push(data []byte, now time.Time) (sent int, err error) {
+// push calls write, which sends what follows the first done bytes to the backend, until all have gone, as long as it takes
+// some of them. It is called by whoever sends the request: this goroutine, or that of an upload.
+func (x *exchange) push(all int, now time.Time, write func(done int) (int, error)) (sent int, err error) {
 	b := x.backend
 	for {
 		if err = b.write.arm(b.SetWriteDeadline, now, uploadTimeout); err != nil {
@@ -426,9 +426,9 @@ func (x *exchange) push(data []byte, now time.Time) (sent int, err error) {
 		if x.overtaken() {
 			return sent, errClientGone
 		}
-		n, err := b.Write(data[sent:])
+		n, err := write(sent)
 		sent += n
-		if sent == len(data) || n == 0 || !isTimeout(err) {
+		if sent == all || n == 0 || !isTimeout(err) {
 			return sent, err
 		}
 		b.write.disarm()

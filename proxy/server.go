@@ -584,9 +584,9 @@ func (c *conn) push(all int, write func(done int) (int, error)) error {
 	return nil
 }
 
-// receive reads more of the request body into room, for patience or the limits at most. It returns errClientGone,
+// receive calls read, which takes more of the request body, for patience or the limits at most. It returns errClientGone,
 // errBodyTimeout, errBodySlow or errOverTime.
-func (c *conn) receive(room []byte, patience time.Duration) (int, error) {
+func (c *conn) receive(patience time.Duration, read func() (int, error)) (int, error) {
 	limits := &c.p.cfg.Limits
 	began := time.Now()
 	if c.read.arm(c.nc.SetReadDeadline, began, c.x.within(began, patience)) != nil {
@@ -595,7 +595,7 @@ func (c *conn) receive(room []byte, patience time.Duration) (int, error) {
 	if c.x.overtaken() {
 		return 0, errClientGone
 	}
-	n, err := c.nc.Read(room)
+	n, err := read()
 	if limits.MinUpload > 0 {
 		c.x.uploadPace.add(n, began)
 	}

@@ -3,6 +3,8 @@ package proxy
 import (
 	"sync/atomic"
 	"time"
+
+	"kerberos/proxy/loop"
 )
 
 // upload sends the rest of a request body while the response is awaited, in a goroutine of its own: a backend may answer
@@ -36,7 +38,13 @@ func (up *upload) run(c *conn, backend *backendConn, b *body) {
 	}
 }
 
-func (up *upload) copy(c *conn, b *body) error {
+func (up *upload) copy(c *conn, b *body) (err error) {
+	defer func() {
+		if failure := recover(); failure != nil {
+			c.logPanic(failure)
+			err = errInternal
+		}
+	}()
 	c.in.grow(c.in.base + relaySize)
 	var parts, framed []byte
 	left := c.p.cfg.Limits.Body - int64(len(c.x.held))
@@ -66,13 +74,10 @@ func (up *upload) copy(c *conn, b *body) error {
 			return errBodyTooLarge
 		}
 		if len(data) > 0 {
-			if _, err := c.x.push(data, time.Now()); err != nil {
-				if isTimeout(err) {
-					return errWriteTimeout
-				}
-				return err // the exchange reads what the backend had to say
+			err := up.push(c, len(data), func(done int) (int, error) { return c.x.backend.Write(data[done:]) })
+			if err != nil {
+				return err
 			}
-			up.progressed()
 		}
 		if done {
 			return nil
@@ -80,15 +85,54 @@ func (up *upload) copy(c *conn, b *body) error {
 		if len(data) > 0 {
 			continue
 		}
-		up.waiting.Store(true)
-		n, err := c.receive(c.in.space(relaySize), c.p.cfg.Limits.BodyTimeout)
-		up.progressed()
-		up.waiting.Store(false)
+		if !b.chunked && b.left >= spliceFrom && c.sock != nil && c.x.backend.plain() {
+			if pipe, err := c.p.group.Pipe(); err == nil { // else there are no more descriptors
+				err = up.splice(c, b, pipe)
+				c.p.group.Release(pipe, err == nil)
+				return err
+			}
+		}
+		n, err := up.receive(c, func() (int, error) { return c.nc.Read(c.in.space(relaySize)) })
 		c.in.w += n
 		if err != nil {
 			return err
 		}
 	}
+}
+
+// splice is copy for what is left of a large body with a length, between two sockets.
+func (up *upload) splice(c *conn, b *body, pipe *loop.Pipe) error {
+	for b.left > 0 {
+		n, err := up.receive(c, func() (int, error) { return c.sock.SpliceTo(pipe, b.left) })
+		if err != nil {
+			return err
+		}
+		b.left -= int64(n)
+		if err = up.push(c, n, func(done int) (int, error) { return c.x.backend.sock.SpliceFrom(pipe, n-done) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// push sends to the backend; an error that is none of ours says that it has closed, and what it had to say is for the
+// exchange to read.
+func (up *upload) push(c *conn, all int, write func(done int) (int, error)) error {
+	_, err := c.x.push(all, time.Now(), write)
+	up.progressed()
+	if isTimeout(err) {
+		return errWriteTimeout
+	}
+	return err
+}
+
+// receive waits for the client.
+func (up *upload) receive(c *conn, read func() (int, error)) (int, error) {
+	up.waiting.Store(true)
+	n, err := c.receive(c.p.cfg.Limits.BodyTimeout, read)
+	up.progressed()
+	up.waiting.Store(false)
+	return n, err
 }
 
 func (up *upload) progressed() { up.progress.Store(int64(time.Since(up.began))) }

@@ -65,7 +65,7 @@ type Gateway struct {
 	ClientWriteTimeout     time.Duration `default:"60s" min:"0s" group:"limits" help:"A client that takes no byte of its response."`
 	ClientMinUpload        int64         `default:"0" type:"size" placeholder:"SIZE" group:"limits" help:"Bytes a second that a client must send of a request body, over the time that it is waited for."`
 	ClientMinDownload      int64         `default:"0" type:"size" placeholder:"SIZE" group:"limits" help:"Bytes a second that a client must take of a response, over the time that it is waited for."`
-	AbortOnFin             Switch        `default:"on" negatable:"" group:"limits" help:"A client that ends its stream is taken for gone after 1s."`
+	AbortOnFin             Switch        `default:"on" negatable:"" group:"limits" help:"A client that ends its stream behind its request is taken for gone after 1s; off waits on."`
 	ResponseIdleTimeout    time.Duration `default:"5m" min:"0s" group:"limits" help:"A backend that sends no byte in the middle of a response."`
 	UpstreamIdleTimeout    time.Duration `default:"4s" min:"0s" group:"limits" help:"How long a connection to a backend is kept without a request."`
 	TotalTimeout           time.Duration `default:"0s" min:"0s" group:"limits" help:"From the end of a request head to the end of the response."`
