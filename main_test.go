@@ -27,7 +27,7 @@ func TestArrows(t *testing.T) {
 	allowed := func(from, to string) bool {
 		switch {
 		case to == "bench" || strings.HasPrefix(to, "bench/"):
-			return strings.HasPrefix(from, "bench/")
+			return from == "bench" || strings.HasPrefix(from, "bench/")
 		case from == "":
 			return true
 		case from == "bench" || strings.HasPrefix(from, "bench/"):

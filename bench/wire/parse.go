@@ -104,7 +104,7 @@ func parseHead(b []byte) (m message, err error) {
 		m.chunked = true
 	}
 	if m.chunked && m.length >= 0 {
-		return m, errors.New("Content-Length and Transfer-Encoding")
+		return m, errors.New("both Content-Length and Transfer-Encoding")
 	}
 	return m, nil
 }
@@ -170,7 +170,7 @@ func (r *request) startLine() error {
 		return fmt.Errorf("%d Host fields", len(hosts))
 	}
 	if len(hosts) == 1 && strings.ContainsAny(hosts[0], " \t,@/?#\\<>\"") {
-		return fmt.Errorf("Host %q", hosts[0])
+		return fmt.Errorf("the Host %q", hosts[0])
 	}
 	if r.minor == 0 && r.chunked {
 		return errors.New("a Transfer-Encoding in HTTP/1.0")
