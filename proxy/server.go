@@ -547,11 +547,17 @@ func (c *conn) push(all int, write func(done int) (int, error)) error {
 	began := time.Now()
 	last, taken, looked := began, 0, c.sock == nil
 	for done := 0; done < all; began = time.Now() {
-		d := patience
+		d := min(patience, limits.WriteTimeout-began.Sub(last))
 		if c.x.started { // what says that a request is late has its own time
-			d = c.x.within(began, patience)
+			d = c.x.within(began, d)
 		}
-		if c.write.arm(c.nc.SetWriteDeadline, began, d) != nil {
+		var err error
+		if began == last {
+			err = c.write.arm(c.nc.SetWriteDeadline, began, d)
+		} else {
+			err = c.nc.SetWriteDeadline(began.Add(d))
+		}
+		if err != nil {
 			return errClientGone
 		}
 		n, err := write(done)
