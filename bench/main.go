@@ -105,6 +105,7 @@ const (
 type cli struct {
 	Run    runCmd    `cmd:"" default:"withargs" help:"Compare the gateways (what happens without a command)."`
 	Wire   wireCmd   `cmd:"" help:"Run a table of what a gateway must do on the wire: what it refuses, and what it passes on as it is."`
+	Soak   soakCmd   `cmd:"" help:"Have kerberos bear loads, faults and restarts side by side, and say what came of it."`
 	Origin originCmd `cmd:"" hidden:"" help:"Serve as the origin."`
 	Pump   pumpCmd   `cmd:"" hidden:"" help:"Be the byte pump."`
 	Load   loadCmd   `cmd:"" hidden:"" help:"Be the built-in load."`
