@@ -427,6 +427,9 @@ func stoppedUpload(c *client) answer {
 	return a
 }
 
+// finPatience is how long the gateway lets an answer take whose client has ended its stream.
+const finPatience = time.Second
+
 // halfClose ends its stream behind its request.
 func halfClose(c *client) answer {
 	uri, _ := c.path("steady", "get")
@@ -435,10 +438,14 @@ func halfClose(c *client) answer {
 		return lost(err)
 	}
 	defer conn.Close()
+	began := time.Now()
 	conn.Conn.(*net.TCPConn).CloseWrite()
 	r, a := response(conn.in, "GET", uri)
 	if r != nil {
-		a = verifyShort(r.Body, a, "GET", uri)
+		return verifyShort(r.Body, a, "GET", uri)
+	}
+	if a.status == 0 && time.Since(began) >= finPatience {
+		a.cause += " after 1 s" // the origin was not quick enough
 	}
 	return a
 }
@@ -590,7 +597,7 @@ func kinds(rate float64) []kind {
 		{"reader that stops", []string{"cut 200"}, 0.3, 3, stuckReader},
 		{"head byte by byte", []string{"408 http_request_error", "closed", "reset"}, 2, 8, slowHead},
 		{"upload that stops", []string{"408 http_request_error"}, 2, 8, stoppedUpload},
-		{"half-close", []string{"200"}, 10, 4, halfClose},
+		{"half-close", []string{"200", "closed after 1 s"}, 10, 4, halfClose},
 		{"reset in any phase", []string{left}, 30, 8, reset},
 		{"pipeline of up to 8", []string{"200"}, 20, 4, pipeline},
 		{"malformed request", []string{"400 *", "431 *", "501 *", "505 *"}, 20, 4, malformed},

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -36,7 +37,7 @@ func GaugesOf(pid int, data, admin string) (Gauges, error) {
 	if err != nil {
 		return g, err
 	}
-	g.Descriptors = own.descriptors
+	g.Descriptors, g.Pipes = own.descriptors, own.pipes
 	ports := map[string]*int{}
 	for addr, to := range map[string]*int{data: &g.Clients, admin: new(int)} {
 		a, err := netip.ParseAddrPort(addr)
@@ -67,6 +68,7 @@ func GaugesOf(pid int, data, admin string) (Gauges, error) {
 
 type opened struct {
 	descriptors int
+	pipes       int             // ends of pipes
 	inodes      map[string]bool // of sockets
 }
 
@@ -82,9 +84,29 @@ func sockets(dir string) (opened, error) {
 		if err != nil {
 			continue // closed meanwhile
 		}
+		if strings.HasPrefix(to, "pipe:") {
+			o.pipes++
+		}
 		if inode, ok := strings.CutPrefix(to, "socket:["); ok {
 			o.inodes[strings.TrimSuffix(inode, "]")] = true
 		}
 	}
 	return o, nil
+}
+
+// kernelAborts is how many connections the kernel has aborted for lack of TCP memory since it started, 0 if it does not tell.
+func kernelAborts() int {
+	text, err := os.ReadFile("/proc/net/netstat")
+	if err != nil {
+		return 0
+	}
+	lines := strings.Split(string(text), "\n")
+	for i := 0; i+1 < len(lines); i += 2 { // names, and then values
+		names, values := strings.Fields(lines[i]), strings.Fields(lines[i+1])
+		if at := slices.Index(names, "TCPAbortOnMemory"); at >= 0 && at < len(values) {
+			n, _ := strconv.Atoi(values[at])
+			return n
+		}
+	}
+	return 0
 }

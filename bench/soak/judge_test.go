@@ -127,7 +127,7 @@ func TestLeaks(t *testing.T) {
 	for _, test := range []struct {
 		from, to int
 		leak     bool
-	}{{20 << 10, 46 << 10, false}, {20 << 10, 47 << 10, true}, {40 << 10, 20 << 10, false}} {
+	}{{20 << 10, 116 << 10, false}, {20 << 10, 117 << 10, true}, {40 << 10, 20 << 10, false}} {
 		if got := leaks(test.from, test.to); got != test.leak {
 			t.Errorf("%d to %d KiB: %v", test.from, test.to, got)
 		}
