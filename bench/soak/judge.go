@@ -95,7 +95,11 @@ func (t *tally) add(kind string, allowed []string, what string, a answer) {
 	}
 	t.outcomes[kind][a.outcome()]++
 	if !right(allowed, a) {
-		t.report("%s: %s: %s %s", kind, what, a.outcome(), a.wrong)
+		how := a.wrong
+		if a.ended {
+			how = a.cause
+		}
+		t.report("%s: %s: %s %s", kind, what, a.outcome(), how)
 	}
 }
 

@@ -193,8 +193,9 @@ func (s *soak) drive(ctx context.Context, k *kind, number, of int) {
 	every := time.Duration(float64(k.width) / k.rate * float64(time.Second))
 	for due := time.Now().Add(every * time.Duration(of) / time.Duration(k.width)); sleep(ctx, time.Until(due)); due = due.Add(every) {
 		c.uri = "" // a session that fails before its request names none
+		began := time.Now()
 		a := k.run(c)
-		s.tally.add(k.name, k.right, c.uri, a)
+		s.tally.add(k.name, k.right, fmt.Sprintf("%s, %.1f s", c.uri, time.Since(began).Seconds()), a)
 	}
 }
 
