@@ -17,23 +17,32 @@ import (
 
 // findKerberos builds the gateway into dir, or takes the binary given.
 func findKerberos(ctx context.Context, dir, binary string) (gateway, error) {
-	if binary == "" {
-		ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
-		defer cancel()
-		mod, err := exec.CommandContext(ctx, "go", "env", "GOMOD").Output()
-		if err != nil {
-			return gateway{}, fmt.Errorf("go env GOMOD: %w", err)
-		}
-		binary = filepath.Join(dir, "kerberos")
-		build := exec.CommandContext(ctx, "go", "build", "-o", binary, ".")
-		build.Dir = filepath.Dir(strings.TrimSpace(string(mod)))
-		if out, err := build.CombinedOutput(); err != nil {
-			return gateway{}, fmt.Errorf("go build in %s: %w\n%s", build.Dir, err, out)
-		}
+	binary, err := findKerberosBinary(ctx, dir, binary)
+	if err != nil {
+		return gateway{}, err
 	}
 	g := gateway{name: "kerberos", version: versionWord(ctx, 1, binary, "version")}
 	g.start = func(ctx context.Context, s setup) (*running, error) { return startKerberos(ctx, binary, s) }
 	return g, nil
+}
+
+func findKerberosBinary(ctx context.Context, dir, binary string) (string, error) {
+	if binary != "" {
+		return binary, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	defer cancel()
+	mod, err := exec.CommandContext(ctx, "go", "env", "GOMOD").Output()
+	if err != nil {
+		return "", fmt.Errorf("go env GOMOD: %w", err)
+	}
+	binary = filepath.Join(dir, "kerberos")
+	build := exec.CommandContext(ctx, "go", "build", "-o", binary, ".")
+	build.Dir = filepath.Dir(strings.TrimSpace(string(mod)))
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("go build in %s: %w\n%s", build.Dir, err, out)
+	}
+	return binary, nil
 }
 
 // apiToken is set where much is registered: without a token each call has the gateway look through all TCP sockets of the

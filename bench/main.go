@@ -9,6 +9,7 @@
 //	go run ./bench --from all.json --svg cost.svg      # from an earlier run, or several: nothing is measured
 //	go run ./bench wire --markdown wire.md             # what they do with requests and responses that are not as they should be
 //	go run ./bench wire --at 127.0.0.1:8080 --origin 127.0.0.1:9000
+//	go run ./bench soak --for 10m --json soak.json     # kerberos under loads, faults and restarts at once
 //
 // It builds the gateway, starts a cheap origin written for this purpose, puts each gateway in turn in front of that
 // origin with the same forwarded headers (one request checks that they arrive), and drives it with a load of its own, or
@@ -66,6 +67,17 @@
 // The pump knows no HTTP: it moves bytes between a client's connection and one to the origin, with the four system calls
 // for data that nobody can avoid. pump-splice leaves what the origin sends in the kernel, and is there for 1 MiB.
 //
+// # Soak
+//
+// soak starts kerberos with small limits in front of in-process origins and of child processes. 25 kinds of clients run
+// side by side: plain GETs (--rate), bodies, streams, events and tunnels, slow, stopping, resetting and malformed clients.
+// Meanwhile backends are killed and started again, restarted in turn, made to reset, hang, drip and break off, and other
+// services come and go. Faults change every few seconds, by --seed. For each kind it is known which outcomes are right; any
+// other, and any byte that was not sent, is a violation. So is what is left once the load is over and the idle timeouts
+// have passed: connections, descriptors, requests in flight, goroutines (read from a SIGQUIT, those at the start from a
+// twin that was soaked for a moment) and grown memory. The exit code is 1 if there is a violation. It shows what breaks,
+// not what is fast: load, origins and gateway share all CPUs.
+//
 // # What it does not show
 //
 // Loopback has no network card: a part of TCP's work is charged to whoever sends, equally for all. One CPU says nothing
@@ -105,6 +117,7 @@ const (
 type cli struct {
 	Run    runCmd    `cmd:"" default:"withargs" help:"Compare the gateways (what happens without a command)."`
 	Wire   wireCmd   `cmd:"" help:"Run a table of what a gateway must do on the wire: what it refuses, and what it passes on as it is."`
+	Soak   soakCmd   `cmd:"" help:"Have kerberos bear loads, faults and restarts side by side, and say what came of it."`
 	Origin originCmd `cmd:"" hidden:"" help:"Serve as the origin."`
 	Pump   pumpCmd   `cmd:"" hidden:"" help:"Be the byte pump."`
 	Load   loadCmd   `cmd:"" hidden:"" help:"Be the built-in load."`
