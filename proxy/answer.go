@@ -130,7 +130,7 @@ func (c *conn) persistent() bool {
 		return false
 	}
 	if !x.bodyRead {
-		if r.chunked || int64(len(c.in.waiting())) < r.length {
+		if r.chunked || x.begun || int64(len(c.in.waiting())) < r.length {
 			x.unread = true
 			return false
 		}

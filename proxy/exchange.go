@@ -62,6 +62,7 @@ type exchange struct {
 	complete bool   // held is all of it
 	body     body
 	upload   *upload // what is left of it is being sent
+	begun    bool    // some of it may have been read apart from what waits
 	bodyRead bool    // it was read to its end
 	unread   bool    // it was not, and the connection has to end for that
 
@@ -129,7 +130,7 @@ func (x *exchange) begin(now time.Time) {
 	x.bodyRead = !r.chunked && r.length <= 0
 	x.started, x.status, x.settled, x.written = false, 0, false, false
 	r.switching, x.tunnel = x.c.asksTunnel(), nil
-	x.interim, x.finAt = false, time.Time{}
+	x.interim, x.finAt, x.begun = false, time.Time{}, false
 	x.uploadPace, x.download = pace{}, pace{}
 	x.counted, x.full, x.queued = false, false, false
 }
@@ -268,6 +269,7 @@ func (x *exchange) hold(patient bool) error {
 		x.bodyRead = true
 		return nil
 	}
+	x.begun = true
 	x.body.start(r.framing)
 	if r.expect && len(b.waiting()) == 0 {
 		if !patient {

@@ -223,6 +223,33 @@ func TestMinimumRates(t *testing.T) {
 	}
 }
 
+// A body of which a part was read already is not passed over as if all of it were still here: what follows would begin in the
+// midst of the next request.
+func TestSlowBodyThenRequest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		reg := registry.New(registry.Config{})
+		if err := reg.Register("echo", registry.Instance{ID: "1", Addr: "http://127.0.0.1:1"}); err != nil {
+			t.Fatal(err)
+		}
+		p, err := New(Config{Registry: reg, Limits: Limits{MinUpload: 1000}}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Close()
+		near, far := net.Pipe()
+		p.accepted(far)
+		c := &client{t: t, Conn: near, r: bufio.NewReader(near)}
+		defer c.Close()
+		c.send("POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20\r\n\r\n0123456789")
+		time.Sleep(paceWindow + time.Second)
+		c.send("0123456789" + "OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n")
+		if m := c.read(false); m.status() != 408 || m.field("Connection") != "close" {
+			t.Error(m.head)
+		}
+		c.closed()
+	})
+}
+
 func TestTotalTimeout(t *testing.T) {
 	for _, row := range []struct {
 		name    string
