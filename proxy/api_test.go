@@ -163,6 +163,15 @@ func TestAPIBodies(t *testing.T) {
 	})
 }
 
+// A body that the API will not take is refused before it is sent.
+func TestAPIRefusesBeforeTheBody(t *testing.T) {
+	c := startWithAPI(t, nil).dial(t)
+	c.send(fmt.Sprintf("POST /register HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n", maxHeld+1))
+	if m := c.read(false); m.status() != 413 || c.interim != "" {
+		t.Errorf("%s%s", c.interim, m.head)
+	}
+}
+
 // What decides who may use the API is all there: peer, version, host and fields as they were sent.
 func TestAPISeesTheRequest(t *testing.T) {
 	seen := make(chan string, 1)

@@ -119,6 +119,23 @@ func TestClientEndsItsHalf(t *testing.T) {
 		within(t, finGrace, "the backend is let go", th.left)
 		g.idle(t)
 	})
+	t.Run("a stream, waited for", func(t *testing.T) {
+		t.Parallel()
+		th := startThinking(t)
+		g := startGateway(t, func(cfg *Config) { cfg.IgnoreFIN = true }, nil)
+		g.register(t, "echo", "1", th.url())
+		c := g.dial(t)
+		c.send(toHTTP11)
+		end(c)
+		<-th.came
+		th.answer <- "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
+		time.Sleep(finGrace + finGrace/2)
+		th.answer <- "0\r\n\r\n"
+		if m := c.read(false); m.body != "hello" {
+			t.Error(m)
+		}
+		g.idle(t)
+	})
 	t.Run("an upload that nobody reads, with bytes on their way", func(t *testing.T) {
 		t.Parallel()
 		came, over := make(chan struct{}), make(chan struct{})

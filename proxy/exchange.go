@@ -271,18 +271,15 @@ func (x *exchange) hold(patient bool) error {
 	}
 	x.begun = true
 	x.body.start(r.framing)
-	if r.expect && len(b.waiting()) == 0 {
-		if !patient {
-			r.asking, x.complete = true, false
-			return nil
-		}
+	waits := r.expect && len(b.waiting()) == 0
+	if r.length > maxHeld || waits && !patient {
+		r.asking, x.complete = waits && !patient, false
+		return nil
+	}
+	if waits {
 		if err := x.goOn(); err != nil {
 			return err
 		}
-	}
-	if r.length > maxHeld {
-		x.complete = false
-		return nil
 	}
 	held := x.borrow(heldBuffer)[:0]
 	b.grow(b.base + firstBuffer)
@@ -445,7 +442,7 @@ func (x *exchange) answer(err error) error {
 	case isTimeout(err):
 		return errWriteTimeout
 	case x.written && x.await(x.reused) == nil: // it answered before it had all, and closed
-		x.res.close = true
+		x.res.close, x.unread = true, !x.complete
 		return x.compose()
 	case x.reused:
 		return errStale
@@ -753,7 +750,7 @@ func (x *exchange) appendResponse(dst []byte) []byte {
 // finish sends the response and ends the exchange. What has not come in yet is passed on as it comes.
 func (x *exchange) finish() (keep bool) {
 	c := x.c
-	if c.sock != nil && c.sock.HungUp() {
+	if c.sock != nil && c.sock.HungUp() && !x.p().cfg.IgnoreFIN {
 		x.noteFIN(time.Now())
 	}
 	x.started, x.status = true, x.res.status
@@ -784,7 +781,8 @@ func (x *exchange) finish() (keep bool) {
 		x.p().logCut(x, err)
 	}
 	if err != nil && !x.chunks && x.res.length < 0 {
-		c.reset() // an orderly close would look like the end of the body
+		c.reset()        // an orderly close would look like the end of the body,
+		x.unread = false // and so would that of lingering
 	}
 	x.release(err == nil && (x.res.length >= 0 || x.res.chunked))
 	x.giveBack()

@@ -3,6 +3,7 @@ package proxy
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"iter"
@@ -13,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -514,6 +516,56 @@ func TestEarlyAnswer(t *testing.T) {
 			})
 		}
 	}
+}
+
+// An early answer reaches the client in good order too where the backend closes while the first part of the body is still
+// being written to it.
+func TestEarlyAnswerToHeldBody(t *testing.T) {
+	o := startOrigin(t, func(_ *origin, c net.Conn, r *bufio.Reader) {
+		if _, err := r.ReadByte(); err != nil {
+			return
+		}
+		time.Sleep(100 * time.Millisecond) // the gateway's buffer is full
+		io.WriteString(c, "HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\n\r\nno!")
+	})
+	raw, err := o.Listener.(*net.TCPListener).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw.Control(func(fd uintptr) { // the system keeps little then, on both sides
+		err = errors.Join(syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 2<<10),
+			syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, syscall.TCP_MAXSEG, 536))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := startGateway(t, nil, nil)
+	g.register(t, "echo", "1", o.url())
+	c := g.dial(t)
+	c.send("POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + strings.TrimSuffix(inChunks(filler(maxHeld+(40<<10)), 1000), "0\r\n\r\n"))
+	if m := c.read(false); m.status() != 413 || m.field("Connection") != "close" {
+		t.Errorf("%s%s", m.head, m.body)
+	}
+	c.closed() // not reset: the answer could be lost
+	c.Close()
+	g.idle(t)
+}
+
+// A response up to the close that breaks off is reset, though the upload beside it has not ended.
+func TestCutBesideUpload(t *testing.T) {
+	o := startOrigin(t, func(_ *origin, c net.Conn, r *bufio.Reader) {
+		bodyReader(t, r)
+		io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\nno size\r\n")
+		io.Copy(io.Discard, r)
+	})
+	g := startGateway(t, nil, nil)
+	g.register(t, "echo", "1", o.url())
+	c := g.dial(t)
+	c.send("PUT /echo HTTP/1.0\r\nHost: a\r\nContent-Length: 1000000\r\n\r\nsome")
+	if got, err := io.ReadAll(c.r); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("%q, %v: it looks whole", got, err)
+	}
+	g.idle(t)
 }
 
 // idle waits until no client connection is left.
