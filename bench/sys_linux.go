@@ -70,7 +70,10 @@ func dialTo(addr netip.AddrPort) (int, error) {
 	}
 	err = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &unix.Timeval{Sec: 2})
 	if err == nil {
-		err = unix.Connect(fd, &unix.SockaddrInet4{Addr: addr.Addr().As4(), Port: int(addr.Port())})
+		to := &unix.SockaddrInet4{Addr: addr.Addr().As4(), Port: int(addr.Port())}
+		for err = unix.EINTR; err == unix.EINTR; { // a call with a timeout is not restarted behind a signal (signal(7))
+			err = unix.Connect(fd, to)
+		}
 	}
 	if err == nil {
 		err = unix.SetNonblock(fd, true)
