@@ -58,6 +58,13 @@ func (b *buffer) fill(data []byte) {
 	b.base, b.r, b.w = 0, 0, len(rest)+copy(b.b[len(rest):], data)
 }
 
+// skipEmptyLines does that in front of a request: RFC 9112 section 2.2.
+func (b *buffer) skipEmptyLines() {
+	for w := b.waiting(); len(w) >= 2 && w[0] == '\r' && w[1] == '\n'; w = w[2:] {
+		b.r += 2
+	}
+}
+
 // next forgets the request that was served; what came in behind it moves to the front.
 func (b *buffer) next() {
 	b.base = 0

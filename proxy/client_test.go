@@ -349,6 +349,24 @@ func TestExpectIsPassedOn(t *testing.T) {
 			})
 		}
 	}
+	t.Run("what it took to ask counts once", func(t *testing.T) {
+		t.Parallel()
+		const timeout = 400 * time.Millisecond
+		o := startOrigin(t, func(_ *origin, c net.Conn, r *bufio.Reader) { io.Copy(io.Discard, r) })
+		g := startGateway(t, func(cfg *Config) { cfg.RequestTimeout = timeout }, nil)
+		g.register(t, "echo", "1", o.url())
+		c := g.dial(t)
+		c.send("POST /echo HTTP/1.1\r\n" + head + "Content-Length: 5\r\n\r\n")
+		if m := c.next(false); m.status() != 100 { // after half the time
+			t.Fatal(m.head)
+		}
+		began := time.Now()
+		c.send("hello")
+		c.read(false).refused(t, errResponseTimeout)
+		if took := time.Since(began); took < timeout {
+			t.Errorf("the backend had %v", took)
+		}
+	})
 	t.Run("the next instance is asked", func(t *testing.T) {
 		g := startGateway(t, nil, nil)
 		for _, id := range []string{"1", "2"} {

@@ -475,13 +475,15 @@ func (x *exchange) answer(err error) error {
 // ask waits for the backend to say whether it wants the body: errContinue if it does, or says nothing for so long that it
 // may not know how; nil if it has answered without.
 func (x *exchange) ask() error {
-	now := time.Now()
-	err := x.head(&x.back, now.Add(min(expectPatience, x.timeLeft()/2)), x.reused)
-	x.waited += time.Since(now)
-	if err == errResponseTimeout && x.timeLeft() > 0 {
+	err := x.head(&x.back, time.Now().Add(min(expectPatience, x.timeLeft()/2)), x.reused)
+	switch {
+	case err == errResponseTimeout && x.timeLeft() > 0:
 		return errContinue
+	case err == nil:
+		x.unread = true
+	case err != errContinue:
+		x.waited += time.Since(x.sent)
 	}
-	x.unread = err == nil
 	return err
 }
 
@@ -549,7 +551,7 @@ func (x *exchange) head(b *buffer, limit time.Time, reused bool) error {
 			}
 			continue
 		}
-		if bareLF(w) {
+		if bareLF(w, scanned) {
 			return errMalformed
 		}
 		scanned = max(0, len(w)-len(headEnd)+1)
@@ -801,11 +803,7 @@ func (x *exchange) relay() error {
 	c := x.c
 	if c.sock != nil && x.backend.plain() && !x.resBody.chunked && x.resBody.left-int64(len(x.back.waiting())) >= spliceFrom {
 		if pipe, err := x.p().group.Pipe(); err == nil { // else there are no more descriptors
-			x.pipe = pipe
-			err = x.splice()
-			x.p().group.Release(pipe, err == nil)
-			x.pipe = nil
-			return err
+			return x.splice(pipe)
 		}
 	}
 	if len(x.back.b) < relaySize {
@@ -878,8 +876,13 @@ func (x *exchange) more(total int64, room []byte) (int, error) {
 }
 
 // splice is relay for a large body with a length, between two sockets.
-func (x *exchange) splice() error {
-	c := x.c
+func (x *exchange) splice(pipe *loop.Pipe) error {
+	c, empty := x.c, false
+	x.pipe = pipe
+	defer func() { // after a panic too
+		x.pipe = nil
+		x.p().group.Release(pipe, empty)
+	}()
 	data, _, _ := x.resBody.next(&x.back, len(x.back.waiting()))
 	c.out = append(c.out, data...)
 	if err := c.flush(); err != nil {
@@ -896,11 +899,12 @@ func (x *exchange) splice() error {
 		}
 		x.resBody.left -= int64(n)
 		total += int64(n)
-		err = c.push(n, func(done int) (int, error) { return c.sock.SpliceFrom(x.pipe, n-done) })
+		err = c.push(n, func(done int) (int, error) { return c.sock.SpliceFrom(pipe, n-done) })
 		if err != nil {
 			return err
 		}
 	}
+	empty = true
 	return nil
 }
 

@@ -625,16 +625,17 @@ func isPort(b []byte) bool {
 
 var headEnd = []byte("\r\n\r\n")
 
-// bareLF reports whether a head that is not complete can never be: one of its lines ends without CR.
-func bareLF(b []byte) bool {
+// bareLF reports whether a head that is not complete can never be: one of its lines, of those that end behind from, ends
+// without CR.
+func bareLF(b []byte, from int) bool {
 	for {
-		nl := bytes.IndexByte(b, '\n')
+		nl := bytes.IndexByte(b[from:], '\n')
 		if nl < 0 {
 			return false
 		}
-		if nl == 0 || b[nl-1] != '\r' {
+		if from += nl; from == 0 || b[from-1] != '\r' {
 			return true
 		}
-		b = b[nl+1:]
+		from++
 	}
 }

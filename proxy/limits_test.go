@@ -90,6 +90,24 @@ func TestClientTimeoutSettings(t *testing.T) {
 	}
 }
 
+// Empty lines before a request do not begin the time for it anew, nor need they a goroutine.
+func TestEmptyLinesKeepNothing(t *testing.T) {
+	eachLoops(t, func(t *testing.T, loops int) {
+		g := startLoops(t, loops, func(cfg *Config) { cfg.Limits.FirstByteTimeout = time.Second }, nil)
+		c := g.dial(t)
+		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
+			if n := g.handedOver(); n > 0 {
+				t.Fatalf("%d connections have a goroutine", n)
+			}
+			if _, err := io.WriteString(c.Conn, "\r\n"); err != nil {
+				return
+			}
+			time.Sleep(10 * time.Millisecond) // the client's pace
+		}
+		t.Error("it is there yet")
+	})
+}
+
 // A client that takes no byte is closed, and so is the backend's connection.
 func TestWriteTimeout(t *testing.T) {
 	const size = 8 << 20 // more than the kernel takes for the client

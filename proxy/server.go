@@ -327,7 +327,11 @@ func (c *conn) afterPanic() {
 	if c.workspace == nil {
 		return
 	}
+	streaming := c.x.started && c.x.lease != nil
 	c.x.abandon()
+	if streaming {
+		c.reset() // the client shall not take it for the end of a body
+	}
 	if !c.x.started {
 		c.refuse(errInternal, true)
 		c.linger()
@@ -340,10 +344,10 @@ func (c *conn) afterPanic() {
 func (c *conn) readHead(first bool) ([]byte, *refusal) {
 	b, limits := &c.in, &c.p.cfg.Limits
 	scanned := 0
-	var deadline time.Time
+	var begin, deadline time.Time // for the first byte of a head, and for its end
 	for {
-		for b.w-b.r >= 2 && b.b[b.r] == '\r' && b.b[b.r+1] == '\n' && scanned == 0 {
-			b.r += 2 // RFC 9112 section 2.2: empty lines before a request are skipped
+		if scanned == 0 {
+			b.skipEmptyLines()
 		}
 		w := b.waiting()
 		if len(w) > 0 && string(w) != "\r" && !c.activate() { // half an empty line is no request yet
@@ -358,7 +362,7 @@ func (c *conn) readHead(first bool) ([]byte, *refusal) {
 			return w[:end], nil
 		}
 		switch {
-		case bareLF(w):
+		case bareLF(w, scanned):
 			return nil, errBareLF
 		case len(w) >= limits.RequestLine && bytes.IndexByte(w, '\n') < 0:
 			return nil, errRequestLineTooLong
@@ -370,17 +374,21 @@ func (c *conn) readHead(first bool) ([]byte, *refusal) {
 		var err error
 		switch now := time.Now(); {
 		case len(w) > 0 && deadline.IsZero():
-			deadline = now.Add(c.p.cfg.Limits.HeadTimeout)
+			deadline = now.Add(limits.HeadTimeout)
 			c.read.disarm()
 			err = c.nc.SetReadDeadline(deadline)
 		case len(w) > 0:
-		default:
-			deadline = time.Time{} // what had come was an empty line
-			patience := c.p.cfg.Limits.IdleTimeout
+		case begin.IsZero():
+			patience := limits.IdleTimeout
 			if first {
-				patience = c.p.cfg.Limits.FirstByteTimeout
+				patience = limits.FirstByteTimeout
 			}
+			begin = now.Add(patience)
 			err = c.read.arm(c.nc.SetReadDeadline, now, patience)
+		default: // what has come were empty lines
+			deadline = time.Time{}
+			c.read.disarm()
+			err = c.nc.SetReadDeadline(begin)
 		}
 		if err != nil {
 			return nil, nil

@@ -87,9 +87,7 @@ func (up *upload) copy(c *conn, b *body) (err error) {
 		}
 		if !b.chunked && b.left >= spliceFrom && c.sock != nil && c.x.backend.plain() {
 			if pipe, err := c.p.group.Pipe(); err == nil { // else there are no more descriptors
-				err = up.splice(c, b, pipe)
-				c.p.group.Release(pipe, err == nil)
-				return err
+				return up.splice(c, b, pipe)
 			}
 		}
 		n, err := up.receive(c, func() (int, error) { return c.nc.Read(c.in.space(relaySize)) })
@@ -102,6 +100,8 @@ func (up *upload) copy(c *conn, b *body) (err error) {
 
 // splice is copy for what is left of a large body with a length, between two sockets.
 func (up *upload) splice(c *conn, b *body, pipe *loop.Pipe) error {
+	empty := false
+	defer func() { c.p.group.Release(pipe, empty) }() // after a panic too
 	for b.left > 0 {
 		n, err := up.receive(c, func() (int, error) { return c.sock.SpliceTo(pipe, b.left) })
 		if err != nil {
@@ -112,6 +112,7 @@ func (up *upload) splice(c *conn, b *body, pipe *loop.Pipe) error {
 			return err
 		}
 	}
+	empty = true
 	return nil
 }
 

@@ -830,6 +830,12 @@ func TestExpectContinue(t *testing.T) {
 // What a client may take its time for, on a clock that does not wait: connections are pipes.
 func TestClientTimeouts(t *testing.T) {
 	const request = "OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n"
+	drip := func(c *client, bytes string, n int) {
+		for range n {
+			c.send(bytes)
+			time.Sleep(time.Second)
+		}
+	}
 	rows := []struct {
 		name   string
 		script func(c *client)
@@ -838,11 +844,18 @@ func TestClientTimeouts(t *testing.T) {
 	}{
 		{"sends nothing", func(*client) {}, firstByteTimeout, 0},
 		{"sends empty lines", func(c *client) { c.send("\r\n\r\n") }, firstByteTimeout, 0},
+		{"drips empty lines", func(c *client) { drip(c, "\r\n", 29) }, firstByteTimeout - 29*time.Second, 0},
+		{"drips them by the byte", func(c *client) {
+			for range 14 {
+				drip(c, "\r", 1)
+				drip(c, "\n", 1)
+			}
+		}, firstByteTimeout - 28*time.Second, 0},
+		{"drips them behind a request", func(c *client) { c.send(request); c.read(false); drip(c, "\r\n", 74) }, idleTimeout - 74*time.Second, 0},
 		{"half a head", func(c *client) { c.send("GET /echo HT") }, headTimeout, 408},
 		{"head that drips", func(c *client) {
 			for i := range 9 {
-				c.send(request[i : i+1])
-				time.Sleep(time.Second)
+				drip(c, request[i:i+1], 1)
 			}
 		}, headTimeout - 9*time.Second, 408},
 		{"CR alone, later a head that drips", func(c *client) {

@@ -262,6 +262,7 @@ func (c *conn) step() {
 	for {
 		c.occupy()
 		b := &c.in
+		b.skipEmptyLines()
 		if b.r < b.w {
 			switch s, ok := c.ask(); {
 			case ok:
@@ -304,7 +305,7 @@ func (c *conn) ask() (s stage, ok bool) {
 	waiting := b.waiting()
 	end := bytes.Index(waiting, headEnd) + len(headEnd)
 	limits := &c.p.cfg.Limits
-	if end < len(headEnd) && waiting[0] != '\r' && len(waiting) < min(readRequest, limits.Head) && !bareLF(waiting) &&
+	if end < len(headEnd) && waiting[0] != '\r' && len(waiting) < min(readRequest, limits.Head) && !bareLF(waiting, 0) &&
 		(len(waiting) < limits.RequestLine || bytes.IndexByte(waiting, '\n') >= 0) {
 		return stageHead, false
 	}
