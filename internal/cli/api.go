@@ -169,6 +169,7 @@ type instance struct {
 		Until *time.Time
 	}
 	InFlight  int64  `json:"in_flight"`
+	Tunnels   int64
 	LastError string `json:"last_error"`
 	Success   uint64
 	Failure   uint64
@@ -218,11 +219,11 @@ func decode(answer []byte, one bool) ([]service, error) {
 func table(out io.Writer, services []service) error {
 	var text bytes.Buffer
 	w := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "SERVICE\tSTRATEGY\tINSTANCE\tADDR\tWEIGHT\tREADY\tBREAKER\tIN FLIGHT\tSUCCESS\tFAILURE\tNOTE")
+	fmt.Fprintln(w, "SERVICE\tSTRATEGY\tINSTANCE\tADDR\tWEIGHT\tREADY\tBREAKER\tIN FLIGHT\tTUNNELS\tSUCCESS\tFAILURE\tNOTE")
 	for _, s := range services {
 		for _, in := range s.Instances {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\t%s\t%d\t%d\t%d\t%s\n", s.Name, s.InForce, in.ID, in.Addr, in.Weight,
-				map[bool]string{true: "yes", false: "no"}[in.Ready], in.Breaker.State, in.InFlight, in.Success, in.Failure, note(s, in))
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\t%s\t%d\t%d\t%d\t%d\t%s\n", s.Name, s.InForce, in.ID, in.Addr, in.Weight,
+				map[bool]string{true: "yes", false: "no"}[in.Ready], in.Breaker.State, in.InFlight, in.Tunnels, in.Success, in.Failure, note(s, in))
 		}
 	}
 	if err := w.Flush(); err != nil {

@@ -31,7 +31,7 @@ func (describer) DescribeInstance(_, id string) registry.InstanceStatus {
 	if id == "b" {
 		return registry.InstanceStatus{Reason: "breaker open", Breaker: registry.BreakerStatus{State: "open"}, Failure: 5, LastError: "connection refused"}
 	}
-	return registry.InstanceStatus{Ready: true, Breaker: registry.BreakerStatus{State: "closed"}, InFlight: 2, Success: 40}
+	return registry.InstanceStatus{Ready: true, Breaker: registry.BreakerStatus{State: "closed"}, InFlight: 2, Tunnels: 7, Success: 40}
 }
 
 // gateway serves the registration API of a fresh registry until the test ends, asking for token if it is not empty.
@@ -79,9 +79,9 @@ func TestCommands(t *testing.T) {
 		{"nothing yet", &Services{API: api}, "no services are registered\n", ""},
 		{"one", &Register{API: api, Service: "echo", ID: "a", Addr: "http://127.0.0.1:8081"}, "registered echo/a at http://127.0.0.1:8081\n", ""},
 		{"weighted", &Register{API: api, Service: "echo", ID: "b", Addr: "http://127.0.0.1:8082", Weight: 20}, "registered echo/b at http://127.0.0.1:8082\n", ""},
-		{"table", &Services{API: api}, `SERVICE  STRATEGY  INSTANCE  ADDR                   WEIGHT  READY  BREAKER  IN FLIGHT  SUCCESS  FAILURE  NOTE
-echo     random    a         http://127.0.0.1:8081  0       yes    closed   2          40       0        not weighted-random: b has no weight
-echo     random    b         http://127.0.0.1:8082  20      no     open     0          0        5        breaker open; last error: connection refused; not weighted-random: b has no weight
+		{"table", &Services{API: api}, `SERVICE  STRATEGY  INSTANCE  ADDR                   WEIGHT  READY  BREAKER  IN FLIGHT  TUNNELS  SUCCESS  FAILURE  NOTE
+echo     random    a         http://127.0.0.1:8081  0       yes    closed   2          7        40       0        not weighted-random: b has no weight
+echo     random    b         http://127.0.0.1:8082  20      no     open     0          0        0        5        breaker open; last error: connection refused; not weighted-random: b has no weight
 `, ""},
 		{"table of another", &Services{API: api, Service: "users"}, "", `service: no service "users" is registered; GET /services lists those that are (404)`},
 		{"bad addr", &Register{API: api, Service: "echo", ID: "c", Addr: "ftp://x"}, "", "addr"},
