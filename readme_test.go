@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -79,13 +80,20 @@ const savedAs = "/tmp/gateway.go"
 
 func newSession(t *testing.T) *session {
 	s := &session{t: t, ports: map[string]string{}, servers: map[string]*child{}}
+	free := 20_000 + rand.IntN(10_000) // no port that systems give to outgoing connections: tests beside this one have thousands
 	for _, port := range []string{"8080", "9901", "8081", "8082", "8083", "8090"} {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
+		for tries := 0; ; tries++ {
+			free++
+			ln, err := net.Listen("tcp", fmt.Sprintf(":%d", free))
+			if err == nil {
+				ln.Close()
+				break
+			}
+			if tries == 100 {
+				t.Fatal(err)
+			}
 		}
-		defer ln.Close() // until all are found
-		s.ports[port] = strconv.Itoa(ln.Addr().(*net.TCPAddr).Port)
+		s.ports[port] = strconv.Itoa(free)
 	}
 	dir := t.TempDir()
 	s.file, s.program = filepath.Join(dir, "gateway.go"), filepath.Join(dir, "gateway")

@@ -168,7 +168,7 @@ type instance struct {
 		State string
 		Until *time.Time
 	}
-	InFlight  int64  `json:"in_flight"`
+	InFlight  int64 `json:"in_flight"`
 	Tunnels   int64
 	LastError string `json:"last_error"`
 	Success   uint64
