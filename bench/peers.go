@@ -9,6 +9,13 @@ import (
 	"strings"
 )
 
+// nginxPaths keeps nginx from writing outside its directory.
+const nginxPaths = `	client_body_temp_path body;
+	proxy_temp_path proxy;
+	fastcgi_temp_path fastcgi;
+	uwsgi_temp_path uwsgi;
+	scgi_temp_path scgi;`
+
 // nginxConfig: what matters is that connections are kept on both sides and that the same fields are forwarded. When a
 // sixteenth of worker_connections is left, it closes kept-alive ones, and requests are lost that are on their way to them.
 const nginxConfig = `
@@ -20,11 +27,7 @@ error_log stderr warn;
 events { worker_connections %[2]d; }
 http {
 	access_log off;
-	client_body_temp_path body;
-	proxy_temp_path proxy;
-	fastcgi_temp_path fastcgi;
-	uwsgi_temp_path uwsgi;
-	scgi_temp_path scgi;
+` + nginxPaths + `
 	keepalive_requests 1000000000;
 	upstream origin {
 		server %[3]s;

@@ -160,11 +160,7 @@ error_log stderr crit;
 events { worker_connections %[2]d; }
 http {
 	access_log off;
-	client_body_temp_path body;
-	proxy_temp_path proxy;
-	fastcgi_temp_path fastcgi;
-	uwsgi_temp_path uwsgi;
-	scgi_temp_path scgi;
+` + nginxPaths + `
 	map $http_upgrade $connection_upgrade {
 		default upgrade;
 		'' '';
