@@ -72,7 +72,7 @@ func (c *conn) explanation(status int, text string) (contentType string, body []
 
 // plain sends a short text of the gateway's own that is no error.
 func (c *conn) plain(status int, text string) (keep bool) {
-	last := !c.persistent()
+	last := !c.passBody()
 	out := c.ownHead(status, plainText)
 	if string(c.req.Method) == "OPTIONS" {
 		out = append(out, c.p.allow...)
@@ -97,14 +97,18 @@ const plainText = "text/plain; charset=utf-8"
 // ownHead begins a response of the gateway's own.
 func (c *conn) ownHead(status int, contentType string) []byte {
 	c.x.status = status
-	out := append(c.out[:0], "HTTP/1.1 "...)
-	out = strconv.AppendInt(out, int64(status), 10)
-	out = append(out, ' ')
-	out = append(out, fasthttp.StatusMessage(status)...)
-	out = append(out, "\r\nContent-Type: "...)
-	out = append(out, contentType...)
-	out = append(out, "\r\n"...)
-	return c.p.appendDate(out)
+	return c.p.appendOwnHead(c.out[:0], status, contentType)
+}
+
+func (p *Proxy) appendOwnHead(dst []byte, status int, contentType string) []byte {
+	dst = append(dst, "HTTP/1.1 "...)
+	dst = strconv.AppendInt(dst, int64(status), 10)
+	dst = append(dst, ' ')
+	dst = append(dst, fasthttp.StatusMessage(status)...)
+	dst = append(dst, "\r\nContent-Type: "...)
+	dst = append(dst, contentType...)
+	dst = append(dst, "\r\n"...)
+	return p.appendDate(dst)
 }
 
 // endOwnHead ends the head of a response of the gateway's own.
@@ -121,9 +125,10 @@ func (c *conn) endOwnHead(out []byte, length int, last bool) []byte {
 	return append(out, "\r\n"...)
 }
 
-// persistent reports whether the connection goes on after an answer that is not a backend's. A body that was not read
-// ends it, unless all of it is here; so does a CONNECT, whose client may have sent on what is meant for its tunnel.
-func (c *conn) persistent() bool {
+// passBody passes over a body that nobody reads, and reports whether the connection goes on behind an answer of the
+// gateway's own. A body that is not all here ends it; so does a CONNECT, whose client may have sent on what is meant for its
+// tunnel.
+func (c *conn) passBody() bool {
 	r, x := &c.req, &c.x
 	if is(r.Method, "connect") {
 		x.unread = true
@@ -146,10 +151,7 @@ func (c *conn) fail(err error) (keep bool) {
 	defer x.giveBack()
 	var own *refusal
 	switch {
-	case x.started:
-		return false
-	case errors.Is(err, errClientGone), errors.Is(err, errClientSlow):
-		x.status = statusClientGone
+	case x.started, x.noteGone(err):
 		return false
 	case errors.Is(err, errStale):
 		own = errTerminated
@@ -157,13 +159,30 @@ func (c *conn) fail(err error) (keep bool) {
 	default:
 		own = errBadStatus
 	}
-	if own == errNoInstance {
-		return c.refuseWith(own, !c.persistent(), own.text, x.service.view.Load().retryAfter(time.Now()))
+	retryAfter := 0
+	switch {
+	case own == errNoInstance:
+		retryAfter = x.service.view.Load().retryAfter(time.Now())
+	case own == errNoSocket, c.p.limited.has(own):
+		retryAfter = 1
 	}
-	if c.p.limited.has(own) {
-		return c.refuseWith(own, !c.persistent(), own.text, 1)
+	return c.refuseWith(own, !c.passBody(), c.p.cfg.Limits.explain(own), retryAfter)
+}
+
+// noteGone reports whether an error is that the client has left, or takes nothing, and notes it for the log.
+func (x *exchange) noteGone(err error) bool {
+	if !errors.Is(err, errClientGone) && !errors.Is(err, errClientSlow) {
+		return false
 	}
-	return c.refuse(own, !c.persistent())
+	x.status = statusClientGone
+	return true
+}
+
+// deliver sends what is left of an answer of which nothing more comes, and reports whether the client has taken it.
+func (x *exchange) deliver() bool {
+	err := x.c.flush()
+	x.noteGone(err)
+	return err == nil
 }
 
 // noRoute answers a request that has no service.
@@ -172,7 +191,7 @@ func (c *conn) noRoute(err *refusal) (keep bool) {
 	if err == errNoRoute && c.p.cfg.MayRead != nil && c.p.cfg.MayRead(c.apiContext(nil)) {
 		text = c.p.routes(text)
 	}
-	return c.refuseWith(err, !c.persistent(), text, 0)
+	return c.refuseWith(err, !c.passBody(), text, 0)
 }
 
 // routes adds to a text which services there are.
@@ -199,8 +218,20 @@ func (p *Proxy) routes(text string) string {
 // gateway's own paths.
 func (c *conn) isLocal() bool {
 	r, p := &c.req, c.p
-	return p.restricted(r) != nil || r.badExpect || c.refusesWebSocket() || r.looped ||
-		len(r.Path) == 1 && r.Path[0] == '*' || r.maxForwards == 0 || p.owns(r.Path)
+	return c.denied() != nil || len(r.Path) == 1 && r.Path[0] == '*' || r.maxForwards == 0 || p.owns(r.Path)
+}
+
+// denied is why a request goes to no backend, whatever its path is.
+func (c *conn) denied() *refusal {
+	switch r := &c.req; {
+	case r.badExpect:
+		return errExpect
+	case c.refusesWebSocket():
+		return errUpgrade
+	case r.looped:
+		return errLoop
+	}
+	return c.p.restricted(&c.req)
 }
 
 // restricted is what stands against a CONNECT or TRACE, which Config.AllowMethods must name, as the grammar has them: a
@@ -234,21 +265,15 @@ func (p *Proxy) isHealth(path []byte) bool {
 // local answers such a request.
 func (c *conn) local() (keep bool) {
 	r, p := &c.req, c.p
-	switch {
-	case p.restricted(r) != nil:
-		return c.refuse(p.restricted(r), !c.persistent())
-	case r.badExpect:
-		return c.refuse(errExpect, !c.persistent())
-	case c.refusesWebSocket():
-		return c.refuse(errUpgrade, !c.persistent())
-	case r.looped:
-		return c.refuse(errLoop, !c.persistent())
-	case len(r.Path) == 1 && r.Path[0] == '*', r.maxForwards == 0:
+	if err := c.denied(); err != nil {
+		return c.refuse(err, !c.passBody())
+	}
+	if len(r.Path) == 1 && r.Path[0] == '*' || r.maxForwards == 0 {
 		return c.plain(200, "")
 	}
 	if r.unclear && p.cfg.AmbiguousPaths != PassPaths {
 		if _, err := p.reading(r); err != nil {
-			return c.refuse(err, !c.persistent())
+			return c.refuse(err, !c.passBody())
 		}
 	}
 	switch {
@@ -292,7 +317,7 @@ func (c *conn) api() (keep bool) {
 	} else {
 		registry.ErrorHandler(ctx, fasthttp.ErrBodyTooLarge)
 	}
-	keep = c.persistent()
+	keep = c.passBody()
 	if !keep {
 		ctx.Response.SetConnectionClose()
 	} else if c.req.minor == 0 {

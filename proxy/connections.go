@@ -27,21 +27,25 @@ func (p *Proxy) add(c *conn) error {
 	switch {
 	case p.closing.Load():
 		return net.ErrClosed
+	case c.isCounted() && p.clients[c.peer] >= limits.ConnectionsPerClient:
+		return p.limited.client
 	case limits.Connections > 0 && len(p.conns) >= limits.Connections:
 		return p.limited.connections
-	case !c.isCounted():
-	case p.clients[c.peer] >= limits.ConnectionsPerClient:
-		return p.limited.client
-	default:
+	}
+	if c.isCounted() {
 		p.clients[c.peer]++
 	}
 	p.conns[c] = struct{}{}
 	return nil
 }
 
+// remove may be called again.
 func (p *Proxy) remove(c *conn) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if _, there := p.conns[c]; !there {
+		return
+	}
 	delete(p.conns, c)
 	if c.isCounted() {
 		if p.clients[c.peer]--; p.clients[c.peer] == 0 {
@@ -169,9 +173,8 @@ func (c *conn) turnAway(err error) {
 // appendTurnAway appends the whole answer to whatever the client asks for.
 func (p *Proxy) appendTurnAway(dst []byte, r *refusal) []byte {
 	body := strconv.Itoa(r.status) + " " + fasthttp.StatusMessage(r.status) + ": " + r.text + "\n"
-	dst = append(dst, "HTTP/1.1 "+strconv.Itoa(r.status)+" "+fasthttp.StatusMessage(r.status)+"\r\nContent-Type: text/plain; charset=utf-8\r\n"...)
-	dst = p.appendDate(dst)
-	dst = append(dst, "Proxy-Status: kerberos; error="+r.kind+"\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: "...)
+	dst = p.appendOwnHead(dst, r.status, plainText)
+	dst = append(dst, "Cache-Control: no-store\r\nProxy-Status: kerberos; error="+r.kind+"\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: "...)
 	dst = strconv.AppendInt(dst, int64(len(body)), 10)
 	return append(dst, "\r\n\r\n"+body...)
 }
@@ -189,6 +192,6 @@ func (p *Proxy) logTurnAway(r *refusal) {
 	}
 	p.mu.Unlock()
 	if n > 0 {
-		p.log.Warn("connections refused", slog.Int("count", n), slog.String("reason", r.text))
+		p.log.Warn("connections refused", slog.Int("count", n), slog.String("latest", r.text))
 	}
 }

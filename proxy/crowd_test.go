@@ -415,6 +415,54 @@ func TestRetryWaitsForAPlace(t *testing.T) {
 	g.settled(t)
 }
 
+// One that has a place of the service waits in front of those that have none: what they wait for is none for it.
+func TestRetryWaitsInFront(t *testing.T) {
+	g := startGateway(t, func(cfg *Config) {
+		cfg.Limits = Limits{InFlightPerInstance: 1, InFlightPerService: 2, QueueTimeout: 20 * time.Second}
+	}, nil)
+	came, does := make(chan int, 10), [2]chan act{make(chan act, 5), make(chan act, 5)}
+	for i := range does {
+		a := startActor(t, func(c net.Conn, m *message) bool {
+			came <- i
+			next, ok := <-does[i]
+			return ok && next(c, m)
+		})
+		t.Cleanup(func() { close(does[i]) })
+		g.register(t, "echo", fmt.Sprint(i), a.url())
+	}
+	arrived := func() int {
+		select {
+		case i := <-came:
+			return i
+		case <-time.After(10 * time.Second):
+			t.Fatal("no request within 10 s")
+			return 0
+		}
+	}
+	first := g.ask(t, "/echo/first")
+	at := arrived()
+	second := g.ask(t, "/echo/second")
+	arrived()
+	third := g.queue(t, "/echo/third")[0]
+	fails := func(net.Conn, *message) bool { return false }
+	does[at] <- fails
+	eventually(t, "the first waits too", func() bool { return g.waiting() == 2 })
+	does[1-at] <- fails // the second goes where the first was, the first to where the second was
+	arrived()
+	arrived()
+	does[1-at] <- says("first")
+	if m := first.read(false).want(t, 200); m.body != "first" {
+		t.Error(m.body)
+	}
+	for range 2 {
+		does[0] <- says("x")
+		does[1] <- says("x")
+	}
+	second.read(false).want(t, 200)
+	third.read(false).want(t, 200)
+	g.settled(t)
+}
+
 func TestShutdownServesTheQueue(t *testing.T) {
 	g := startGateway(t, func(cfg *Config) { cfg.Limits = Limits{InFlightPerService: 2, QueueTimeout: 20 * time.Second} }, nil)
 	h := startHeld(t, "x")
@@ -620,6 +668,36 @@ func TestBusyConnectionsMakeNoRoom(t *testing.T) {
 	}
 	for _, c := range clients {
 		c.read(false).want(t, 200)
+	}
+}
+
+// One that goes on sending its head does not either.
+func TestHeadThatGoesOnMakesNoRoom(t *testing.T) {
+	g := startLoops(t, 1, func(cfg *Config) { cfg.Limits.Connections = 1 }, nil)
+	g.register(t, "echo", "a", naming(t, "x").url())
+	c := g.dial(t)
+	c.send("GET /echo HTTP/1.1\r\n")
+	eventually(t, "it has begun", func() bool { return g.halfRead() == 1 })
+	g.ages()
+	c.send("Host: x\r\n")
+	g.taken(t)
+	g.dial(t).get("/echo").want(t, 503)
+	c.send("\r\n")
+	c.read(false).want(t, 200)
+}
+
+// A client that has too many of its own costs nobody else one.
+func TestTooManyOfAClientMakeNoRoom(t *testing.T) {
+	g := startLoops(t, 1, func(cfg *Config) { cfg.Limits.Connections, cfg.Limits.ConnectionsPerClient = 2, 1 }, nil)
+	g.register(t, "echo", "a", naming(t, "x").url())
+	clients := []*client{g.dial(t), dialFrom(t, g, "127.0.0.2")}
+	for _, c := range clients {
+		c.get("/echo").want(t, 200)
+	}
+	g.ages()
+	g.dial(t).get("/echo").want(t, 429)
+	for _, c := range clients {
+		c.get("/echo").want(t, 200)
 	}
 }
 

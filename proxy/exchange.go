@@ -37,12 +37,12 @@ type exchange struct {
 	c       *conn
 	began   time.Time // when the head was there
 	service *service
-	key     uint64 // of the client, for ip-hash
-	retries int    // what is left of Config.Retries
-	waited  time.Duration
-	counted bool // it has a place below the limit of the service
-	full    bool // an instance had no place for it
-	queued  bool // it has waited for a place
+	key     uint64        // of the client, for ip-hash
+	retries int           // what is left of Config.Retries
+	waited  time.Duration // of the request timeout, by attempts that failed
+	counted bool          // it has a place below the limit of the service
+	full    bool          // an instance had no place for it
+	queued  bool          // it has waited for a place
 
 	// whom to ask
 	view     *view
@@ -764,7 +764,7 @@ func (x *exchange) finish() (keep bool) {
 		x.endUpload()
 		x.end(x.verdict())
 		x.release(true)
-		keep = c.flush() == nil && x.keep
+		keep = x.deliver() && x.keep
 		x.giveBack()
 		return keep
 	}
@@ -775,9 +775,7 @@ func (x *exchange) finish() (keep bool) {
 		x.end(x.verdict())
 	case blame(err) == ignored: // the client left, or its upload broke off
 		x.end(ignored, err)
-		if errors.Is(err, errClientGone) || errors.Is(err, errClientSlow) {
-			x.status = statusClientGone
-		}
+		x.noteGone(err)
 	default:
 		x.end(failure, err)
 		x.p().logCut(x, err)

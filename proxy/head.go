@@ -555,7 +555,7 @@ func dropNominated(lines []byte, drops []span, names [][]byte) []span {
 		}
 		dropped := len(drops) > 0 && at >= drops[0].from
 		id := identify(f.name)
-		if dropped || id != fieldHost && id != fieldContentLength && id != fieldDate && nominated(names, f.name) {
+		if dropped || id != fieldHost && id != fieldContentLength && id != fieldDate && among(names, f.name) {
 			more = appendSpan(more, at, at+n)
 		}
 		at += n
@@ -563,8 +563,8 @@ func dropNominated(lines []byte, drops []span, names [][]byte) []span {
 	return more
 }
 
-// nominated reports whether name is among names.
-func nominated(names [][]byte, name []byte) bool {
+// among reports whether name is one of names.
+func among(names [][]byte, name []byte) bool {
 	for _, n := range names {
 		if len(n) == len(name) && bytes.EqualFold(n, name) {
 			return true

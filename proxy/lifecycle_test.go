@@ -439,7 +439,11 @@ func TestOutOfFileDescriptors(t *testing.T) {
 		t.Errorf("got %q meanwhile", got)
 	}
 	for range 6 { // what needs a new connection to an instance fails for us, and that is not the instance's fault
-		first.get("/other").refused(t, errNoSocket)
+		m := first.get("/other")
+		m.refused(t, errNoSocket)
+		if m.field("Retry-After") != "1" {
+			t.Error(m.head)
+		}
 	}
 	if s := g.DescribeInstance("other", "new"); s.Failure != 0 || s.Ignored != 6 || !s.Ready {
 		t.Errorf("described as %+v", s)

@@ -111,27 +111,33 @@ func TestEmptyLinesKeepNothing(t *testing.T) {
 // A client that takes no byte is closed, and so is the backend's connection.
 func TestWriteTimeout(t *testing.T) {
 	const size = 8 << 20 // more than the kernel takes for the client
-	for _, kind := range []string{"length", "chunks"} {
-		t.Run(kind, func(t *testing.T) {
+	for _, row := range []struct {
+		kind, response string
+		requests       int
+	}{
+		{"length", fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", size, filler(size)), 1},
+		{"chunks", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + inChunks(filler(size), 50_000), 1},
+		{"read whole", "HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n" + filler(60_000), size / 60_000},
+	} {
+		t.Run(row.kind, func(t *testing.T) {
 			t.Parallel()
 			left := make(chan struct{})
 			o := startOrigin(t, func(o *origin, c net.Conn, r *bufio.Reader) {
-				if _, err := o.next(r); err != nil {
-					return
+				for {
+					if _, err := o.next(r); err != nil {
+						break
+					}
+					io.WriteString(c, row.response)
 				}
-				if kind == "length" {
-					fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", size, filler(size))
-				} else {
-					io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"+inChunks(filler(size), 50_000))
-				}
-				io.Copy(io.Discard, r)
 				close(left)
 			})
-			g := startGateway(t, func(cfg *Config) { cfg.Limits.WriteTimeout, cfg.LogRequests = 200*time.Millisecond, true }, nil)
+			g := startGateway(t, func(cfg *Config) {
+				cfg.Limits.WriteTimeout, cfg.UpstreamIdle, cfg.LogRequests = 200*time.Millisecond, time.Second, true
+			}, nil)
 			g.register(t, "echo", "1", o.url())
 			c := g.dial(t)
 			c.Conn.(*net.TCPConn).SetReadBuffer(4 << 10)
-			c.send(toHTTP11)
+			c.send(strings.Repeat(toHTTP11, row.requests))
 			select {
 			case <-left:
 			case <-time.After(10 * time.Second):

@@ -19,7 +19,7 @@ import (
 type crowd struct {
 	_        [128]byte    // away from what requests only read
 	inFlight atomic.Int64 // only counted where there is a limit
-	waiting  atomic.Int64 // len(list), for those that come and go: nobody overtakes those who wait
+	waiting  atomic.Int64 // len(list), for those that come and go: no new request overtakes those who wait
 	_        [128]byte
 
 	mu   sync.Mutex  // guards what follows; nobody waits for anything while holding it
@@ -56,7 +56,8 @@ func wake(e *linked.Element) {
 	}
 }
 
-// join goes to the end of the list; nil if that is full.
+// join goes to the end of the list, or of those at its front who were at instances already: they have places of the service,
+// so they never wait for what others give back behind them. nil if the list is full.
 func (s *service) join(choosy bool) *linked.Element {
 	q := &s.crowd
 	q.mu.Lock()
@@ -65,9 +66,21 @@ func (s *service) join(choosy bool) *linked.Element {
 		return nil
 	}
 	e := q.list.PushBack(&waiter{make(chan struct{}, 1), choosy})
+	if newcomer := q.newcomer(); choosy && newcomer != nil {
+		q.list.MoveBefore(e, newcomer)
+	}
 	q.waiting.Add(1)
 	if first := q.list.Front(); first == e || first.Value.(*waiter).choosy {
 		wake(first) // a place may have come free before it was in the list
+	}
+	return e
+}
+
+// newcomer is the first in the list that was at no instance yet.
+func (q *crowd) newcomer() *linked.Element {
+	e := q.list.Front()
+	for e != nil && e.Value.(*waiter).choosy {
+		e = e.Next()
 	}
 	return e
 }
@@ -115,7 +128,7 @@ func (s *service) places() int64 {
 }
 
 // full says that no more requests may wait. Those who only have not taken their places yet do not count. The lock of the
-// crowd is held: who waits has no place, and who has one does not wait.
+// crowd is held.
 func (s *service) full() bool {
 	over := int64(s.crowd.list.Len()) - s.places()
 	return over >= 0 && (s.proxy.cfg.Limits.QueueTimeout == 0 || over >= s.free(over+1))

@@ -11,8 +11,8 @@ import (
 
 // A RouteFunc names the service that a request goes to; "" answers 404. It runs for every request, at the same time on
 // many goroutines, and must not wait: it is called on an event loop, whose other requests would wait with it. It may keep
-// nothing of the Request. The string may point into the request's bytes. Where the path
-// could be read in two ways it is called for both, and a request on which it disagrees with itself is refused.
+// nothing of the Request. The string may point into the request's bytes. Where the path could be read in two ways it is
+// called for both, and a request on which it disagrees with itself is refused.
 type RouteFunc func(r *Request) string
 
 // RoutePrefix sends the paths below Prefix to Service. A prefix matches whole segments ("/echo" is not "/echoes"), "/"

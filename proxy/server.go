@@ -93,7 +93,7 @@ func (c *conn) vacate() {
 		w.in.next()
 		w.putScratch(c.p)
 		w.head = nil
-		w.x.c, w.x.service, w.x.view, w.x.upstream, w.x.tunnel, w.x.err = nil, nil, nil, nil, nil, nil
+		w.x.c, w.x.service, w.x.view, w.x.upstream, w.x.backend, w.x.tunnel, w.x.err = nil, nil, nil, nil, nil, nil, nil
 		w.x.asked = asked{}
 		c.p.workspaces.Put(w)
 	}
@@ -262,7 +262,7 @@ func (c *conn) serve(s stage) {
 		c.afterPanic()
 		return
 	case stageAnswered:
-		if !c.after(c.flush() == nil && c.x.keep) {
+		if !c.after(c.x.deliver() && c.x.keep) {
 			return
 		}
 	default:

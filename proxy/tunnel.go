@@ -71,7 +71,7 @@ func (c *conn) mayUpgrade(protocol []byte) bool {
 		return false
 	}
 	for asked := range c.upgrades {
-		if protocol == nil || nominated([][]byte{asked}, protocol) {
+		if protocol == nil || among([][]byte{asked}, protocol) {
 			return true
 		}
 	}
@@ -89,7 +89,7 @@ func (c *conn) upgrades(yield func(protocol []byte) bool) {
 			continue
 		}
 		for protocol := range list(f.value) {
-			if nominated(c.p.upgrades, protocol) && !yield(protocol) {
+			if among(c.p.upgrades, protocol) && !yield(protocol) {
 				return
 			}
 		}
@@ -98,7 +98,7 @@ func (c *conn) upgrades(yield func(protocol []byte) bool) {
 
 // refusesWebSocket says that the request is a WebSocket handshake, which cannot succeed.
 func (c *conn) refusesWebSocket() bool {
-	return c.req.upgrade && c.req.websocket && !nominated(c.p.upgrades, []byte("websocket")) && !c.asksTunnel()
+	return c.req.upgrade && c.req.websocket && !among(c.p.upgrades, []byte("websocket")) && !c.asksTunnel()
 }
 
 // appendUpgrade appends what asks the backend for an Upgrade.

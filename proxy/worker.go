@@ -19,7 +19,7 @@ const (
 	wheelSize   = 128              // seconds, more than the usual timeouts: what expires later is looked at meanwhile
 	readRequest = 32 << 10         // of a client at once; a larger head is read in a goroutine
 	readSize    = maxWhole + 8<<10 // a response that is read whole, with its head
-	firstRead   = 20 << 10         // of it: what is larger than 64 KiB shall be moved by splice
+	firstRead   = 20 << 10         // of it: as long as nobody knows how large it is, most are small
 	expireTurn  = 32               // connections that are closed at once when their time is up; others have their turn then
 	lateCost    = 7                // that is more, in such, if the client is told why
 	headroom    = 1 << 10          // in front of what is read: a head that has grown finds room before its body
@@ -275,6 +275,8 @@ func (c *conn) step() {
 			case !c.reading:
 				c.reading = true
 				c.worker.keep(c, c.p.cfg.Limits.HeadTimeout)
+			default:
+				c.since = c.worker.seconds(c.worker.loop.Now())
 			}
 		}
 		if !c.more {
@@ -466,6 +468,7 @@ func (c *conn) answered(e loop.Events) {
 		c.out = append(c.out[:0], out[max(n, 0):]...)
 		c.slow(stageAnswered)
 	default:
+		x.status = statusClientGone
 		c.after(false)
 		c.close()
 	}

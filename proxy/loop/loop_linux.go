@@ -287,6 +287,7 @@ func (l *Loop) recall() {
 	l.again = l.recalled[:0]
 	for i, s := range due {
 		due[i] = nil
+		s.again = false
 		if !s.closed.Load() && !s.held.Load() {
 			l.Guard(s.handler, func() { s.handler.Ready(Readable) })
 		}

@@ -28,6 +28,7 @@ type Socket struct {
 	held       atomic.Bool // by a goroutine
 	waits      *waits      // nil until first held
 
+	again    bool        // it is in loop.again
 	abortive atomic.Bool // closing resets the connection
 	closed   atomic.Bool
 	users    atomic.Int32 // calls that use the descriptor now, and one until it is closed
@@ -39,7 +40,7 @@ type Socket struct {
 }
 
 // Watch makes a Socket of a non-blocking descriptor, which it owns from then on, and watches it. It is held if held is set:
-// its handler may still be nil then, and hears nothing before Give or Let.
+// its handler may still be nil then, and hears nothing before Forget or Let.
 func (l *Loop) Watch(fd int, remote netip.AddrPort, h Handler, held bool) (*Socket, error) {
 	s := &Socket{fd: fd, generation: l.group.last.Add(1), loop: l, handler: h, remote: remote}
 	s.users.Store(1)
@@ -75,7 +76,7 @@ func (l *Loop) Take(conn *net.TCPConn) (*Socket, error) {
 	return l.Watch(fd, conn.RemoteAddr().(*net.TCPAddr).AddrPort(), nil, true)
 }
 
-// SetHandler says who is told; only while the socket is held.
+// SetHandler says who is told; while the socket is held, or on its loop.
 func (s *Socket) SetHandler(h Handler) { s.handler = h }
 
 // Hold takes the socket from its loop, for a goroutine: the handler is told nothing any more. The caller must own it.
@@ -110,7 +111,12 @@ func (s *Socket) TryWrite(b []byte) (int, error) { return write(s.fd, b) }
 
 // Again has the handler called once more, as if something had come in, after those of the other sockets on which something
 // has happened: for one that has more to do than it should do at a time. For the loop.
-func (s *Socket) Again() { s.loop.again = append(s.loop.again, s) }
+func (s *Socket) Again() {
+	if !s.again {
+		s.again = true
+		s.loop.again = append(s.loop.again, s)
+	}
+}
 
 // Peek looks at what has come in without taking it: the number of bytes (1 means one or more), 0 at the end of the stream
 // or on an error, -1 if there is nothing.
