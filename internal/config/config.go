@@ -33,14 +33,11 @@ type Gateway struct {
 	AddrDeny       []netip.Prefix `placeholder:"NETWORK" group:"access" help:"Where registered addresses may not point."`
 	TrustedProxies []netip.Prefix `placeholder:"NETWORK" group:"access" help:"Proxies in front whose X-Forwarded-* and Forwarded fields are believed. The API then needs a --token."`
 
-	Strategy       lb.Strategy   `default:"round-robin" also:"BALANCER_STRATEGY" group:"traffic" help:"How requests spread: ${strategies}."`
-	Route          []Route       `placeholder:"PREFIX=SERVICE" group:"traffic" help:"Send paths under PREFIX to SERVICE; repeatable. '/*' keeps the rule without routes, that the first path segment names the service, as the last resort."`
-	RequestTimeout time.Duration `default:"30s" min:"0s" also:"REQUEST_TIMEOUT" group:"traffic" help:"From the last byte of a request to the head of its response, all attempts together."`
-	ConnectTimeout time.Duration `default:"2s" min:"0s" group:"traffic" help:"For one connection to one address."`
-	Retries        int           `default:"2" min:"0" also:"RETRY_MAX" group:"traffic" help:"Further attempts once an instance may have seen the request. What was not written at all is always tried elsewhere, at up to ${most_tried} instances."`
+	Strategy lb.Strategy `default:"round-robin" also:"BALANCER_STRATEGY" group:"traffic" help:"How requests spread: ${strategies}."`
+	Route    []Route     `placeholder:"PREFIX=SERVICE" group:"traffic" help:"Send paths under PREFIX to SERVICE; repeatable. '/*' keeps the rule without routes, that the first path segment names the service, as the last resort."`
+	Retries  int         `default:"2" min:"0" also:"RETRY_MAX" group:"traffic" help:"Further attempts once an instance may have seen the request. What was not written at all is always tried elsewhere, at up to ${most_tried} instances."`
 
-	AllowUpgrades     []string      `default:"websocket" type:"protocols" placeholder:"PROTOCOL" group:"traffic" help:"Protocols to which clients may upgrade, a name such as websocket or with a version such as foo/2, or none."`
-	TunnelIdleTimeout time.Duration `default:"1h" min:"0s" group:"traffic" help:"How long nothing may move on an upgraded connection; 0s for no limit."`
+	AllowUpgrades []string `default:"websocket" type:"protocols" placeholder:"PROTOCOL" group:"traffic" help:"Protocols to which clients may upgrade, a name such as websocket or with a version such as foo/2, or none."`
 
 	BreakerFailures int           `default:"5" min:"1" also:"BREAKER_FAILURES" group:"traffic" help:"Failures in a row that open the breaker of an instance."`
 	BreakerOpen     time.Duration `default:"30s" min:"1ms" also:"BREAKER_OPEN" group:"traffic" help:"How long a breaker stays open before it is probed."`
@@ -49,10 +46,6 @@ type Gateway struct {
 
 	AmbiguousPaths string   `default:"refuse" enum:"refuse,pass,normalize" group:"traffic" help:"Paths that a backend may read in another way: refuse (400), pass (as they came) or normalize (routed and sent as they are read)."`
 	AllowMethods   []string `type:"methods" placeholder:"METHOD" group:"traffic" help:"Pass on CONNECT or TRACE, which are refused with 405 otherwise."`
-
-	MaxHead        int `default:"32KiB" type:"size" max:"1MiB" placeholder:"SIZE" group:"limits" help:"Start line and fields of a request (431) or a response (502); 0 for 1MiB."`
-	MaxFields      int `default:"200" min:"0" group:"limits" help:"Field lines of a request (431) or a response (502); 0 for no limit."`
-	MaxRequestLine int `default:"16KiB" type:"size" placeholder:"SIZE" group:"limits" help:"The first line of a request (414); 0 for no limit."`
 
 	UpstreamCA       *x509.CertPool `placeholder:"FILE" group:"traffic" help:"PEM file of the certificate authorities for https backends, instead of the system's."`
 	UpstreamInsecure Switch         `default:"off" group:"traffic" help:"Do not verify https backends. For trials only."`
@@ -66,16 +59,22 @@ type Gateway struct {
 	ClientMinUpload        int64         `default:"0" type:"size" placeholder:"SIZE" group:"limits" help:"Bytes a second that a client must send of a request body, over the time that it is waited for."`
 	ClientMinDownload      int64         `default:"0" type:"size" placeholder:"SIZE" group:"limits" help:"Bytes a second that a client must take of a response, over the time that it is waited for."`
 	AbortOnFin             Switch        `default:"on" negatable:"" group:"limits" help:"A client that ends its stream behind its request is taken for gone after 1s; off waits on."`
+	RequestTimeout         time.Duration `default:"30s" min:"0s" also:"REQUEST_TIMEOUT" group:"limits" help:"From the last byte of a request to the head of its response, all attempts together."`
+	ConnectTimeout         time.Duration `default:"2s" min:"0s" group:"limits" help:"For one connection to one address."`
 	ResponseIdleTimeout    time.Duration `default:"5m" min:"0s" group:"limits" help:"A backend that sends no byte in the middle of a response."`
+	TunnelIdleTimeout      time.Duration `default:"1h" min:"0s" group:"limits" help:"How long nothing may move on an upgraded connection."`
 	UpstreamIdleTimeout    time.Duration `default:"4s" min:"0s" group:"limits" help:"How long a connection to a backend is kept without a request."`
 	TotalTimeout           time.Duration `default:"0s" min:"0s" group:"limits" help:"From the end of a request head to the end of the response."`
 	MaxBody                int64         `default:"0" type:"size" placeholder:"SIZE" group:"limits" help:"Bytes of a request body."`
+	MaxHead                int           `default:"32KiB" type:"size" max:"1MiB" placeholder:"SIZE" group:"limits" help:"Start line and fields of a request (431) or a response (502); 0 for 1MiB."`
+	MaxFields              int           `default:"200" min:"0" group:"limits" help:"Field lines of a request (431) or a response (502)."`
+	MaxRequestLine         int           `default:"16KiB" type:"size" placeholder:"SIZE" group:"limits" help:"The first line of a request (414)."`
 
 	MaxConnections          Share         `default:"90%" group:"limits" help:"Connections of clients at once: a number, or a percentage of the descriptors that the process may open."`
 	MaxConnectionsPerClient int           `default:"0" min:"0" group:"limits" help:"Connections of one client address at once, but for trusted proxies."`
 	MaxInFlightPerInstance  int           `default:"0" min:"0" group:"limits" help:"Requests at one instance at once."`
 	MaxInFlightPerService   int           `default:"0" min:"0" group:"limits" help:"Requests of one service at once."`
-	QueueTimeout            time.Duration `default:"1s" min:"0s" group:"limits" help:"How long a request may wait for these two. 0s is not at all."`
+	QueueTimeout            time.Duration `default:"1s" min:"0s" group:"limits" help:"How long a request may wait for a place below the limits of requests; 0s is not at all."`
 }
 
 // AfterApply checks what no single flag can know.
