@@ -24,8 +24,8 @@ type wireCmd struct {
 	Gateways []string `placeholder:"GATEWAY" help:"Which to run them against: kerberos, nginx, haproxy, caddy. All that are installed, if none is named."`
 	Kerberos string   `type:"existingfile" placeholder:"FILE" help:"Run this binary instead of building one."`
 	Markdown string   `type:"path" placeholder:"FILE" help:"Write the tables for a page to this file too."`
-	At       string   `placeholder:"HOST:PORT" help:"Start no gateway: one that is there already forwards /wire/ to --origin."`
-	Origin   string   `default:"127.0.0.1:0" placeholder:"HOST:PORT" help:"Where the origin listens."`
+	At       string   `placeholder:"HOST:PORT" help:"Start no gateway: one that is there already forwards what is below /wire/, and /other/, to --origin, which needs a port then."`
+	Origin   string   `default:"127.0.0.1:0" placeholder:"HOST:PORT" help:"Where the origin listens. Port 0: a free one."`
 	List     bool     `help:"Run nothing: list the cases."`
 }
 
@@ -35,6 +35,11 @@ func (w *wireCmd) Validate() error {
 		if !slices.Contains(wireGateways, name) {
 			return fmt.Errorf("--gateways %s: one of %s", name, strings.Join(wireGateways, ", "))
 		}
+	}
+	if _, port, err := net.SplitHostPort(w.Origin); err != nil {
+		return fmt.Errorf("--origin %s: %w", w.Origin, err)
+	} else if w.At != "" && strings.Trim(port, "0") == "" {
+		return fmt.Errorf("--at %s: it has to forward to --origin, which needs a port: %s", w.At, w.Origin)
 	}
 	known := map[string]bool{}
 	for _, c := range wire.Cases() {
@@ -136,14 +141,15 @@ func wireResults(ctx context.Context, g gateway, dir string, origin *wire.Origin
 		}
 		return c.Close()
 	})
-	if err == nil && r.admin != "" {
-		err = callAPI(ctx, http.DefaultClient, r.admin, http.MethodPost, instance{"wire", "i-0", "http://" + origin.Addr()})
-		if err == nil {
-			err = callAPI(ctx, http.DefaultClient, r.admin, http.MethodPost, instance{"other", "i-0", "http://" + origin.Addr()})
-		}
-	}
 	if err != nil {
 		return nil, err
+	}
+	if r.admin != "" {
+		for _, service := range []string{"wire", "other"} {
+			if err := callAPI(ctx, http.DefaultClient, r.admin, http.MethodPost, instance{service, "i-0", "http://" + origin.Addr()}); err != nil {
+				return nil, err
+			}
+		}
 	}
 	return (&wire.Runner{Gateway: r.addr, Origin: origin, Only: only}).Run(ctx), nil
 }

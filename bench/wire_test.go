@@ -75,9 +75,23 @@ func TestWireAt(t *testing.T) {
 			c.Close()
 		}
 	}()
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	free.Close()
 	dir := t.TempDir()
-	out, err := command(t, dir, "wire", "--at", ln.Addr().String(), "--only", "keep-alive", "--markdown", filepath.Join(dir, "wire.md")).CombinedOutput()
+	at := []string{"wire", "--at", ln.Addr().String(), "--only", "keep-alive", "--markdown", filepath.Join(dir, "wire.md")}
+	out, err := command(t, dir, append(at, "--origin", free.Addr().String())...).CombinedOutput()
 	if err == nil || !strings.Contains(string(out), "1 cases that must pass did not") || !strings.Contains(string(out), "0 of 1") {
+		t.Errorf("%v:\n%s", err, out)
+	}
+	for origin, says := range map[string]string{"127.0.0.1:0": "needs a port", "127.0.0.1:": "needs a port", "127.0.0.1": "missing port"} {
+		if out, err := command(t, dir, append(at, "--origin", origin)...).CombinedOutput(); err == nil || !strings.Contains(string(out), says) {
+			t.Errorf("--origin %s: %v:\n%s", origin, err, out)
+		}
+	}
+	if out, err := command(t, dir, at...).CombinedOutput(); err == nil || !strings.Contains(string(out), "needs a port") {
 		t.Errorf("%v:\n%s", err, out)
 	}
 	if out, err := command(t, dir, "wire", "--only", "nothing").CombinedOutput(); err == nil || !strings.Contains(string(out), "--only nothing") {

@@ -89,11 +89,14 @@ func send(text string) step {
 	}
 }
 
-// drip sends bytes one by one.
+// drip sends bytes one by one, with a moment between them: so they arrive one by one.
 func drip(text string) step {
 	return func(ctx context.Context, p *peer) error {
 		for _, b := range []byte(p.run.expand(text)) {
 			if err := send(string([]byte{b}))(ctx, p); err != nil {
+				return err
+			}
+			if err := pause(time.Millisecond)(ctx, p); err != nil {
 				return err
 			}
 		}

@@ -15,10 +15,9 @@ type Origin struct {
 	ln   net.Listener
 	done sync.WaitGroup // a goroutine each connection, and the one that accepts
 
-	mu     sync.Mutex // guards the fields below
-	run    *run       // nil: none runs
-	conns  map[*conn]struct{}
-	opened int
+	mu    sync.Mutex // guards the fields below
+	run   *run       // nil: none runs
+	conns map[*conn]struct{}
 }
 
 // ListenOrigin starts the origin at an address, host:port.
@@ -61,8 +60,6 @@ func (o *Origin) accept() {
 		}
 		nc := newConn(c)
 		o.mu.Lock()
-		n := o.opened
-		o.opened++
 		o.conns[nc] = struct{}{}
 		o.mu.Unlock()
 		o.done.Go(func() {
@@ -71,7 +68,7 @@ func (o *Origin) accept() {
 				delete(o.conns, nc)
 				o.mu.Unlock()
 			}()
-			if !o.serve(nc, n) {
+			if !o.serve(nc) {
 				nc.Close()
 			}
 		})
@@ -79,7 +76,7 @@ func (o *Origin) accept() {
 }
 
 // serve answers the requests of one connection, one after the other. It reports whether a script has closed it.
-func (o *Origin) serve(c *conn, n int) bool {
+func (o *Origin) serve(c *conn) bool {
 	for at := 0; ; {
 		end := -1
 		c.until(context.Background(), func(in []byte, ended bool) bool {
@@ -94,11 +91,10 @@ func (o *Origin) serve(c *conn, n int) bool {
 			return false
 		}
 		if end < 0 {
-			run.add(&request{conn: n, settled: true})
+			run.add(&request{settled: true})
 			return false
 		}
 		req, err := parseRequest(in[:end])
-		req.conn = n
 		if err != nil {
 			req.settled = true
 			run.add(req)

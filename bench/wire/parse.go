@@ -31,7 +31,6 @@ type request struct {
 	message
 	method, target string
 	minor          byte
-	conn           int   // which connection it came on, from 0
 	err            error // what is wrong with its form
 	settled        bool  // nothing more comes of it
 }

@@ -270,8 +270,8 @@ func TestTables(t *testing.T) {
 	a := &Case{ID: "a", Section: heads, Source: "RFC 1", Level: Must, Says: "x"}
 	b := &Case{ID: "b", Section: limits, Source: "RFC 2", Level: Should, Says: "y"}
 	columns := []Column{
-		{"one 1.0", []Result{{a, nil, 0}, {b, nil, 0}}},
-		{"two 2.0", []Result{{a, errShort, 0}, {b, nil, 0}}},
+		{"one 1.0", []Result{{a, nil}, {b, nil}}},
+		{"two 2.0", []Result{{a, errShort}, {b, nil}}},
 	}
 	want := "| passed of all | one 1.0 | two 2.0 |\n| --- | --- | --- |\n" +
 		"| Request heads, must | 1 of 1 | 0 of 1 |\n| Limits, should | 1 of 1 | 1 of 1 |\n| All, must | 1 of 1 | 0 of 1 |\n| All, should | 1 of 1 | 1 of 1 |\n" +
