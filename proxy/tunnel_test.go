@@ -115,7 +115,8 @@ func (s *switcher) next(t testing.TB) *far {
 // tunnels is a gateway with a service "ws" whose one instance agrees to every upgrade.
 type tunnels struct {
 	*gateway
-	s *switcher
+	s       *switcher
+	opening sync.Mutex // held for one at a time, whose two ends belong together
 }
 
 // open opens a tunnel.
@@ -149,7 +150,7 @@ func eachTunnel(t *testing.T, change func(*Config), f func(t *testing.T, tt *tun
 					change(c)
 				}
 			}, nil)
-			tt := &tunnels{g, nil}
+			tt := &tunnels{gateway: g}
 			if kind == "on a loop" {
 				tt.s = startSwitcher(t, nil, switched)
 			} else {
@@ -437,22 +438,42 @@ func TestTunnelReset(t *testing.T) {
 
 // What a side has sent before it was closed by a reset (it had not read all) arrives.
 func TestTunnelLastWords(t *testing.T) {
-	g := startGateway(t, nil, nil)
-	tt := &tunnels{g, startSwitcher(t, nil, switched)}
-	g.register(t, "ws", "a", tt.s.url)
-	for range 50 {
-		c, f := tt.open(t)
-		c.send("not read by the backend")
-		if _, err := f.r.Peek(1); err != nil { // it is there
-			t.Fatal(err)
+	eachTunnel(t, nil, func(t *testing.T, tt *tunnels) {
+		for i := range 100 {
+			c, f := tt.open(t)
+			from, near, to := f.Conn, f.tcp, io.Reader(c.r)
+			if i%2 > 0 {
+				from, near, to = c.Conn, c.Conn.(*net.TCPConn), f.r
+				io.WriteString(f.Conn, "not read by the client")
+			} else {
+				c.send("not read by the backend")
+			}
+			eventually(t, "it is in the socket", func() bool { return hasBytes(t, near) })
+			io.WriteString(from, "last words")
+			near.Close() // with bytes unread that is a reset
+			wantBytes(t, to, "last words")
+			tt.wantBroken(t, to)
+			c.Close()
+			f.tcp.Close()
 		}
-		io.WriteString(f, "last words")
-		wantBytes(t, c.r, "last words")
-		f.Close()
-		wantEnd(t, io.LimitReader(c.r, 0))
-		c.Close()
+		tt.ended(t)
+	})
+}
+
+// hasBytes tells whether a socket has bytes that nobody has read.
+func hasBytes(t testing.TB, c *net.TCPConn) (has bool) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
 	}
-	tt.ended(t)
+	err = raw.Control(func(fd uintptr) {
+		n, _, _ := syscall.Recvfrom(int(fd), make([]byte, 1), syscall.MSG_PEEK) // does not wait: Go's sockets are non-blocking
+		has = n > 0
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return has
 }
 
 // A side that does not read stops the other one, which loses nothing.
@@ -590,7 +611,7 @@ func TestTunnelIdleByDefault(t *testing.T) {
 		{-1, 1000 * time.Hour, 0},
 	} {
 		g := startLoops(t, 1, func(cfg *Config) { cfg.Limits.TunnelIdle = row.idle }, nil)
-		tt := &tunnels{g, startSwitcher(t, nil, switched)}
+		tt := &tunnels{gateway: g, s: startSwitcher(t, nil, switched)}
 		g.register(t, "ws", "a", tt.s.url)
 		c, f := tt.open(t)
 		pass := func(d time.Duration) {
@@ -697,7 +718,7 @@ func TestUpgradeRetried(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			g := startGateway(t, patient(2), nil)
-			tt := &tunnels{g, startSwitcher(t, nil, switched)}
+			tt := &tunnels{gateway: g, s: startSwitcher(t, nil, switched)}
 			g.register(t, "ws", "a", first(t))
 			g.register(t, "ws", "b", tt.s.url)
 			for range 4 {
@@ -746,7 +767,7 @@ func TestAllowedUpgrades(t *testing.T) {
 			g := startGateway(t, func(cfg *Config) { cfg.Upgrades = row.allowed }, nil)
 			protocol, _, _ := strings.Cut(row.sent, ",")
 			answer := "HTTP/1.1 101 x\r\nConnection: upgrade\r\nUpgrade: " + protocol + "\r\nContent-Length: 0\r\n\r\n"
-			if row.want == ignored {
+			if row.want != opened {
 				answer = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 			}
 			s := startSwitcher(t, nil, answer)
@@ -757,6 +778,10 @@ func TestAllowedUpgrades(t *testing.T) {
 			if row.want == 501 {
 				if m.status() != 501 {
 					t.Errorf("got %q", m.head)
+				}
+				g.do(t, "GET /echo/next HTTP/1.1\r\nHost: x\r\n\r\n").want(t, 200)
+				if first := s.next(t).head.head; !strings.HasPrefix(first, "GET /echo/next ") {
+					t.Errorf("the backend got %q", first)
 				}
 				return
 			}
@@ -831,16 +856,10 @@ func TestTunnelOfAnInstanceThatLeft(t *testing.T) {
 // A tunnel is never closed to make room for a new connection, however long it was idle.
 func TestTunnelIsNotSpare(t *testing.T) {
 	g := startLoops(t, 1, func(cfg *Config) { cfg.Limits.Connections = 1 }, nil)
-	tt := &tunnels{g, startSwitcher(t, nil, switched)}
+	tt := &tunnels{gateway: g, s: startSwitcher(t, nil, switched)}
 	g.register(t, "ws", "a", tt.s.url)
 	c, f := tt.open(t)
-	g.onLoops(func(w *worker) {
-		for _, bucket := range w.wheel {
-			for _, c := range bucket {
-				c.since -= 600
-			}
-		}
-	})
+	g.ages()
 	g.do(t, "GET /ws HTTP/1.1\r\nHost: x\r\n\r\n").want(t, 503)
 	c.send("here")
 	wantBytes(t, f.r, "here")
@@ -852,7 +871,7 @@ func TestTunnelIsNotSpare(t *testing.T) {
 // A panic in a tunnel costs that tunnel.
 func TestTunnelPanic(t *testing.T) {
 	g := startLoops(t, 1, nil, nil)
-	tt := &tunnels{g, startSwitcher(t, nil, switched)}
+	tt := &tunnels{gateway: g, s: startSwitcher(t, nil, switched)}
 	g.register(t, "ws", "a", tt.s.url)
 	c, f := tt.open(t)
 	g.onLoops(func(w *worker) {
@@ -879,7 +898,7 @@ func TestTunnelPanic(t *testing.T) {
 // A tunnel that moves as much as it can does not keep others of its loop waiting.
 func TestBusyTunnel(t *testing.T) {
 	g := startLoops(t, 1, nil, nil)
-	tt := &tunnels{g, startSwitcher(t, nil, switched)}
+	tt := &tunnels{gateway: g, s: startSwitcher(t, nil, switched)}
 	g.register(t, "ws", "a", tt.s.url)
 	g.register(t, "echo", "a", startActor(t, says("here")).url())
 	var busy sync.WaitGroup
@@ -947,8 +966,7 @@ func TestTunnelsLeaveNothing(t *testing.T) {
 		for range 10 {
 			all.Go(func() {
 				for i := range 100 {
-					c, f := net.Conn(nil), (*far)(nil)
-					func() { c, f = openPair(t, tt) }()
+					c, f := tt.openPair(t)
 					if c == nil {
 						return
 					}
@@ -977,10 +995,10 @@ func TestTunnelsLeaveNothing(t *testing.T) {
 	})
 }
 
-// openPair opens a tunnel from one of several goroutines: the ends belong together because each tells the other.
-func openPair(t *testing.T, tt *tunnels) (net.Conn, *far) {
-	pairing.Lock()
-	defer pairing.Unlock()
+// openPair opens a tunnel from one of several goroutines.
+func (tt *tunnels) openPair(t *testing.T) (net.Conn, *far) {
+	tt.opening.Lock()
+	defer tt.opening.Unlock()
 	c, err := net.Dial("tcp", tt.addr)
 	if err != nil {
 		t.Error(err)
@@ -995,8 +1013,6 @@ func openPair(t *testing.T, tt *tunnels) (net.Conn, *far) {
 	}
 	return c, <-tt.s.ends
 }
-
-var pairing sync.Mutex
 
 // openFiles counts the descriptors of this process, pipes left out: a group keeps those.
 func openFiles(t *testing.T) (n int) {
@@ -1018,7 +1034,7 @@ func BenchmarkTunnelEcho(b *testing.B) {
 		for _, through := range []bool{false, true} {
 			b.Run(fmt.Sprintf("%d/tunnel=%v", size, through), func(b *testing.B) {
 				g := startGateway(b, nil, nil)
-				tt := &tunnels{g, startSwitcher(b, nil, switched)}
+				tt := &tunnels{gateway: g, s: startSwitcher(b, nil, switched)}
 				g.register(b, "ws", "a", tt.s.url)
 				var near net.Conn
 				var end *far
