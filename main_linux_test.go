@@ -100,16 +100,20 @@ func TestConnectionsLeaveDescriptors(t *testing.T) {
 		t.Cleanup(func() { conn.Close() })
 		return conn
 	}
-	began := time.Now()
 	for range connections {
 		clients = append(clients, open())
 	}
+	began := time.Now() // each has its request after this
 	for i, c := range clients {
 		if status := ask(c); status != 200 {
 			t.Fatalf("connection %d of %d got %d", i+1, connections, status)
 		}
 	}
-	if status := ask(open()); status != 503 && time.Since(began) < time.Second { // later, one that is idle makes room
+	status := ask(open())
+	// One that was idle for two of the gateway's seconds makes room, and the first of them may have been nearly over.
+	if took := time.Since(began); took > time.Second {
+		t.Logf("one more got %d, %v after the first request: too late to tell", status, took)
+	} else if status != 503 {
 		t.Errorf("one more got %d", status)
 	}
 	clients[0].Close()

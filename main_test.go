@@ -139,13 +139,8 @@ func TestHelp(t *testing.T) {
 	if code != 0 || stderr != "" {
 		t.Fatalf("exit code %d, %s", code, stderr)
 	}
-	flags := strings.Fields("listen admin api api-allow addr-allow addr-deny token strategy route request-timeout connect-timeout " +
-		"retries breaker-failures breaker-open breaker-probes breaker-statuses trusted-proxies upstream-ca upstream-insecure via " +
-		"health-path log-requests shutdown-delay drain-timeout allow-upgrades tunnel-idle-timeout")
-	for _, flag := range flags {
-		if !strings.Contains(stdout, "--"+flag) && !strings.Contains(stdout, "--[no-]"+flag) {
-			t.Errorf("--%s is not in the help", flag)
-		}
+	if !strings.Contains(stdout, "\n  --listen=ADDR ") { // and so all the others: TestHelp in internal/config
+		t.Error("the gateway's flags are not in the help")
 	}
 	for _, name := range strings.Fields("demo backend register unregister services version") {
 		if !strings.Contains(stdout, "\n  "+name+" ") {

@@ -355,6 +355,15 @@ func TestReadmeLimits(t *testing.T) {
 		status, _ := g.get("/wide")
 		return status
 	}
+	interim := func(n int) int {
+		g.register("early", "a", backend(t, func(w http.ResponseWriter, _ *http.Request) {
+			for range n {
+				w.WriteHeader(http.StatusEarlyHints)
+			}
+		}))
+		response, _ := exchange(t, g.data, strings.Replace(get("/early"), "HTTP/1.1", "HTTP/1.0", 1)) // which gets none of them
+		return response.StatusCode
+	}
 	raw := func(request string) int {
 		response, _ := exchange(t, g.data, request)
 		return response.StatusCode
@@ -390,8 +399,8 @@ func TestReadmeLimits(t *testing.T) {
 		"a service's name, an instance's id":        {"128 characters of `A-Z a-z 0-9 . _ ~ : -` -> 400", register(strings.Repeat("x", 128), 1, 0), register(strings.Repeat("x", 129), 1, 0)},
 		"weight":                                    {fmt.Sprintf("%d -> 400", registry.MaxWeight), register("w", registry.MaxWeight, 0), register("w", registry.MaxWeight+1, 0)},
 		"body of an API call":                       {fmt.Sprintf("%d KiB -> 413", registry.MaxBody>>10), register("b", 1, 60<<10), register("b", 1, 64<<10)},
-		"interim responses (1xx) before a response": {"16 -> 502", 0, 0},
-		"backend that takes nothing of a request":   {"30 s -> 504", 0, 0},
+		"interim responses (1xx) before a response": {"16 -> 502", interim(16), interim(17)},
+		"backend that takes nothing of a request":   {"30 s -> 504", 0, 0}, // TestBackendTakesNothing in proxy
 		"instances asked for one request":           {fmt.Sprintf("%d -> the last one's error", lb.MaxTried), 0, 0},
 		"HTTP/2, TLS to clients":                    {"not yet -> 505 for HTTP/2", 0, raw("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")},
 		"request body that can be sent again":       {"64 KiB -> it is streamed and sent once", upload(g, 3<<20), 0},

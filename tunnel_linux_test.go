@@ -7,9 +7,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
-	"runtime/debug"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -100,7 +97,7 @@ func TestIdleTunnels(t *testing.T) {
 		echo(c, i)
 		defer c.Close()
 	}
-	before := residentKiB(t, g.cmd.Process.Pid)
+	before := resident(t, g.cmd.Process.Pid, "VmRSS")
 	var near []net.Conn
 	for i := range tunnels {
 		c := open()
@@ -112,9 +109,9 @@ func TestIdleTunnels(t *testing.T) {
 	if _, body := exchange(t, g.admin, get("/services/ws/a")); !strings.Contains(body, listed) {
 		t.Errorf("%s is not in %s", listed, body)
 	}
-	each := float64(residentKiB(t, g.cmd.Process.Pid)-before) / float64(tunnels)
+	each := float64(resident(t, g.cmd.Process.Pid, "VmRSS")-before) / float64(tunnels) / 1024
 	t.Logf("%.1f KiB a tunnel", each)
-	if most := 24.0; each > most && !underRace() {
+	if most := 24.0; each > most && !raceDetector {
 		t.Errorf("%.1f KiB a tunnel, want at most %.0f", each, most)
 	}
 	for i, c := range near {
@@ -128,30 +125,4 @@ func TestIdleTunnels(t *testing.T) {
 	if code := g.wait(); code != 0 || !g.logged("requests were cut", `"count":4100`) {
 		t.Errorf("exit code %d, %s", code, g.stderr.String())
 	}
-}
-
-// residentKiB is what a process has in memory.
-func residentKiB(t *testing.T, pid int) int {
-	t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, rest, _ := strings.Cut(string(status), "VmRSS:")
-	kib, err := strconv.Atoi(strings.Fields(rest)[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	return kib
-}
-
-// underRace tells whether this program was built with the race detector, which takes memory of its own.
-func underRace() bool {
-	info, _ := debug.ReadBuildInfo()
-	for _, s := range info.Settings {
-		if s.Key == "-race" && s.Value == "true" {
-			return true
-		}
-	}
-	return false
 }
