@@ -370,6 +370,8 @@ func TestOutOfDescriptors(t *testing.T) {
 		switch {
 		case err != nil: // one over a limit may be closed without a word
 			answers[errorOf(err)]++
+		case response.StatusCode == http.StatusServiceUnavailable && response.Header.Get("Retry-After") == "":
+			answers["503 without Retry-After"]++
 		default:
 			answers[strings.TrimSpace(fmt.Sprint(response.StatusCode, " ", response.Header.Get("Proxy-Status")))]++
 		}
