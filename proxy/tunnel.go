@@ -28,8 +28,8 @@ type tunnel struct {
 	c        *conn
 	upstream *upstream
 	backend  *backendConn
-	up, down flow // from the client, to the client
-	broken   bool // one side has failed: the other shall not take that for the end
+	up, down flow        // from the client, to the client
+	broken   atomic.Bool // one side has failed: the other shall not take that for the end
 	released bool
 	began    time.Time   // of the request
 	line     []slog.Attr // for --log-requests; nil if that is off
@@ -297,7 +297,7 @@ func (f *flow) pump() {
 			break
 		}
 		if err := f.fetch(); err != nil {
-			t.broken = true
+			t.broken.Store(true)
 			t.end()
 			return
 		}
@@ -354,7 +354,7 @@ func (f *flow) fetch() error {
 	case n == 0:
 		f.ended = true
 		f.dropPipe()
-		if f.t.broken || f.over && !f.back.ended { // it is no orderly end
+		if f.t.broken.Load() || f.over && !f.back.ended { // it is no orderly end
 			return nil
 		}
 		return f.to.CloseWrite()
@@ -379,7 +379,7 @@ func (f *flow) dropPipe() {
 
 // fail ends a direction whose receiver takes nothing any more. What that has sent before is still passed on.
 func (f *flow) fail() {
-	f.t.broken = true
+	f.t.broken.Store(true)
 	f.ended, f.waiting = true, nil
 	f.dropPipe()
 	b := f.back
@@ -389,7 +389,7 @@ func (f *flow) fail() {
 
 // end closes both connections.
 func (t *tunnel) end() {
-	if t.broken || !t.up.ended || !t.down.ended {
+	if t.broken.Load() || !t.up.ended || !t.down.ended {
 		t.reset()
 	}
 	t.c.close()
@@ -414,6 +414,9 @@ func (t *tunnel) run() {
 	upload.Go(func() { t.copy(&t.up, t.backend.Conn, client) })
 	t.copy(&t.down, client, t.backend.Conn)
 	upload.Wait()
+	if t.broken.Load() {
+		t.reset()
+	}
 }
 
 // expire closes the tunnel if nothing has moved.
@@ -439,8 +442,9 @@ func (t *tunnel) copy(f *flow, to, from net.Conn) {
 		if len(data) > 0 {
 			n, failed := to.Write(data)
 			f.total += int64(n)
-			if failed != nil {
-				break
+			if failed != nil { // what to has sent before is still passed on, by the other direction
+				t.broken.Store(true)
+				return
 			}
 			t.moved.Store(int64(time.Since(t.since)))
 		}
@@ -451,7 +455,7 @@ func (t *tunnel) copy(f *flow, to, from net.Conn) {
 		n, err = from.Read(buf)
 		data = buf[:n]
 	}
-	orderly := err == io.EOF
+	orderly := err == io.EOF && !t.broken.Load()
 	if sock, ok := from.(*loop.Socket); ok && sock.Lost() && !t.half.Load() { // another call got the error
 		orderly = false
 	}
@@ -462,6 +466,7 @@ func (t *tunnel) copy(f *flow, to, from net.Conn) {
 		}
 	}
 	if !orderly {
+		t.broken.Store(true)
 		t.reset()
 	}
 	t.abort()

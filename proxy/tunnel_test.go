@@ -460,6 +460,32 @@ func TestTunnelLastWords(t *testing.T) {
 	})
 }
 
+// The same while the other side is still writing: its next write finds the reset before the words were passed on.
+func TestTunnelLastWordsBesideMore(t *testing.T) {
+	eachTunnel(t, nil, func(t *testing.T, tt *tunnels) {
+		for range 50 {
+			c, f := tt.open(t)
+			stopped := make(chan struct{})
+			go func() {
+				defer close(stopped)
+				for {
+					if _, err := c.Conn.Write([]byte("more and more")); err != nil {
+						return
+					}
+					time.Sleep(20 * time.Microsecond) // the client's pace
+				}
+			}()
+			eventually(t, "it is in the socket", func() bool { return hasBytes(t, f.tcp) })
+			io.WriteString(f.Conn, "last words")
+			f.tcp.Close()
+			wantBytes(t, c.r, "last words")
+			c.Close()
+			<-stopped
+		}
+		tt.ended(t)
+	})
+}
+
 // hasBytes tells whether a socket has bytes that nobody has read.
 func hasBytes(t testing.TB, c *net.TCPConn) (has bool) {
 	raw, err := c.SyscallConn()
