@@ -171,8 +171,12 @@ func (c *conn) fail(err error) (keep bool) {
 
 // noteGone reports whether an error is that the client has left, or takes nothing, and notes it for the log.
 func (x *exchange) noteGone(err error) bool {
-	if !errors.Is(err, errClientGone) && !errors.Is(err, errClientSlow) {
+	slow := errors.Is(err, errClientSlow)
+	if !slow && !errors.Is(err, errClientGone) {
 		return false
+	}
+	if slow {
+		x.c.reset() // what waits for it in the socket would wait there for minutes
 	}
 	x.status = statusClientGone
 	return true

@@ -3,12 +3,14 @@ package proxy
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"math"
 	"net"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -142,6 +144,9 @@ func TestWriteTimeout(t *testing.T) {
 			case <-left:
 			case <-time.After(10 * time.Second):
 				t.Fatal("the backend's connection is still open")
+			}
+			if _, err := io.Copy(io.Discard, c.r); !errors.Is(err, syscall.ECONNRESET) { // else the rest would wait in the socket for minutes
+				t.Errorf("the client reads %v", err)
 			}
 			c.Close()
 			g.idle(t)
