@@ -149,7 +149,7 @@ func TestLimitFlags(t *testing.T) {
 			{"--client-min-download=100MiB", window, 4 << 10}, // so much that what the kernel takes for the client is little
 		} {
 			run(row.flag, framing, func(t *testing.T, g *running) {
-				g.register("echo", "a", "http://"+startBulk(t, 0).Addr().String())
+				g.register("echo", "a", "http://"+startBulk(t, 0, 0).Addr().String())
 				began := time.Now()
 				conn, r := talk(t, g, 10*row.limit, "")
 				_ = conn.(*net.TCPConn).SetReadBuffer(8 << 10)
