@@ -331,23 +331,6 @@ func TestFlagsAreWired(t *testing.T) {
 			}
 		}
 	})
-	t.Run("timeouts", func(t *testing.T) {
-		release := make(chan struct{})
-		defer close(release)
-		g := launch(t, nil, "--request-timeout", "50ms")
-		g.register("echo", "a", backend(t, func(http.ResponseWriter, *http.Request) { <-release }))
-		if status, _ := g.get("/echo"); status != 504 {
-			t.Errorf("status %d, want 504", status)
-		}
-	})
-	t.Run("connect timeout", func(t *testing.T) {
-		g := launch(t, nil, "--connect-timeout", "50ms")
-		g.register("echo", "a", "http://"+deaf(t))
-		begun := time.Now()
-		if status, body := g.get("/echo"); status < 502 || time.Since(begun) > time.Second {
-			t.Errorf("status %d after %v: %s", status, time.Since(begun), body)
-		}
-	})
 	t.Run("via, health path, request log", func(t *testing.T) {
 		echo := func(w http.ResponseWriter, r *http.Request) { fmt.Fprintf(w, "via %q", r.Header.Get("Via")) }
 		g := launch(t, nil, "--health-path", "/up", "--log-requests")

@@ -325,8 +325,8 @@ func TestReadmeStrategies(t *testing.T) {
 	}
 }
 
-// The limits that have a number are met at it and not past it. Those that are flags have their tests in proxy, and those
-// of time there too.
+// The limits that have a number are met at it and not past it. Those that are flags are set in TestLimitFlags, and have their
+// tests in proxy, as those of time do.
 func TestReadmeLimits(t *testing.T) {
 	limits, flags := map[string]string{}, map[string]bool{}
 	for _, row := range rows(t, "Limits") {
