@@ -2,12 +2,14 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -146,7 +148,7 @@ func TestLimitFlags(t *testing.T) {
 			takes pace // 0: nothing
 		}{
 			{"--client-write-timeout=500ms", soon, 0},
-			{"--client-min-download=100MiB", window, 4 << 10}, // so much that what the kernel takes for the client is little
+			{"--client-min-download=100KiB", window, 20 << 10},
 		} {
 			run(row.flag, framing, func(t *testing.T, g *running) {
 				g.register("echo", "a", "http://"+startBulk(t, 0, 0).Addr().String())
@@ -169,7 +171,7 @@ func TestLimitFlags(t *testing.T) {
 				})
 				since(t, began, row.limit)
 				n, err := io.Copy(io.Discard, r)
-				if err != nil || got+n >= size {
+				if !errors.Is(err, syscall.ECONNRESET) || got+n >= size {
 					t.Errorf("then the client got %d bytes and %v", got+n, err)
 				}
 			})
@@ -240,7 +242,7 @@ func TestLimitFlags(t *testing.T) {
 			t.Fatal(response, err)
 		}
 		eventually(t, "the idle one makes room", func() bool { status, _ := g.get("/echo"); return status == http.StatusOK })
-		since(t, began, time.Second) // of the two that are promised the first may be short: they are counted by a clock's
+		since(t, began, 2*time.Second)
 		if _, err := io.Copy(io.Discard, r); err != nil {
 			t.Errorf("the idle one got %v", err)
 		}

@@ -12,7 +12,7 @@ import (
 )
 
 const (
-	spareAfter = 2  // seconds without a byte after which a connection may make room for a new one
+	spareAfter = 2  // whole seconds without a byte, after which a connection may make room for a new one
 	spareLooks = 64 // at so many connections at most, to find one
 	maxLeaving = 64 // refused connections of a loop that are kept until their clients have left,
 	leavingFor = 2  // so many seconds at most
@@ -21,9 +21,21 @@ const (
 
 // add notes a connection. The error is net.ErrClosed once Shutdown has begun, or the refusal of a limit.
 func (p *Proxy) add(c *conn) error {
-	limits := &p.cfg.Limits
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if err := p.refuses(c); err != nil {
+		return err
+	}
+	if c.isCounted() {
+		p.clients[c.peer]++
+	}
+	p.conns[c] = struct{}{}
+	return nil
+}
+
+// refuses is why add would not take a connection now. The lock is held.
+func (p *Proxy) refuses(c *conn) error {
+	limits := &p.cfg.Limits
 	switch {
 	case p.closing.Load():
 		return net.ErrClosed
@@ -32,11 +44,14 @@ func (p *Proxy) add(c *conn) error {
 	case limits.Connections > 0 && len(p.conns) >= limits.Connections:
 		return p.limited.connections
 	}
-	if c.isCounted() {
-		p.clients[c.peer]++
-	}
-	p.conns[c] = struct{}{}
 	return nil
+}
+
+// crowded says that there is room for a connection only if another one makes it.
+func (p *Proxy) crowded(c *conn) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.refuses(c) == error(p.limited.connections)
 }
 
 // remove may be called again.
@@ -76,7 +91,7 @@ func (w *worker) spare() *conn {
 			switch c := bucket[i]; {
 			case c.sock.Held() || c.slot >= 0 || c.tunnel != nil, c.expires > second && c.expires <= w.second+wheelSize:
 				w.reshelve(c, second) // where it is not in the way of the next look
-			case now-c.since >= spareAfter && c.sock.Peek() < 0:
+			case now-c.since > spareAfter && c.sock.Peek() < 0:
 				return c
 			}
 		}

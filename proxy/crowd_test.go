@@ -692,6 +692,16 @@ func TestHeadThatGoesOnMakesNoRoom(t *testing.T) {
 	c.read(false).want(t, 200)
 }
 
+// Nor does it matter which loop the idle connection is on, and which one the new one comes to.
+func TestConnectionsOfOtherLoopsMakeRoom(t *testing.T) {
+	g := startLoops(t, 4, func(cfg *Config) { cfg.Limits.Connections = 1 }, nil)
+	g.register(t, "echo", "a", naming(t, "x").url())
+	for range 20 {
+		g.dial(t).get("/echo").want(t, 200)
+		g.ages()
+	}
+}
+
 // A client that has too many of its own costs nobody else one.
 func TestTooManyOfAClientMakeNoRoom(t *testing.T) {
 	g := startLoops(t, 1, func(cfg *Config) { cfg.Limits.Connections, cfg.Limits.ConnectionsPerClient = 2, 1 }, nil)

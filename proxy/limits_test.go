@@ -203,16 +203,17 @@ func TestMinimumRates(t *testing.T) {
 	}
 	for _, row := range []struct {
 		name   string
-		rate   int64 // the client sends 2 bytes a second
+		rate   int64
+		bytes  int // which the client sends, 2 a second, of 60
 		status int
-	}{{"none", -1, 415}, {"kept", 1, 415}, {"not kept", 4, 408}} {
+	}{{"none", -1, 60, 415}, {"kept", 1, 60, 415}, {"not kept", 4, 60, 408}, {"silent", 4, 1, 408}} {
 		t.Run("upload, "+row.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				c, p := startUpon(t, Limits{MinUpload: row.rate})
 				defer p.Close()
 				c.send("POST /register HTTP/1.1\r\nHost: localhost\r\nContent-Length: 60\r\n\r\n")
 				dripped := make(chan struct{})
-				go func() { defer close(dripped); drip(c, 60, time.Second/2) }()
+				go func() { defer close(dripped); drip(c, row.bytes, time.Second/2) }()
 				defer func() { c.Close(); <-dripped }()
 				began := time.Now()
 				if m := c.read(false); m.status() != row.status {
@@ -270,7 +271,7 @@ func TestSlowBodyThenRequest(t *testing.T) {
 		c := &client{t: t, Conn: near, r: bufio.NewReader(near)}
 		defer c.Close()
 		c.send("POST /echo HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20\r\n\r\n0123456789")
-		time.Sleep(paceWindow + time.Second)
+		time.Sleep(paceWindow + time.Second/2) // a deadline has up to a second of slack
 		c.send("0123456789" + "OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n")
 		if m := c.read(false); m.status() != 408 || m.field("Connection") != "close" {
 			t.Error(m.head)

@@ -186,7 +186,7 @@ func (p *Proxy) acceptor(ln net.Listener) (accept func() error, _ io.Closer, _ e
 		fd, remote, err := l.Accept()
 		if err == nil {
 			w := p.workers[p.turns.Add(1)%uint64(len(p.workers))]
-			if !w.loop.Do(func() { w.adopt(fd, remote) }) {
+			if !w.loop.Do(func() { w.adopt(fd, remote, len(w.p.workers)-1) }) {
 				loop.Discard(fd) // Close was faster
 			}
 		}
@@ -572,6 +572,9 @@ func (c *conn) push(all int, write func(done int) (int, error)) error {
 		done += n
 		if limits.MinDownload > 0 {
 			c.x.download.add(n, began)
+			if c.takesTooLittle() {
+				return errClientSlow
+			}
 		}
 		if done == all {
 			break
@@ -591,39 +594,62 @@ func (c *conn) push(all int, write func(done int) (int, error)) error {
 		switch {
 		case c.x.started && c.x.late(now):
 			return errOverTime
-		case c.x.download.below(limits.MinDownload), now.Sub(last) >= limits.WriteTimeout:
+		case now.Sub(last) >= limits.WriteTimeout:
 			return errClientSlow
 		}
 	}
 	return nil
 }
 
+// takesTooLittle says that the client takes less of a response than it must. What waits in the system it has not taken.
+func (c *conn) takesTooLittle() bool {
+	taken := c.x.download
+	if taken.waited < paceWindow {
+		return false
+	}
+	if c.sock != nil {
+		taken.bytes -= int64(c.sock.Queued())
+	}
+	return taken.below(c.p.cfg.Limits.MinDownload)
+}
+
 // receive calls read, which takes more of the request body, for patience or the limits at most. It returns errClientGone,
 // errBodyTimeout, errBodySlow or errOverTime.
 func (c *conn) receive(patience time.Duration, read func() (int, error)) (int, error) {
-	limits := &c.p.cfg.Limits
-	began := time.Now()
-	if c.read.arm(c.nc.SetReadDeadline, began, c.x.within(began, patience)) != nil {
-		return 0, errClientGone
+	limits, x := &c.p.cfg.Limits, &c.x
+	first := time.Now()
+	for began := first; ; began = time.Now() {
+		d := x.within(began, patience-began.Sub(first))
+		if limits.MinUpload > 0 {
+			d = min(d, paceWindow)
+		}
+		if c.read.arm(c.nc.SetReadDeadline, began, d) != nil {
+			return 0, errClientGone
+		}
+		if x.overtaken() {
+			return 0, errClientGone
+		}
+		n, err := read()
+		if n == 0 && !isTimeout(err) {
+			return 0, errClientGone
+		}
+		if limits.MinUpload > 0 {
+			x.uploadPace.add(n, began)
+			if x.uploadPace.below(limits.MinUpload) {
+				return n, errBodySlow
+			}
+		}
+		if n > 0 {
+			return n, nil
+		}
+		c.read.disarm()
+		switch now := time.Now(); {
+		case x.late(now):
+			return 0, errOverTime
+		case now.Sub(first) >= patience:
+			return 0, errBodyTimeout
+		}
 	}
-	if c.x.overtaken() {
-		return 0, errClientGone
-	}
-	n, err := read()
-	if limits.MinUpload > 0 {
-		c.x.uploadPace.add(n, began)
-	}
-	switch {
-	case n == 0 && !isTimeout(err):
-		return 0, errClientGone
-	case n == 0 && c.x.late(time.Now()):
-		return 0, errOverTime
-	case n == 0:
-		return 0, errBodyTimeout
-	case c.x.uploadPace.below(limits.MinUpload):
-		return n, errBodySlow
-	}
-	return n, nil
 }
 
 // chunkRoom is what a chunk of a buffer's size needs before and behind its data, and a little more.

@@ -67,10 +67,18 @@ func (p *Proxy) noMoreLoops() {
 	p.loops.Do(func() { p.loopsErr = errors.New("the gateway is shut down") })
 }
 
-// adopt takes over a connection that was accepted. On the loop.
-func (w *worker) adopt(fd int, remote netip.AddrPort) {
+// adopt takes over a connection that was accepted, or leaves it to one of so many others that may have room for it. On the
+// loop.
+func (w *worker) adopt(fd int, remote netip.AddrPort, others int) {
 	c := w.p.newConn(remote.Addr())
 	c.worker = w
+	if others > 0 && w.p.crowded(c) && w.spare() == nil {
+		next := w.p.workers[(w.index+1)%len(w.p.workers)]
+		if !next.loop.Do(func() { next.adopt(fd, remote, others-1) }) {
+			loop.Discard(fd)
+		}
+		return
+	}
 	sock, err := w.loop.Watch(fd, remote, c, false)
 	if err != nil {
 		w.p.log.Warn("connection refused", slog.String("reason", err.Error()))
