@@ -530,7 +530,7 @@ func TestBackendResets(t *testing.T) {
 				for _, method := range []string{"GET", "POST"} {
 					for range 10 {
 						g.warm(t, "/echo", 1)
-						var resets atomic.Bool
+						var resets, late atomic.Bool
 						resets.Store(true)
 						a.does(func(c net.Conn, m *message) bool {
 							if strings.HasPrefix(m.head, "POST") {
@@ -540,6 +540,8 @@ func TestBackendResets(t *testing.T) {
 								return says("fine")(c, m)
 							}
 							if row.first != "" {
+								began := time.Now()
+								defer func() { late.Store(time.Since(began) > wholeTimeout/2) }()
 								io.WriteString(c, row.first)
 								if row.name != "behind the answer" {
 									eventually(t, "the gateway has that", func() bool { return g.atBackends() == 0 })
@@ -556,8 +558,16 @@ func TestBackendResets(t *testing.T) {
 						if method == "POST" {
 							want = row.post
 						}
-						if m := c.read(false).want(t, want); want == 200 && m.body != "fine" {
+						m, err := readMessage(c.r, false)
+						switch {
+						case err != nil && m != nil && late.Load(): // on a busy machine its head was passed on before
+							c = g.dial(t)
+						case err != nil:
+							t.Fatal(err)
+						case want == 200 && m.body != "fine":
 							t.Fatalf("%q", m.body)
+						default:
+							m.want(t, want)
 						}
 						a.does(says("fine"))
 						c.get("/echo").want(t, 200) // it goes on
