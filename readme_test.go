@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -464,8 +465,10 @@ func TestReadmeLimitsAtOnce(t *testing.T) {
 	}
 }
 
+// upload sends a body to a backend that reads all of it: one that answers before could have the client find a reset.
 func upload(g *running, size int) int {
-	response, err := http.Post("http://"+g.data+"/echo", "text/plain", strings.NewReader(strings.Repeat("x", size)))
+	g.register("upload", "a", backend(g.t, func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) }))
+	response, err := http.Post("http://"+g.data+"/upload", "text/plain", strings.NewReader(strings.Repeat("x", size)))
 	if err != nil {
 		g.t.Fatal(err)
 	}
