@@ -267,7 +267,8 @@ func TestRollingRestart(t *testing.T) {
 	for _, row := range []struct {
 		name      string
 		registers bool // and unregisters itself
-	}{{"by itself", true}, {"by the API", false}} {
+		drain     string
+	}{{"by itself", true, "0s"}, {"by the API", false, "0s"}, {"drained", false, "20s"}} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
 			g := launch(t, nil)
@@ -288,14 +289,19 @@ func TestRollingRestart(t *testing.T) {
 				for id, b := range backends {
 					l.more(t, rate/4)
 					if !row.registers {
-						raw := strings.Replace(post(fmt.Sprintf(`{"service":"echo","id":%q}`, id)), "POST", "DELETE", 1)
-						if response, text := exchange(t, g.admin, raw); response.StatusCode != http.StatusNoContent {
+						raw := strings.Replace(post(fmt.Sprintf(`{"service":"echo","id":%q,"drain":%q}`, id, row.drain)), "POST", "DELETE", 1)
+						if response, text := exchange(t, g.admin, raw); response.StatusCode/100 != 2 || row.drain != "0s" && !strings.HasPrefix(text, `{"cut":0,`) {
 							t.Fatalf("unregistering: %d %s", response.StatusCode, text)
 						}
 					}
-					b.signal(syscall.SIGTERM)
-					if code := b.wait(); code != 0 {
-						t.Errorf("backend %s ended with %d", id, code)
+					if row.drain != "0s" { // it has nothing under way any more
+						b.signal(syscall.SIGKILL)
+						b.wait()
+					} else {
+						b.signal(syscall.SIGTERM)
+						if code := b.wait(); code != 0 {
+							t.Errorf("backend %s ended with %d", id, code)
+						}
 					}
 					backends[id] = begin(id)
 				}

@@ -137,6 +137,7 @@ type gateway struct {
 	log         *slog.Logger
 	ready       atomic.Bool
 	data, admin net.Listener // admin is nil if off
+	registry    *registry.Registry
 	proxy       *proxy.Proxy
 	ops         *admin.Server // nil with admin
 	serving     sync.WaitGroup
@@ -173,7 +174,7 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 	var api fasthttp.RequestHandler // describes what the proxy does, which is made with it
 	guarded := rule.Wrap(func(ctx *fasthttp.RequestCtx) { api(ctx) })
 
-	registration := registry.Config{Addrs: registry.AddrPolicy{Allow: cfg.AddrAllow, Deny: cfg.AddrDeny, Own: own}}
+	registration := registry.Config{Addrs: registry.AddrPolicy{Allow: cfg.AddrAllow, Deny: cfg.AddrDeny, Own: own}, Log: log}
 	forwarding := proxy.Config{
 		Strategy:       cfg.Strategy,
 		RequestTimeout: limit(cfg.RequestTimeout),
@@ -226,13 +227,13 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		forwarding.MayRead = func(ctx *fasthttp.RequestCtx) bool { return rule.Check(ctx) == nil }
 	}
 
-	reg := registry.New(registration)
-	forwarding.Registry = reg
+	g.registry = registry.New(registration)
+	forwarding.Registry = g.registry
 	if g.proxy, err = proxy.New(forwarding, nil); err != nil {
 		return nil, usageError{err}
 	}
-	api = registry.NewHandler(reg, g.proxy)
-	reg.OnChange(g.proxy.Update)
+	api = registry.NewHandler(g.registry, g.proxy)
+	g.registry.OnChange(g.proxy.Update)
 	if g.admin != nil {
 		operation := admin.Config{Ready: g.ready.Load, Log: log}
 		if cfg.API.OnAdmin() {
@@ -248,6 +249,7 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 	case cfg.API.OnData() && !bound(g.data).Addr().IsLoopback():
 		log.Warn("the API is served on the data listener without a token: whoever passes the rule of --api-allow may change where traffic goes; set --token or --api=admin")
 	}
+	log.Info("registrations end with this process")
 	g.ready.Store(true)
 	g.serve("data", g.data, g.proxy.Serve)
 	if g.admin != nil {
@@ -277,6 +279,7 @@ func (g *gateway) serve(name string, ln net.Listener, serve func(net.Listener) e
 func (g *gateway) stop() {
 	g.ready.Store(false)
 	time.Sleep(g.cfg.ShutdownDelay)
+	g.registry.Close() // who waits for a drain is answered, and no lease ends any more
 	if g.ops != nil {
 		g.serving.Go(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), time.Second) // its requests take milliseconds
@@ -303,6 +306,9 @@ func (g *gateway) close() {
 		if c != nil {
 			_ = c.Close()
 		}
+	}
+	if g.registry != nil {
+		g.registry.Close()
 	}
 	if g.proxy != nil {
 		g.proxy.Close()

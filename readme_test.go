@@ -237,13 +237,36 @@ func TestReadme(t *testing.T) {
 			if i == 0 || all[i-1].language != "sh" {
 				t.Errorf("line %d: an output of no command", b.line)
 			}
-		case "", "nginx", "haproxy": // a picture; what TestClientBehindTrustedFront runs
+		case "", "nginx", "haproxy", "ini", "yaml": // a picture; what TestClientBehindTrustedFront and TestReadmeUnits run
 		default:
 			t.Errorf("line %d: nothing tests a block of %s", b.line, b.language)
 		}
 	}
 	if commands < 10 {
 		t.Errorf("only %d blocks of commands were found", commands)
+	}
+}
+
+// What the README has a service manager do, is done.
+func TestReadmeUnits(t *testing.T) {
+	g := launch(t, nil)
+	names := strings.NewReplacer("%H", "host", "$HOSTNAME", "host", `"`, "", "]", "")
+	line := regexp.MustCompile(`kerberos ((?:un)?register .*)`)
+	var did []string
+	for _, b := range blocks(t) {
+		if b.language != "ini" && b.language != "yaml" {
+			continue
+		}
+		for _, match := range line.FindAllStringSubmatch(b.text, -1) {
+			args := strings.Fields(names.Replace(match[1]))
+			if out, errs, code := command(t, nil, append(args, "--gateway", "http://"+g.admin)...); code != 0 {
+				t.Errorf("%v: %d\n%s%s", args, code, out, errs)
+			}
+			did = append(did, args[0])
+		}
+	}
+	if !slices.Equal(did, []string{"register", "unregister", "unregister"}) {
+		t.Errorf("commands: %v", did)
 	}
 }
 
@@ -345,6 +368,15 @@ func TestReadmeLimits(t *testing.T) {
 		status, _ := g.post(fmt.Sprintf(`{"service":"echo","id":%q,"addr":"http://127.0.0.1:1","weight":%d}%s`, id, weight, strings.Repeat(" ", padding)))
 		return status
 	}
+	lend := func(ttl string) int {
+		status, _ := g.post(fmt.Sprintf(`{"service":"echo","id":"lent","addr":"http://127.0.0.1:1","ttl":%q}`, ttl))
+		return status
+	}
+	drained := func(limit string) int {
+		register("drained", 1, 0)
+		response, _ := exchange(t, g.admin, strings.Replace(post(fmt.Sprintf(`{"service":"echo","id":"drained","drain":%q}`, limit)), "POST", "DELETE", 1))
+		return response.StatusCode
+	}
 	head := func(size int) int {
 		raw := get("/echo")
 		raw = strings.Replace(raw, "\r\n\r\n", "\r\nX: "+strings.Repeat("x", size-len(raw)-len("X: \r\n"))+"\r\n\r\n", 1)
@@ -394,18 +426,21 @@ func TestReadmeLimits(t *testing.T) {
 		want         string
 		within, past int
 	}{
-		"fields that a `Connection` field names":    {"32 -> 400", nominated(32), nominated(33)},
-		"size line of a chunk":                      {"4 KiB -> 400", chunked(4000, 0), chunked(4<<10, 0)},
-		"trailer section":                           {"16 KiB -> 400", chunked(0, 15), chunked(0, 17)},
-		"a service's name, an instance's id":        {"128 characters of `A-Z a-z 0-9 . _ ~ : -` -> 400", register(strings.Repeat("x", 128), 1, 0), register(strings.Repeat("x", 129), 1, 0)},
-		"weight":                                    {fmt.Sprintf("%d -> 400", registry.MaxWeight), register("w", registry.MaxWeight, 0), register("w", registry.MaxWeight+1, 0)},
-		"body of an API call":                       {fmt.Sprintf("%d KiB -> 413", registry.MaxBody>>10), register("b", 1, 60<<10), register("b", 1, 64<<10)},
-		"interim responses (1xx) before a response": {"16 -> 502", interim(16), interim(17)},
-		"backend that takes nothing of a request":   {"30 s -> 504", 0, 0}, // TestBackendTakesNothing in proxy
-		"instances asked for one request":           {fmt.Sprintf("%d -> the last one's error", lb.MaxTried), 0, 0},
-		"HTTP/2, TLS to clients":                    {"not yet -> 505 for HTTP/2", 0, raw("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")},
-		"request body that can be sent again":       {"64 KiB -> it is streamed and sent once", upload(g, 3<<20), 0},
-		"registrations":                             {"in memory -> gone with the process", 0, 0},
+		"fields that a `Connection` field names":      {"32 -> 400", nominated(32), nominated(33)},
+		"size line of a chunk":                        {"4 KiB -> 400", chunked(4000, 0), chunked(4<<10, 0)},
+		"trailer section":                             {"16 KiB -> 400", chunked(0, 15), chunked(0, 17)},
+		"a service's name, an instance's id":          {"128 characters of `A-Z a-z 0-9 . _ ~ : -` -> 400", register(strings.Repeat("x", 128), 1, 0), register(strings.Repeat("x", 129), 1, 0)},
+		"weight":                                      {fmt.Sprintf("%d -> 400", registry.MaxWeight), register("w", registry.MaxWeight, 0), register("w", registry.MaxWeight+1, 0)},
+		"`ttl` of a lease, from 1 s on":               {"24 h -> 400", lend("24h"), lend("24h1s")},
+		"drain":                                       {"1 h -> 400", drained("1h"), drained("61m")},
+		"instances listed as expired, for 10 minutes": {"1000 -> the oldest are forgotten", 0, 0}, // TestManyExpire in registry
+		"body of an API call":                         {fmt.Sprintf("%d KiB -> 413", registry.MaxBody>>10), register("b", 1, 60<<10), register("b", 1, 64<<10)},
+		"interim responses (1xx) before a response":   {"16 -> 502", interim(16), interim(17)},
+		"backend that takes nothing of a request":     {"30 s -> 504", 0, 0}, // TestBackendTakesNothing in proxy
+		"instances asked for one request":             {fmt.Sprintf("%d -> the last one's error", lb.MaxTried), 0, 0},
+		"HTTP/2, TLS to clients":                      {"not yet -> 505 for HTTP/2", 0, raw("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")},
+		"request body that can be sent again":         {"64 KiB -> it is streamed and sent once", upload(g, 3<<20), 0},
+		"registrations":                               {"in memory -> gone with the process", 0, 0},
 		"start line and fields of a request or a response, in bytes; 0 is 1 MiB": {"32KiB -> 431; 502 for a backend's", head(32 << 10), head(32<<10 + 1)},
 		"field lines of a request or a response":                                 {"200 -> 431; 502 for a backend's", fields(200), fields(201)},
 		"first line of a request":                                                {"16KiB -> 414", line(16 << 10), line(16<<10 + 1)},

@@ -151,7 +151,7 @@ func (g *gateway) registerWeight(t testing.TB, service, id, addr string, weight 
 
 func (g *gateway) unregister(t testing.TB, service, id string) {
 	t.Helper()
-	if err := g.reg.Unregister(service, id); err != nil {
+	if err := g.reg.Unregister(service, id, ""); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -321,6 +321,14 @@ func (c *conn) api() (keep bool) {
 	} else {
 		registry.ErrorHandler(ctx, fasthttp.ErrBodyTooLarge)
 	}
+	if stream := registry.Stream(ctx); stream != nil {
+		x.started, x.status = true, ctx.Response.StatusCode()
+		x.giveBack()
+		c.read.disarm()
+		c.write.disarm()
+		stream(c.nc)
+		return false
+	}
 	keep = c.passBody()
 	if !keep {
 		ctx.Response.SetConnectionClose()

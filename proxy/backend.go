@@ -13,6 +13,9 @@ import (
 type backendConn struct {
 	net.Conn              // sock, or TLS on it
 	sock     *loop.Socket // nil if no loop watches it
+	below    net.Conn     // what is below TLS
+	upstream *upstream    // nil until it is opened
+	severed  atomic.Bool  // its end is no orderly one
 	read     alarm
 	write    alarm
 	one      [1]byte     // for a read that is to find nothing
@@ -30,6 +33,26 @@ func (c *backendConn) transport() net.Conn {
 		return secure.NetConn()
 	}
 	return c.Conn
+}
+
+// Close may be called again.
+func (c *backendConn) Close() error {
+	if u := c.upstream; u != nil {
+		u.open.mu.Lock()
+		delete(u.open.conns, c)
+		u.open.mu.Unlock()
+	}
+	return c.Conn.Close()
+}
+
+// sever ends both directions, from any goroutine; its owner has to close it all the same.
+func (c *backendConn) sever() {
+	c.severed.Store(true)
+	if sock, ok := c.below.(*loop.Socket); ok {
+		_ = sock.Shutdown()
+	} else {
+		_ = c.below.Close()
+	}
 }
 
 // forget drops what only a goroutine needs of it. On its loop.

@@ -343,11 +343,11 @@ func TestQueueSeesInstances(t *testing.T) {
 			t.Errorf("%q answered", m.body)
 		}
 	}
-	if err := g.reg.Unregister("echo", "b"); err != nil {
+	if err := g.reg.Unregister("echo", "b", ""); err != nil {
 		t.Fatal(err)
 	}
 	queued = g.queue(t, "/echo", "/echo", "/echo")
-	if err := g.reg.Unregister("echo", "a"); err != nil {
+	if err := g.reg.Unregister("echo", "a", ""); err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range queued {
@@ -553,7 +553,7 @@ func TestQueueUnderStress(t *testing.T) {
 						return
 					case <-time.After(3 * time.Millisecond):
 					}
-					_ = g.reg.Unregister("echo", "0")
+					_ = g.reg.Unregister("echo", "0", "")
 					_ = g.reg.Register("echo", registry.Instance{ID: "0", Addr: urls[0]})
 				}
 			})

@@ -851,7 +851,7 @@ func (x *exchange) relay() error {
 		x.back.w += n
 		switch {
 		case err == nil:
-		case errors.Is(err, io.EOF) && x.res.length < 0 && !x.res.chunked: // the close is the end
+		case errors.Is(err, io.EOF) && x.res.length < 0 && !x.res.chunked && !x.backend.severed.Load(): // the close is the end
 			if x.chunks {
 				c.out = appendLastChunk(c.out, nil)
 			}

@@ -71,7 +71,7 @@ func TestChurn(t *testing.T) {
 							t.Error(err)
 						}
 					}
-					if err := g.reg.Unregister("echo", id); err != nil {
+					if err := g.reg.Unregister("echo", id, ""); err != nil {
 						t.Error(err)
 					}
 				}
@@ -148,7 +148,7 @@ func TestNothingStaysBehind(t *testing.T) {
 						t.Errorf("%q, %v", m.head, err)
 					}
 				}
-				if err := g.reg.Unregister(name, id); err != nil {
+				if err := g.reg.Unregister(name, id, ""); err != nil {
 					t.Error(err)
 				}
 			}

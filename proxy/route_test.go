@@ -102,7 +102,7 @@ func TestForgottenServices(t *testing.T) {
 		}
 		unregister := func(name string) {
 			t.Helper()
-			if err := reg.Unregister(name, "1"); err != nil {
+			if err := reg.Unregister(name, "1", ""); err != nil {
 				t.Fatal(err)
 			}
 		}

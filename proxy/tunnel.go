@@ -354,7 +354,7 @@ func (f *flow) fetch() error {
 	case n == 0:
 		f.ended = true
 		f.dropPipe()
-		if f.t.broken.Load() || f.over && !f.back.ended { // it is no orderly end
+		if f.t.broken.Load() || f.t.backend.severed.Load() || f.over && !f.back.ended { // it is no orderly end
 			return nil
 		}
 		return f.to.CloseWrite()
@@ -455,7 +455,7 @@ func (t *tunnel) copy(f *flow, to, from net.Conn) {
 		n, err = from.Read(buf)
 		data = buf[:n]
 	}
-	orderly := err == io.EOF && !t.broken.Load()
+	orderly := err == io.EOF && !t.broken.Load() && !t.backend.severed.Load()
 	if sock, ok := from.(*loop.Socket); ok && sock.Lost() && !t.half.Load() { // another call got the error
 		orderly = false
 	}

@@ -39,8 +39,12 @@ type upstream struct {
 	addresses atomic.Pointer[addresses]
 	lastError atomic.Pointer[string]
 	closed    atomic.Bool
-	instance  atomic.Pointer[registry.Instance] // the latest registration
-	resolver  struct {
+	open      struct {
+		mu    sync.Mutex
+		conns map[*backendConn]struct{} // all connections, idle or not
+	}
+	instance atomic.Pointer[registry.Instance] // the latest registration
+	resolver struct {
 		mu    sync.Mutex
 		timer *time.Timer // nil for a literal address, or once closed
 		ctx   context.Context
@@ -250,8 +254,12 @@ func (u *upstream) connect(i int, ap netip.AddrPort, end time.Time) (net.Conn, e
 		return nil, err
 	}
 	b, err := u.service.proxy.watch(i, conn.(*net.TCPConn))
-	if err != nil || u.tls == nil {
-		return b, err
+	if err != nil {
+		return nil, err
+	}
+	u.opened(b)
+	if u.tls == nil {
+		return b, nil
 	}
 	secure := tls.Client(b.Conn, u.tls)
 	ctx, cancel := context.WithTimeout(context.Background(), min(u.dialer.Timeout, time.Until(end)))
@@ -264,10 +272,33 @@ func (u *upstream) connect(i int, ap netip.AddrPort, end time.Time) (net.Conn, e
 	return b, nil
 }
 
+// opened notes a connection; its Close forgets it.
+func (u *upstream) opened(b *backendConn) {
+	b.upstream = u
+	u.open.mu.Lock()
+	defer u.open.mu.Unlock()
+	if u.open.conns == nil {
+		u.open.conns = map[*backendConn]struct{}{}
+	}
+	u.open.conns[b] = struct{}{}
+}
+
+// Busy is how many requests and tunnels it has under way.
+func (u *upstream) Busy() int { return int(u.inFlight.Load() + u.tunnels.Load()) }
+
+// Cut breaks them off: whoever waits on one of the connections finds that it has ended.
+func (u *upstream) Cut() {
+	u.open.mu.Lock()
+	defer u.open.mu.Unlock()
+	for b := range u.open.conns {
+		b.sever()
+	}
+}
+
 // watch has a loop watch a new connection.
 func (p *Proxy) watch(i int, tcp *net.TCPConn) (*backendConn, error) {
 	if !loop.Supported {
-		return &backendConn{Conn: tcp}, nil
+		return &backendConn{Conn: tcp, below: tcp}, nil
 	}
 	if err := p.startLoops(); err != nil {
 		tcp.Close()
@@ -277,7 +308,7 @@ func (p *Proxy) watch(i int, tcp *net.TCPConn) (*backendConn, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &backendConn{Conn: sock, sock: sock}
+	b := &backendConn{Conn: sock, sock: sock, below: sock}
 	b.wake = func() { b.SetReadDeadline(time.Unix(1, 0)) }
 	sock.SetHandler(b)
 	return b, nil
@@ -382,6 +413,9 @@ func (u *upstream) release(i int, l lease, reusable bool) {
 
 // ready says whether requests may go to the instance, and if not, why.
 func (u *upstream) ready() (bool, string) {
+	if state := u.instance.Load().State(); state != registry.Up {
+		return false, string(state)
+	}
 	if now := u.addresses.Load(); len(now.list) == 0 {
 		return false, now.err.Error()
 	}

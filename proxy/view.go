@@ -246,7 +246,7 @@ func (s *service) part(have []member, gone []*upstream, instances []*registry.In
 				gone, have = append(gone, have[0].upstream), have[1:]
 			}
 			if len(have) > 0 && have[0].id == in.ID {
-				if u := have[0].upstream; u.instance.Load().Addr == in.Addr {
+				if u := have[0].upstream; u.target == in.Target() {
 					u.instance.Store(in)
 					m.upstream = u
 				} else {
@@ -281,7 +281,7 @@ func (m *member) stateNow() memberState {
 	if ok, _ := m.upstream.ready(); ok {
 		return ready
 	}
-	if m.gate.State() == cb.HalfOpen {
+	if m.upstream.instance.Load().State() == registry.Up && m.gate.State() == cb.HalfOpen {
 		return probing
 	}
 	return notReady
@@ -490,4 +490,14 @@ func (p *Proxy) DescribeInstance(name, id string) registry.InstanceStatus {
 		status.LastError = *last
 	}
 	return status
+}
+
+// InstanceTraffic is what an instance has under way, also when it has left; nil if requests do not know it.
+func (p *Proxy) InstanceTraffic(name, id string) registry.Traffic {
+	if s := p.service(name); s != nil {
+		if u := s.view.Load().upstream(id); u != nil {
+			return u
+		}
+	}
+	return nil
 }

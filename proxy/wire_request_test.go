@@ -789,7 +789,7 @@ func TestExpectContinue(t *testing.T) {
 	o := naming(t, "ok ")
 	g.register(t, "echo", "1", o.url())
 	g.register(t, "gone", "1", o.url())
-	if err := g.reg.Unregister("gone", "1"); err != nil {
+	if err := g.reg.Unregister("gone", "1", ""); err != nil {
 		t.Fatal(err)
 	}
 	const expect = "Host: a\r\nExpect: 100-continue\r\n"

@@ -21,7 +21,7 @@ func filled(b *testing.B, services, instances int) *Registry {
 
 func unregister(b *testing.B, r *Registry, service, id string) {
 	b.Helper()
-	if err := r.Unregister(service, id); err != nil {
+	if err := r.Unregister(service, id, ""); err != nil {
 		b.Fatal(err)
 	}
 }

@@ -2,6 +2,7 @@ package registry
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -27,6 +28,7 @@ const MaxBody = 64 << 10
 type Describer interface {
 	DescribeService(service string) ServiceStatus
 	DescribeInstance(service, id string) InstanceStatus
+	InstanceTraffic(service, id string) Traffic // nil: it is not published yet
 }
 
 // ServiceStatus is a service as requests see it.
@@ -58,13 +60,16 @@ type BreakerStatus struct {
 
 // NewHandler returns the registration API:
 //
-//	POST   /register                 {"service", "id", "addr", "weight"}   204
-//	DELETE /register                 {"service", "id"}                     204, 404
-//	GET    /services                                                       200
-//	GET    /services/{service}                                             200, 404
-//	GET    /services/{service}/{id}                                        200, 404
-//	PUT    /services/{service}/{id}  {"addr", "weight"}                    204
-//	DELETE /services/{service}/{id}                                        204, 404
+//	POST   /register                           {"service", "id", "addr", "weight", "ttl"}   204
+//	POST   /register?hold                      {"service", "id", "addr", "weight", "ttl"}   200
+//	DELETE /register                           {"service", "id", "addr", "drain"}           204, 200, 404, 409
+//	GET    /services                                                                        200
+//	GET    /services/{service}                                                              200, 404
+//	GET    /services/{service}/{id}                                                         200, 404
+//	PUT    /services/{service}/{id}            {"addr", "weight", "ttl"}                    204
+//	PATCH  /services/{service}/{id}            {"weight", "state"}                          204, 404
+//	DELETE /services/{service}/{id}?addr=&drain=                                            204, 200, 404, 409
+//	POST   /services/{service}/{id}/heartbeat?addr=                                         204, 404, 409
 //
 // Every refusal is problem+json (see Problem), and nothing has changed then. An instance registered by a peer that is
 // not loopback is marked so for AddrPolicy. Who may call is decided before this handler (internal/access). d may be nil:
@@ -78,7 +83,7 @@ func NewHandler(reg *Registry, d Describer) fasthttp.RequestHandler {
 	r.RedirectTrailingSlash = false
 	r.RedirectFixedPath = false
 	r.NotFound = func(ctx *fasthttp.RequestCtx) {
-		Problem(ctx, fasthttp.StatusNotFound, "", "the API answers at /register, /services, /services/{service} and /services/{service}/{id}")
+		Problem(ctx, fasthttp.StatusNotFound, "", "the API answers at /register, /services, /services/{service}, /services/{service}/{id} and /services/{service}/{id}/heartbeat")
 	}
 	r.MethodNotAllowed = func(ctx *fasthttp.RequestCtx) { // the router has set Allow
 		Problem(ctx, fasthttp.StatusMethodNotAllowed, "", fmt.Sprintf("%s is not allowed here; allowed: %s",
@@ -86,7 +91,7 @@ func NewHandler(reg *Registry, d Describer) fasthttp.RequestHandler {
 	}
 	r.GlobalOPTIONS = func(ctx *fasthttp.RequestCtx) { ctx.SetStatusCode(fasthttp.StatusNoContent) } // likewise
 
-	r.POST("/register", answer(a.register))
+	r.POST("/register", answer(a.register, "hold"))
 	r.DELETE("/register", answer(a.unregister))
 	for path, get := range map[string]func(*fasthttp.RequestCtx) error{
 		"/services":                a.getServices,
@@ -97,7 +102,9 @@ func NewHandler(reg *Registry, d Describer) fasthttp.RequestHandler {
 		r.HEAD(path, answer(get))
 	}
 	r.PUT("/services/{service}/{id}", answer(a.putInstance))
-	r.DELETE("/services/{service}/{id}", answer(a.deleteInstance))
+	r.PATCH("/services/{service}/{id}", answer(a.patchInstance))
+	r.DELETE("/services/{service}/{id}", answer(a.deleteInstance, "addr", "drain"))
+	r.POST("/services/{service}/{id}/heartbeat", answer(a.heartbeat, "addr"))
 
 	return func(ctx *fasthttp.RequestCtx) {
 		if !plainTarget(ctx) {
@@ -135,7 +142,7 @@ type api struct {
 
 // POST /register
 func (a *api) register(ctx *fasthttp.RequestCtx) error {
-	m, err := readMembers(ctx, "service", "id", "addr", "weight")
+	m, err := readMembers(ctx, "service", "id", "addr", "weight", "ttl")
 	if err != nil {
 		return err
 	}
@@ -148,7 +155,7 @@ func (a *api) putInstance(ctx *fasthttp.RequestCtx) error {
 	if err != nil {
 		return err
 	}
-	m, err := readMembers(ctx, "addr", "weight")
+	m, err := readMembers(ctx, "addr", "weight", "ttl")
 	if err != nil {
 		return err
 	}
@@ -157,22 +164,47 @@ func (a *api) putInstance(ctx *fasthttp.RequestCtx) error {
 }
 
 func (a *api) put(ctx *fasthttp.RequestCtx, m members) error {
-	remote := !ctx.RemoteIP().IsLoopback()
-	err := a.reg.Register(m.service, Instance{ID: m.id, Addr: m.addr, Weight: m.weight, remote: remote})
-	if err != nil {
+	in := Instance{ID: m.id, Addr: m.addr, Weight: m.weight, TTL: m.ttl, remote: !ctx.RemoteIP().IsLoopback()}
+	if ctx.QueryArgs().Has("hold") {
+		if value := ctx.QueryArgs().Peek("hold"); len(value) > 0 {
+			return &refusal{fasthttp.StatusBadRequest, "hold", "hold has no value"}
+		}
+		held, err := a.reg.Hold(m.service, in)
+		if err == errHolds {
+			return &refusal{fasthttp.StatusServiceUnavailable, "", err.Error()}
+		}
+		if err != nil {
+			return err
+		}
+		ctx.SetUserValue(streamKey{}, held.serve)
+		return nil
+	}
+	if err := a.reg.Register(m.service, in); err != nil {
 		return err
 	}
 	ctx.SetStatusCode(fasthttp.StatusNoContent)
 	return nil
 }
 
+type streamKey struct{}
+
+// Stream is what goes on with a connection when the handler has returned, instead of a response: it writes the whole of one, and
+// returns when the connection is to be closed. Usually there is none.
+func Stream(ctx *fasthttp.RequestCtx) func(net.Conn) {
+	stream, _ := ctx.UserValue(streamKey{}).(func(net.Conn))
+	return stream
+}
+
 // DELETE /register
 func (a *api) unregister(ctx *fasthttp.RequestCtx) error {
-	m, err := readMembers(ctx, "service", "id")
+	m, err := readMembers(ctx, "service", "id", "addr", "drain")
 	if err != nil {
 		return err
 	}
-	return a.drop(ctx, m.service, m.id)
+	if m.addr == "" && m.seen.has("addr") {
+		return errNoAddr
+	}
+	return a.drop(ctx, m.service, m.id, m.addr, m.drain)
 }
 
 // DELETE /services/{service}/{id}
@@ -184,15 +216,130 @@ func (a *api) deleteInstance(ctx *fasthttp.RequestCtx) error {
 	if err := noBody(ctx); err != nil {
 		return err
 	}
-	return a.drop(ctx, service, id)
+	addr, err := queryAddr(ctx)
+	if err != nil {
+		return err
+	}
+	var drain time.Duration
+	if text := ctx.QueryArgs().Peek("drain"); text != nil {
+		if drain, err = parseDrain(string(text)); err != nil {
+			return err
+		}
+	}
+	return a.drop(ctx, service, id, addr, drain)
 }
 
-func (a *api) drop(ctx *fasthttp.RequestCtx, service, id string) error {
+// queryAddr is the addr that a call is about, empty if it does not say.
+func queryAddr(ctx *fasthttp.RequestCtx) (string, error) {
+	addr := string(ctx.QueryArgs().Peek("addr"))
+	if addr == "" && ctx.QueryArgs().Has("addr") {
+		return "", errNoAddr
+	}
+	return addr, nil
+}
+
+var errNoAddr = &FieldError{"addr", "is empty: say which, or leave it out for whichever it is"}
+
+// parseDrain reads how long an unregistration may wait.
+func parseDrain(text string) (time.Duration, error) {
+	d, err := time.ParseDuration(text)
+	if err != nil || d < 0 || d > MaxDrain {
+		return 0, &FieldError{"drain", "must be a time from 0s to 1h, such as 30s, not " + clip(text)}
+	}
+	return d, nil
+}
+
+// drainedJSON is what is said at the end of a drain.
+type drainedJSON struct {
+	Cut    int    `json:"cut"` // requests and tunnels that were not at their end
+	Waited string `json:"waited"`
+}
+
+// drop unregisters an instance; with a drain it answers when that is over.
+func (a *api) drop(ctx *fasthttp.RequestCtx, service, id, addr string, drain time.Duration) error {
 	if err := validNames(service, id); err != nil {
 		return err
 	}
-	if err := a.reg.Unregister(service, id); err != nil { // ErrNotFound is all it can be
+	var err error
+	var drained drainedJSON
+	if drain > 0 {
+		traffic := a.d.InstanceTraffic(service, id)
+		if traffic == nil {
+			traffic = noTraffic{}
+		}
+		var waited time.Duration
+		drained.Cut, waited, err = a.reg.Drain(service, id, addr, drain, traffic)
+		drained.Waited = waited.Round(time.Millisecond).String()
+	} else {
+		err = a.reg.Unregister(service, id, addr)
+	}
+	switch {
+	case errors.Is(err, ErrNotFound):
 		return notFound(a.reg.Snapshot(service), service, id)
+	case errors.Is(err, ErrConflict):
+		return conflict(service, id)
+	case errors.Is(err, ErrClosed):
+		return &refusal{fasthttp.StatusServiceUnavailable, "", "the gateway stops: how much is under way at the instance is not known"}
+	case err != nil:
+		return err
+	case drain > 0:
+		writeJSON(ctx, drained)
+		return nil
+	}
+	ctx.SetStatusCode(fasthttp.StatusNoContent)
+	return nil
+}
+
+func conflict(service, id string) error {
+	return &refusal{fasthttp.StatusConflict, "addr", fmt.Sprintf("instance %s of service %s is registered with another addr by now; nothing has changed", clip(id), clip(service))}
+}
+
+// PATCH /services/{service}/{id}
+func (a *api) patchInstance(ctx *fasthttp.RequestCtx) error {
+	service, id, err := pathNames(ctx)
+	if err != nil {
+		return err
+	}
+	m, err := readMembers(ctx, "weight?", "state?")
+	if err != nil {
+		return err
+	}
+	p := Patch{SetWeight: m.seen.has("weight"), SetState: m.seen.has("state"), Override: Override{State: State(m.state)}}
+	if !m.null.has("weight") {
+		p.Weight = &m.weight
+	}
+	if p.SetState && !m.null.has("state") && m.state == "" {
+		return &FieldError{"state", stateRule}
+	}
+	if err := a.reg.Patch(service, id, p); errors.Is(err, ErrNotFound) {
+		return notFound(a.reg.Snapshot(service), service, id)
+	} else if err != nil {
+		return err
+	}
+	ctx.SetStatusCode(fasthttp.StatusNoContent)
+	return nil
+}
+
+// POST /services/{service}/{id}/heartbeat
+func (a *api) heartbeat(ctx *fasthttp.RequestCtx) error {
+	service, id, err := pathNames(ctx)
+	if err != nil {
+		return err
+	}
+	if err := noBody(ctx); err != nil {
+		return err
+	}
+	addr, err := queryAddr(ctx)
+	if err != nil {
+		return err
+	}
+	switch err := a.reg.Renew(service, id, addr); {
+	case errors.Is(err, ErrNotFound):
+		return &refusal{fasthttp.StatusNotFound, "id", fmt.Sprintf("service %s has no instance %s (any more): register again", clip(service), clip(id))}
+	case errors.Is(err, ErrConflict):
+		return conflict(service, id)
+	case err != nil:
+		return err
 	}
 	ctx.SetStatusCode(fasthttp.StatusNoContent)
 	return nil
@@ -208,6 +355,9 @@ func (a *api) getServices(ctx *fasthttp.RequestCtx) error {
 		if s := a.reg.Snapshot(name); s != nil { // nil: it left since
 			list.Services = append(list.Services, a.service(s))
 		}
+	}
+	for _, e := range a.reg.Expired() {
+		list.Expired = append(list.Expired, expiredJSON{e.Service, e.ID, e.Addr, seconds(e.At)})
 	}
 	writeJSON(ctx, list)
 	return nil
@@ -251,6 +401,14 @@ func (a *api) getInstance(ctx *fasthttp.RequestCtx) error {
 // What GET answers. Members are only ever added; a script may rely on the names and on their order staying.
 type servicesJSON struct {
 	Services []serviceJSON `json:"services"`
+	Expired  []expiredJSON `json:"expired,omitempty"`
+}
+
+type expiredJSON struct {
+	Service   string    `json:"service"`
+	ID        string    `json:"id"`
+	Addr      string    `json:"addr"`
+	ExpiredAt time.Time `json:"expired_at"`
 }
 
 type serviceJSON struct {
@@ -264,7 +422,17 @@ type instanceJSON struct {
 	Addr   string `json:"addr"`
 	Weight int    `json:"weight"`
 	InstanceStatus
-	RegisteredAt time.Time `json:"registered_at"`
+	RegisteredAt time.Time  `json:"registered_at"`
+	Lease        *leaseJSON `json:"lease"`    // null: it has none
+	State        State      `json:"state"`    // the one in force,
+	Override     *Override  `json:"override"` // and what an operator has set; null: nothing
+}
+
+type leaseJSON struct {
+	TTL       string `json:"ttl"`
+	ExpiresIn string `json:"expires_in"` // unless it is renewed; empty while a connection holds it
+	Held      bool   `json:"held"`
+	Stale     bool   `json:"stale"` // it has ended, with those of too many others to be believed
 }
 
 func (a *api) service(s *Snapshot) serviceJSON {
@@ -282,7 +450,16 @@ func (a *api) instance(service string, in *Instance) instanceJSON {
 		until := seconds(*st.Breaker.Until)
 		st.Breaker.Until = &until
 	}
-	return instanceJSON{in.ID, in.Addr, in.Weight, st, seconds(in.RegisteredAt)}
+	out := instanceJSON{in.ID, in.Addr, in.Weight, st, seconds(in.RegisteredAt), nil, in.State(), nil}
+	if !in.Override.none() {
+		out.Override = &in.Override
+	}
+	if left, ok := a.reg.ExpiresIn(in); ok {
+		out.Lease = &leaseJSON{in.TTL.String(), left.Truncate(time.Millisecond).String(), false, in.stale}
+	} else if in.hold != nil {
+		out.Lease = &leaseJSON{cmp.Or(in.TTL, heldTTL).String(), "", true, false}
+	}
+	return out
 }
 
 // seconds makes a time that JSON shows as RFC 3339 in UTC without a fraction.
@@ -292,6 +469,13 @@ type noDescriber struct{}
 
 func (noDescriber) DescribeService(string) ServiceStatus           { return ServiceStatus{} }
 func (noDescriber) DescribeInstance(string, string) InstanceStatus { return InstanceStatus{} }
+func (noDescriber) InstanceTraffic(string, string) Traffic         { return nil }
+
+// noTraffic is that of an instance which requests do not know.
+type noTraffic struct{}
+
+func (noTraffic) Busy() int { return 0 }
+func (noTraffic) Cut()      {}
 
 // refusal is an error with the status it is answered with.
 type refusal struct {
@@ -301,10 +485,10 @@ type refusal struct {
 
 func (e *refusal) Error() string { return e.detail }
 
-// answer makes a handler of a call: none takes a query, and an error is answered as what it is.
-func answer(call func(*fasthttp.RequestCtx) error) fasthttp.RequestHandler {
+// answer makes a handler of a call: its query has no other parameters than these, and an error is answered as what it is.
+func answer(call func(*fasthttp.RequestCtx) error, params ...string) fasthttp.RequestHandler {
 	return func(ctx *fasthttp.RequestCtx) {
-		err := noQuery(ctx)
+		err := checkQuery(ctx, params)
 		if err == nil {
 			err = call(ctx)
 		}
@@ -315,6 +499,9 @@ func answer(call func(*fasthttp.RequestCtx) error) fasthttp.RequestHandler {
 		case errors.As(err, &bad):
 			Problem(ctx, fasthttp.StatusBadRequest, bad.Field, bad.Error())
 		case errors.As(err, &no):
+			if no.status == fasthttp.StatusServiceUnavailable {
+				ctx.Response.Header.Set(fasthttp.HeaderRetryAfter, "1")
+			}
 			Problem(ctx, no.status, no.field, no.detail)
 		default:
 			Problem(ctx, fasthttp.StatusInternalServerError, "", err.Error())
@@ -372,18 +559,30 @@ func notFound(s *Snapshot, service, id string) error {
 	return &refusal{fasthttp.StatusNotFound, "id", fmt.Sprintf("service %s has no instance %s; GET /services/%s lists those it has", clip(service), clip(id), service)}
 }
 
-// noQuery refuses a query: no call takes one, and one that is ignored would not do what its sender meant.
-func noQuery(ctx *fasthttp.RequestCtx) error {
+// checkQuery refuses a parameter that a call does not take, or that comes twice: ignored, it would not do what its sender
+// meant.
+func checkQuery(ctx *fasthttp.RequestCtx, params []string) error {
 	_, query, _ := strings.Cut(string(ctx.RequestURI()), "?")
-	if query == "" {
-		return nil
+	seen := map[string]bool{}
+	for part := range strings.SplitSeq(query, "&") {
+		if part == "" {
+			continue
+		}
+		name, _, _ := strings.Cut(part, "=")
+		if s, err := url.QueryUnescape(name); err == nil {
+			name = s
+		}
+		switch {
+		case !slices.Contains(params, name) && len(params) == 0:
+			return &refusal{fasthttp.StatusBadRequest, short(name), fmt.Sprintf("unknown query parameter %s: this call takes none", clip(name))}
+		case !slices.Contains(params, name):
+			return &refusal{fasthttp.StatusBadRequest, short(name), fmt.Sprintf("unknown query parameter %s; this call takes %s", clip(name), strings.Join(params, ", "))}
+		case seen[name]:
+			return &refusal{fasthttp.StatusBadRequest, name, name + " is there twice"}
+		}
+		seen[name] = true
 	}
-	first, _, _ := strings.Cut(query, "&")
-	name, _, _ := strings.Cut(first, "=")
-	if s, err := url.QueryUnescape(name); err == nil {
-		name = s
-	}
-	return &refusal{fasthttp.StatusBadRequest, short(name), fmt.Sprintf("unknown query parameter %s: this call takes none", clip(name))}
+	return nil
 }
 
 // noBody refuses a body where a call takes none, for the same reason.
@@ -416,11 +615,23 @@ func pathName(ctx *fasthttp.RequestCtx, field string) (string, error) {
 	return name, nil
 }
 
-// members are what a body may hold. A missing string is empty, a missing weight 0: no weight.
+// members are what a body may hold. A missing string is empty, a missing weight or ttl 0: none.
 type members struct {
 	service, id, addr string
+	state             string
 	weight            int
+	ttl, drain        time.Duration
+	seen, null        memberSet // which there were, and were null
 }
+
+// memberSet is a set of memberNames.
+type memberSet uint8
+
+var memberNames = []string{"service", "id", "addr", "weight", "ttl", "drain", "state"}
+
+func (s memberSet) has(name string) bool { return s&member(name) != 0 }
+
+func member(name string) memberSet { return 1 << slices.Index(memberNames, name) }
 
 // readMembers reads a request's body: JSON of at most MaxBody bytes that holds no other members than those allowed.
 func readMembers(ctx *fasthttp.RequestCtx, allowed ...string) (members, error) {
@@ -456,11 +667,19 @@ func readBody(ctx *fasthttp.RequestCtx) ([]byte, error) {
 	return body, nil
 }
 
-// decodeMembers reads one JSON object strictly: a member that is unknown, comes twice or has the wrong type is refused by
+// decodeMembers reads one JSON object strictly; a name with a ? behind it may be null: a member that is unknown, comes twice or has the wrong type is refused by
 // its name, and so is anything after the object. encoding/json alone lets all of that pass, and names in other case.
 func decodeMembers(body []byte, allowed ...string) (members, error) {
 	bad := func(field, format string, args ...any) (members, error) {
 		return members{}, &refusal{fasthttp.StatusBadRequest, field, fmt.Sprintf(format, args...)}
+	}
+	allowed = slices.Clone(allowed)
+	var nullable memberSet
+	for i, name := range allowed {
+		if base, ok := strings.CutSuffix(name, "?"); ok {
+			allowed[i] = base
+			nullable |= member(base)
+		}
 	}
 	expected := "one JSON object with " + strings.Join(allowed, ", ")
 	if !utf8.Valid(body) {
@@ -476,7 +695,6 @@ func decodeMembers(body []byte, allowed ...string) (members, error) {
 		return bad("", "the body must be %s", expected)
 	}
 	var m members
-	seen := make(map[string]bool, len(allowed))
 	for dec.More() {
 		t, err := dec.Token()
 		name, ok := t.(string)
@@ -486,13 +704,17 @@ func decodeMembers(body []byte, allowed ...string) (members, error) {
 		if !slices.Contains(allowed, name) {
 			return bad(short(name), "unknown member %s; allowed here: %s", clip(name), strings.Join(allowed, ", "))
 		}
-		if seen[name] {
+		if m.seen.has(name) {
 			return bad(name, "%s is there twice", name)
 		}
-		seen[name] = true
+		m.seen |= member(name)
 		value, err := dec.Token()
 		if err != nil {
 			return bad(name, "%s cannot be read: %v", name, err)
+		}
+		if value == nil && nullable.has(name) {
+			m.null |= member(name)
+			continue
 		}
 		if name == "weight" {
 			number, ok := value.(json.Number)
@@ -512,6 +734,16 @@ func decodeMembers(body []byte, allowed ...string) (members, error) {
 			m.id = text
 		case "addr":
 			m.addr = text
+		case "state":
+			m.state = text
+		case "drain":
+			if m.drain, err = parseDrain(text); err != nil {
+				return members{}, err
+			}
+		case "ttl":
+			if m.ttl, err = time.ParseDuration(text); err != nil {
+				return bad(name, "%s %s, not %s", name, ttlRule, clip(text))
+			}
 		}
 	}
 	return m, nil

@@ -5,6 +5,8 @@ package registry
 import (
 	"errors"
 	"fmt"
+	"log/slog"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,12 +21,16 @@ const MaxWeight = 1_000_000
 // maxName is the longest name of a service or an instance, in bytes.
 const maxName = 128
 
-// ErrNotFound is what Unregister wraps when there is no such service or instance.
-var ErrNotFound = errors.New("not registered")
+// What the errors about an instance wrap.
+var (
+	ErrNotFound = errors.New("not registered")               // there is no such service or instance
+	ErrConflict = errors.New("registered with another addr") // by somebody who came later
+	ErrClosed   = errors.New("the registry is closed")
+)
 
 // FieldError refuses one field of a registration. Its texts are meant for the client that sent it.
 type FieldError struct {
-	Field  string // service, id, addr or weight
+	Field  string // service, id, addr, weight, ttl, state or drain
 	Detail string // what is wrong, and what would be right
 }
 
@@ -35,6 +41,8 @@ func (e *FieldError) Error() string { return e.Field + ": " + e.Detail }
 type Config struct {
 	Addrs    AddrPolicy
 	Reserved []string // service names that are refused, because the API answers at these paths
+
+	Log *slog.Logger // what nobody asked for; default: nothing
 }
 
 // Registry holds the live instances. Readers load one service and never wait. Writers take turns, build that service's
@@ -42,15 +50,29 @@ type Config struct {
 // costs a part of its own service's instances, however many services there are.
 type Registry struct {
 	cfg      Config
-	services sync.Map // name -> *service: a hash trie, so adding or dropping one copies no others
+	services sync.Map // name -> *slot: a hash trie, so adding or dropping one copies no others
 
 	mu         sync.Mutex       // serializes writers; guards what follows
 	generation uint64           // of the last change; grows by one with each
 	onChange   []func(s string) // replaced, never appended in place: a change calls those it saw under mu
+	leases     leases
+	expired    []Expired
+	watching   bool // there is a watch
+	closed     bool
+
+	began    time.Time    // of the registry's clock
+	resumed  atomic.Int64 // on it: no lease ends less than its ttl after this
+	holds    atomic.Int64 // connections
+	probes   [2]chan struct{}
+	closing  chan struct{}
+	watchers sync.WaitGroup
 }
 
-// service is one service's slot in the map. It is in the map only while its snapshot has instances.
-type service struct{ snapshot atomic.Pointer[Snapshot] }
+// slot is one service's place in the map. It is there only while its snapshot has instances.
+type slot struct {
+	snapshot atomic.Pointer[Snapshot]
+	doubted  bool // so many fell silent that none is believed to have ended before a probe; guarded by Registry.mu
+}
 
 // New makes an empty registry. It keeps its own copy of cfg.
 func New(cfg Config) *Registry {
@@ -58,28 +80,110 @@ func New(cfg Config) *Registry {
 	cfg.Addrs.Deny = slices.Clone(cfg.Addrs.Deny)
 	cfg.Addrs.Own = slices.Clone(cfg.Addrs.Own)
 	cfg.Reserved = slices.Clone(cfg.Reserved)
-	return &Registry{cfg: cfg}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	r := &Registry{cfg: cfg, began: time.Now(), closing: make(chan struct{})}
+	r.resumed.Store(math.MinInt64 / 2)
+	for i := range r.probes {
+		r.probes[i] = make(chan struct{}, mostProbes)
+	}
+	return r
+}
+
+// Close ends the watch over leases and holds: none ends any more. Drains are answered, and it waits for probes.
+func (r *Registry) Close() {
+	r.mu.Lock()
+	if !r.closed {
+		r.closed = true
+		close(r.closing)
+	}
+	r.mu.Unlock()
+	r.watchers.Wait()
 }
 
 // Register adds an instance to a service, or updates the one with that id in place: its RegisteredAt stays, its
-// Generation grows with every call, also if nothing else changed. RegisteredAt and Generation of in are ignored. The
-// error is a *FieldError, and then nothing has changed. When Register returns nil, every function given to OnChange has
-// returned.
+// Generation grows with every call, also if nothing else changed. A lease begins anew. RegisteredAt and Generation of in are
+// ignored. The error is a *FieldError, and then nothing has changed. When Register returns nil, every function given to
+// OnChange has returned.
 func (r *Registry) Register(service string, in Instance) error {
+	_, err := r.register(service, in, nil)
+	return err
+}
+
+// register adds an instance that has a lease, unless a connection holds it.
+func (r *Registry) register(service string, in Instance, h *hold) (generation uint64, err error) {
 	if err := r.check(service, &in); err != nil {
-		return err
+		return 0, err
 	}
 	in.RegisteredAt = time.Now()
 
 	r.mu.Lock()
 	r.generation++
 	in.Generation = r.generation
-	slot := r.service(service)
+	at := r.service(service)
 	var prev *Snapshot
-	if slot != nil {
-		prev = slot.snapshot.Load()
+	if at != nil {
+		prev = at.snapshot.Load()
 	}
-	r.publish(service, slot, prev.with(service, &in))
+	before := prev.Instance(in.ID)
+	r.revoke(before)
+	in.lease, in.hold, in.suspect, in.stale = nil, h, false, false
+	in.inherit(before)
+	if h == nil && in.drain == nil {
+		r.grant(service, &in)
+	}
+	if before == nil { // it has not left for good
+		r.expired = slices.DeleteFunc(r.expired, func(e Expired) bool { return e.Service == service && e.ID == in.ID })
+	}
+	r.publish(service, at, prev.with(service, &in, in.Generation))
+	hear := r.onChange
+	r.mu.Unlock()
+
+	for _, f := range hear {
+		f(service)
+	}
+	return in.Generation, nil
+}
+
+// Unregister removes an instance, and the service with its last one. If addr is not empty, it does so only while the id
+// stands with that addr: who stops late does not remove its successor. The error wraps ErrNotFound or ErrConflict, or is a
+// *FieldError for an addr that is none. When Unregister returns nil, every function given to OnChange has returned.
+func (r *Registry) Unregister(service, id, addr string) error {
+	return r.edit(service, id, addr, func(at *slot, in *Instance) {
+		r.revoke(in)
+		r.remove(at, in)
+	})
+}
+
+// edit has f change an instance, under the lock, and tells of it. The errors are those of Unregister.
+func (r *Registry) edit(service, id, addr string, f func(*slot, *Instance)) error {
+	var target Target
+	if addr != "" {
+		var err error
+		if target, err = ParseAddr(addr); err != nil {
+			return &FieldError{"addr", err.Error()}
+		}
+	}
+	r.mu.Lock()
+	at := r.service(service)
+	if at == nil {
+		r.mu.Unlock()
+		return fmt.Errorf("%s of service %s, which has no instance: %w", clip(id), clip(service), ErrNotFound)
+	}
+	in := at.snapshot.Load().Instance(id)
+	var err error
+	switch {
+	case in == nil:
+		err = ErrNotFound
+	case addr != "" && in.target != target:
+		err = ErrConflict
+	}
+	if err != nil {
+		r.mu.Unlock()
+		return fmt.Errorf("%s of service %s: %w", clip(id), clip(service), err)
+	}
+	f(at, in)
 	hear := r.onChange
 	r.mu.Unlock()
 
@@ -89,38 +193,27 @@ func (r *Registry) Register(service string, in Instance) error {
 	return nil
 }
 
-// Unregister removes an instance, and the service with its last one. The error wraps ErrNotFound if it is not there.
-// When Unregister returns nil, every function given to OnChange has returned.
-func (r *Registry) Unregister(service, id string) error {
-	r.mu.Lock()
-	slot := r.service(service)
-	if slot == nil {
-		r.mu.Unlock()
-		return fmt.Errorf("unregister %s of service %s, which has no instance: %w", clip(id), clip(service), ErrNotFound)
-	}
-	next, ok := slot.snapshot.Load().without(id, r.generation+1)
-	if !ok {
-		r.mu.Unlock()
-		return fmt.Errorf("unregister %s of service %s: %w", clip(id), clip(service), ErrNotFound)
-	}
+// remove takes an instance out of its service. The caller holds mu.
+func (r *Registry) remove(at *slot, in *Instance) {
 	r.generation++
-	r.publish(service, slot, next)
-	hear := r.onChange
-	r.mu.Unlock()
+	before := at.snapshot.Load()
+	r.publish(before.service, at, before.without(in.ID, r.generation))
+}
 
-	for _, f := range hear {
-		f(service)
+// spawn runs f in a goroutine that Close waits for. The caller holds mu.
+func (r *Registry) spawn(f func()) {
+	if !r.closed {
+		r.watchers.Go(f)
 	}
-	return nil
 }
 
 // Snapshot returns a service's instances as they are now, or nil if it has none.
 func (r *Registry) Snapshot(service string) *Snapshot {
-	slot := r.service(service)
-	if slot == nil {
+	at := r.service(service)
+	if at == nil {
 		return nil
 	}
-	return slot.snapshot.Load()
+	return at.snapshot.Load()
 }
 
 // Names returns the names of all services, sorted. It is for lists, not for requests: it walks all of them.
@@ -145,27 +238,27 @@ func (r *Registry) OnChange(f func(service string)) {
 }
 
 // service returns a service's slot, or nil.
-func (r *Registry) service(name string) *service {
+func (r *Registry) service(name string) *slot {
 	if v, ok := r.services.Load(name); ok {
-		return v.(*service)
+		return v.(*slot)
 	}
 	return nil
 }
 
-// publish makes next what readers see. The caller holds mu. slot is nil if the service is new; next without instances
+// publish makes next what readers see. The caller holds mu. at is nil if the service is new; next without instances
 // ends it.
-func (r *Registry) publish(name string, slot *service, next *Snapshot) {
+func (r *Registry) publish(name string, at *slot, next *Snapshot) {
 	switch {
 	case next.n == 0:
 		// A reader that loaded the slot before it left the map must not keep seeing the last instance.
-		slot.snapshot.Store(nil)
+		at.snapshot.Store(nil)
 		r.services.Delete(name)
-	case slot == nil:
-		slot = new(service)
-		slot.snapshot.Store(next)
-		r.services.Store(name, slot)
+	case at == nil:
+		at = &slot{}
+		at.snapshot.Store(next)
+		r.services.Store(name, at)
 	default:
-		slot.snapshot.Store(next)
+		at.snapshot.Store(next)
 	}
 }
 
@@ -176,6 +269,9 @@ func (r *Registry) check(service string, in *Instance) error {
 	}
 	if slices.Contains(r.cfg.Reserved, service) {
 		return &FieldError{"service", fmt.Sprintf("%s is reserved: the API answers at /%[1]s; choose another name", service)}
+	}
+	if in.TTL != 0 && (in.TTL < MinTTL || in.TTL > MaxTTL) {
+		return &FieldError{"ttl", ttlRule + ", not " + in.TTL.String()}
 	}
 	if in.Weight < 0 || in.Weight > MaxWeight {
 		return &FieldError{"weight", weightRule + ", not " + strconv.Itoa(in.Weight)}

@@ -104,7 +104,7 @@ func TestRegisterUpdatesInPlace(t *testing.T) {
 	}
 
 	// Leaving and coming back is a new registration.
-	if err := r.Unregister("echo", "a"); err != nil {
+	if err := r.Unregister("echo", "a", ""); err != nil {
 		t.Fatal(err)
 	}
 	register(t, r, "echo", "a", "http://10.0.0.1", 1)
@@ -185,14 +185,14 @@ func TestUnregister(t *testing.T) {
 	}
 	register(t, r, "other", "a", "http://10.0.0.1", 1)
 	for _, tt := range [][2]string{{"none", "a"}, {"echo", "x"}, {"", ""}} {
-		if err := r.Unregister(tt[0], tt[1]); !errors.Is(err, ErrNotFound) {
+		if err := r.Unregister(tt[0], tt[1], ""); !errors.Is(err, ErrNotFound) {
 			t.Errorf("Unregister(%q, %q) = %v, want ErrNotFound", tt[0], tt[1], err)
 		}
 	}
 	old := r.Snapshot("echo")
 	for i, want := range [][]string{{"a", "c"}, {"c"}, nil} {
 		id := []string{"b", "a", "c"}[i]
-		if err := r.Unregister("echo", id); err != nil {
+		if err := r.Unregister("echo", id, ""); err != nil {
 			t.Fatal(err)
 		}
 		s := r.Snapshot("echo")
@@ -209,7 +209,7 @@ func TestUnregister(t *testing.T) {
 	if got := r.Names(); !slices.Equal(got, []string{"other"}) {
 		t.Errorf("the last instance left, and the names are %v", got)
 	}
-	if err := r.Unregister("echo", "c"); !errors.Is(err, ErrNotFound) {
+	if err := r.Unregister("echo", "c", ""); !errors.Is(err, ErrNotFound) {
 		t.Errorf("once more: %v", err)
 	}
 	register(t, r, "echo", "c", "http://10.0.0.1", 1)
@@ -250,11 +250,11 @@ func TestOnChange(t *testing.T) {
 	register(t, r, "echo", "b", "http://10.0.0.1", 1)
 	register(t, r, "echo", "b", "http://10.0.0.1", 1)
 	for _, id := range []string{"a", "b"} {
-		if err := r.Unregister("echo", id); err != nil {
+		if err := r.Unregister("echo", id, ""); err != nil {
 			t.Fatal(err)
 		}
 	}
-	_ = r.Unregister("echo", "b")
+	_ = r.Unregister("echo", "b", "")
 	want := []string{
 		"1 echo [a]", "2 echo [a]",
 		"1 echo [a b]", "2 echo [a b]", "1 nested [a]", "2 nested [a]",
@@ -330,7 +330,7 @@ func TestConcurrent(t *testing.T) {
 						t.Error(err)
 					}
 					made.Add(1)
-				} else if r.Unregister(service, id) == nil {
+				} else if r.Unregister(service, id, "") == nil {
 					made.Add(1)
 				}
 			}
@@ -419,7 +419,7 @@ func FuzzRegistry(f *testing.F) {
 				continue
 			}
 			_, known := model[service][id]
-			if err := r.Unregister(service, id); (err == nil) != known {
+			if err := r.Unregister(service, id, ""); (err == nil) != known {
 				t.Fatalf("Unregister(%s, %s) = %v, known %v", service, id, err, known)
 			}
 			if delete(model[service], id); len(model[service]) == 0 {
@@ -450,12 +450,12 @@ func TestParts(t *testing.T) {
 		id := fmt.Sprintf("%04d", rnd.IntN(3000))
 		before := s
 		if step%10_000 < 6000 {
-			s = s.with("echo", &Instance{ID: id, Generation: uint64(step)})
+			s = s.with("echo", &Instance{ID: id}, uint64(step))
 			want[id] = true
-		} else if next, ok := s.without(id, uint64(step)); ok != want[id] {
-			t.Fatalf("step %d: without %s: %v", step, id, ok)
-		} else if ok {
-			s = next
+		} else if there := s.Instance(id) != nil; there != want[id] {
+			t.Fatalf("step %d: %s is there: %v", step, id, there)
+		} else if there {
+			s = s.without(id, uint64(step))
 			delete(want, id)
 		}
 		if s.Len() != len(want) {

@@ -9,14 +9,23 @@ import (
 // Instance is one instance of a service. What Register is given is copied; what a Snapshot holds never changes and must
 // not be changed.
 type Instance struct {
-	ID           string    // unique within the service; ValidName
-	Addr         string    // where it answers, as it was registered; ParseAddr
-	Weight       int       // 0 to MaxWeight; 0 means that it has none
-	RegisteredAt time.Time // when this id came; a later registration of the same id does not change it
-	Generation   uint64    // of its last registration; grows over all services
+	ID           string        // unique within the service; ValidName
+	Addr         string        // where it answers, as it was registered; ParseAddr
+	Weight       int           // 0 to MaxWeight; 0 means that it has none
+	TTL          time.Duration // of its lease, MinTTL to MaxTTL; 0: it has none and stays until it is unregistered
+	RegisteredAt time.Time     // when this id came; a later registration of the same id does not change it
+	Generation   uint64        // of its last registration; grows over all services
 
-	remote bool   // registered by a peer that is not loopback; set by http.go, judged by AddrPolicy
-	target Target // the parsed Addr
+	Override Override // what an operator has set over it; ignored by Register
+
+	registered int    // the weight that it registers
+	drain      *drain // it is about to leave; nil: it is not
+	remote     bool   // registered by a peer that is not loopback; set by http.go, judged by AddrPolicy
+	target     Target // the parsed Addr
+	hold       *hold  // nil: no connection keeps it registered
+	stale      bool   // its lease has ended, with those of too many others to be believed
+	suspect    bool   // that connection was lost, and nobody knows yet whether it lives
+	lease      *lease // nil: none
 }
 
 // Target returns the parsed Addr.
@@ -78,8 +87,8 @@ func (s *Snapshot) find(id string) (part, i int, ok bool) {
 }
 
 // with returns the next snapshot with in added or put in the place of the one with its id. s may be nil.
-func (s *Snapshot) with(service string, in *Instance) *Snapshot {
-	next := &Snapshot{service: service, generation: in.Generation, n: 1}
+func (s *Snapshot) with(service string, in *Instance, generation uint64) *Snapshot {
+	next := &Snapshot{service: service, generation: generation, n: 1}
 	if s == nil {
 		next.parts = [][]*Instance{{in}}
 		return next
@@ -104,12 +113,9 @@ func (s *Snapshot) with(service string, in *Instance) *Snapshot {
 	return next
 }
 
-// without returns the next snapshot without id, and false if id is not there.
-func (s *Snapshot) without(id string, generation uint64) (*Snapshot, bool) {
-	at, i, known := s.find(id)
-	if !known {
-		return nil, false
-	}
+// without returns the next snapshot without id, which is there.
+func (s *Snapshot) without(id string, generation uint64) *Snapshot {
+	at, i, _ := s.find(id)
 	next := &Snapshot{service: s.service, generation: generation, n: s.n - 1}
 	part := slices.Concat(s.parts[at][:i], s.parts[at][i+1:])
 	switch {
@@ -122,7 +128,7 @@ func (s *Snapshot) without(id string, generation uint64) (*Snapshot, bool) {
 	default:
 		next.parts = splice(s.parts, at, 1, part)
 	}
-	return next, true
+	return next
 }
 
 // splice returns a copy of parts in which others stand in the place of n from at on.

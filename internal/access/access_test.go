@@ -128,7 +128,7 @@ func (g gateway) want(t testing.TB, name string, got answer, says string) {
 	t.Helper()
 	registered := g.reg.Snapshot("echo") != nil
 	if registered {
-		if err := g.reg.Unregister("echo", "a"); err != nil {
+		if err := g.reg.Unregister("echo", "a", ""); err != nil {
 			t.Fatal(err)
 		}
 	}

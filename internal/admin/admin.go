@@ -79,6 +79,17 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 		s.answer(ctx, s.cfg.Ready())
 	case s.cfg.API != nil && registry.Serves(path):
 		s.cfg.API(ctx)
+		if stream := registry.Stream(ctx); stream != nil {
+			ctx.HijackSetNoResponse(true)
+			ctx.Hijack(func(conn net.Conn) {
+				defer func() {
+					if r := recover(); r != nil {
+						s.cfg.Log.Error("panic in the admin listener", "panic", r, "stack", string(debug.Stack()))
+					}
+				}()
+				stream(conn)
+			})
+		}
 	default:
 		registry.Problem(ctx, fasthttp.StatusNotFound, "", "nothing is served at this path; there are "+s.paths())
 	}

@@ -21,7 +21,8 @@ type API struct {
 	Gateway string `default:"http://127.0.0.1:9901" type:"url" placeholder:"URL" help:"Where the API is served."`
 	Token   string `type:"token" placeholder:"SECRET" help:"The gateway's --token, where it has one."`
 
-	flag string // that gave Gateway; empty: --gateway
+	flag string        // that gave Gateway; empty: --gateway
+	wait time.Duration // longer than usual, for an answer
 }
 
 // problem is a refusal of the API (RFC 9457). It names the field that is wrong, if one is.
@@ -59,7 +60,7 @@ func (a *API) call(ctx context.Context, method, path string, body any) ([]byte, 
 		}
 		reader = bytes.NewReader(data)
 	}
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second+a.wait)
 	defer cancel()
 	request, err := http.NewRequestWithContext(ctx, method, a.Gateway+path, reader)
 	if err != nil {
@@ -96,10 +97,11 @@ func (a *API) call(ctx context.Context, method, path string, body any) ([]byte, 
 // Register adds an instance to a service, or changes it.
 type Register struct {
 	API
-	Service string `arg:"" help:"The service's name."`
-	ID      string `arg:"" name:"id" help:"The instance's id, unique in its service."`
-	Addr    string `arg:"" help:"Where it listens: http://HOST:PORT or https://HOST:PORT, with a base path if it has one."`
-	Weight  int    `default:"0" min:"0" noenv:"" help:"Its share under the weighted strategies."`
+	Service string        `arg:"" help:"The service's name."`
+	ID      string        `arg:"" name:"id" help:"The instance's id, unique in its service."`
+	Addr    string        `arg:"" help:"Where it listens: http://HOST:PORT or https://HOST:PORT, with a base path if it has one."`
+	Weight  int           `default:"0" min:"0" noenv:"" help:"Its share under the weighted strategies."`
+	TTL     time.Duration `name:"ttl" default:"0s" min:"0s" noenv:"" help:"A lease of 1s to 24h: unless it is registered again or sends a heartbeat, the instance leaves after that time. 0s is none."`
 }
 
 // registration is the body of /register.
@@ -108,11 +110,17 @@ type registration struct {
 	ID      string `json:"id"`
 	Addr    string `json:"addr,omitempty"`
 	Weight  int    `json:"weight,omitempty"`
+	TTL     string `json:"ttl,omitempty"`
+	Drain   string `json:"drain,omitempty"`
 }
 
 // Run registers the instance.
 func (c *Register) Run(p *Process) error {
-	if _, err := c.call(p.Context, http.MethodPost, "/register", registration{c.Service, c.ID, c.Addr, c.Weight}); err != nil {
+	in := registration{Service: c.Service, ID: c.ID, Addr: c.Addr, Weight: c.Weight}
+	if c.TTL > 0 {
+		in.TTL = c.TTL.String()
+	}
+	if _, err := c.call(p.Context, http.MethodPost, "/register", in); err != nil {
 		return err
 	}
 	_, err := fmt.Fprintf(p.Out, "registered %s/%s at %s\n", c.Service, c.ID, c.Addr)
@@ -122,21 +130,43 @@ func (c *Register) Run(p *Process) error {
 // Unregister takes an instance out of a service.
 type Unregister struct {
 	API
-	Service string `arg:"" help:"The service's name."`
-	ID      string `arg:"" name:"id" help:"The instance's id."`
+	Service string        `arg:"" help:"The service's name."`
+	ID      string        `arg:"" name:"id" help:"The instance's id."`
+	Addr    string        `placeholder:"URL" noenv:"" help:"Only while it is registered with this addr: a successor with the same id stays."`
+	Drain   time.Duration `default:"0s" min:"0s" noenv:"" help:"It gets no new requests at once, and leaves when its last one has ended, or after this time."`
 }
 
 // Run unregisters the instance. One that is gone already is as it should be.
 func (c *Unregister) Run(p *Process) error {
-	_, err := c.call(p.Context, http.MethodDelete, "/register", registration{Service: c.Service, ID: c.ID})
+	in := registration{Service: c.Service, ID: c.ID, Addr: c.Addr}
+	if c.wait = c.Drain; c.Drain > 0 {
+		in.Drain = c.Drain.String()
+	}
+	answer, err := c.call(p.Context, http.MethodDelete, "/register", in)
 	if gone(err) {
 		_, err = fmt.Fprintf(p.Out, "%s/%s was not registered\n", c.Service, c.ID)
+		return err
+	}
+	var refusal *problem
+	if c.Addr != "" && errors.As(err, &refusal) && refusal.Status == http.StatusConflict {
+		_, err = fmt.Fprintf(p.Out, "%s/%s is registered with another addr: it stays\n", c.Service, c.ID)
 		return err
 	}
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(p.Out, "unregistered %s/%s\n", c.Service, c.ID)
+	how := ""
+	if c.Drain > 0 {
+		var drained struct {
+			Cut    int
+			Waited string
+		}
+		if err := json.Unmarshal(answer, &drained); err != nil {
+			return fmt.Errorf("%w: %w", errNotTheAPI, err)
+		}
+		how = fmt.Sprintf(" after %s, %d cut", drained.Waited, drained.Cut)
+	}
+	_, err = fmt.Fprintf(p.Out, "unregistered %s/%s%s\n", c.Service, c.ID, how)
 	return err
 }
 
@@ -153,7 +183,7 @@ type Services struct {
 	JSON    bool   `name:"json" noenv:"" help:"Print what the API answers, as it is."`
 }
 
-// service and instance are what the table shows of GET /services.
+// service, instance and expired are what is shown of GET /services.
 type service struct {
 	Name, Strategy, Why string
 	InForce             string `json:"in_force"`
@@ -175,6 +205,11 @@ type instance struct {
 	Failure   uint64
 }
 
+type expired struct {
+	Service, ID, Addr string
+	ExpiredAt         time.Time `json:"expired_at"`
+}
+
 // Run prints a line for each instance.
 func (c *Services) Run(p *Process) error {
 	path := "/services"
@@ -189,20 +224,29 @@ func (c *Services) Run(p *Process) error {
 		_, err := fmt.Fprintf(p.Out, "%s\n", bytes.TrimSpace(answer))
 		return err
 	}
-	services, err := decode(answer, c.Service != "")
+	services, expired, err := decode(answer, c.Service != "")
 	if err != nil {
 		return err
 	}
 	if len(services) == 0 {
-		_, err := fmt.Fprintln(p.Out, "no services are registered")
-		return err
+		_, err = fmt.Fprintln(p.Out, "no services are registered")
+	} else {
+		err = table(p.Out, services)
 	}
-	return table(p.Out, services)
+	for _, e := range expired {
+		if err == nil {
+			_, err = fmt.Fprintf(p.Out, "%s/%s at %s has expired, %s\n", e.Service, e.ID, e.Addr, e.ExpiredAt.Format(time.RFC3339))
+		}
+	}
+	return err
 }
 
 // decode reads the answer for one service or for all.
-func decode(answer []byte, one bool) ([]service, error) {
-	var all struct{ Services []service }
+func decode(answer []byte, one bool) ([]service, []expired, error) {
+	var all struct {
+		Services []service
+		Expired  []expired
+	}
 	var err error
 	if one {
 		all.Services = make([]service, 1)
@@ -211,9 +255,9 @@ func decode(answer []byte, one bool) ([]service, error) {
 		err = json.Unmarshal(answer, &all)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errNotTheAPI, err)
+		return nil, nil, fmt.Errorf("%w: %w", errNotTheAPI, err)
 	}
-	return all.Services, nil
+	return all.Services, all.Expired, nil
 }
 
 func table(out io.Writer, services []service) error {

@@ -27,6 +27,8 @@ func (describer) DescribeService(string) registry.ServiceStatus {
 	return registry.ServiceStatus{Strategy: "weighted-random", InForce: "random", Why: "b has no weight"}
 }
 
+func (describer) InstanceTraffic(string, string) registry.Traffic { return nil }
+
 func (describer) DescribeInstance(_, id string) registry.InstanceStatus {
 	if id == "b" {
 		return registry.InstanceStatus{Reason: "breaker open", Breaker: registry.BreakerStatus{State: "open"}, Failure: 5, LastError: "connection refused"}
@@ -83,6 +85,10 @@ func TestCommands(t *testing.T) {
 echo     random    a         http://127.0.0.1:8081  0       yes    closed   2          7        40       0        not weighted-random: b has no weight
 echo     random    b         http://127.0.0.1:8082  20      no     open     0          0        0        5        breaker open; last error: connection refused; not weighted-random: b has no weight
 `, ""},
+		{"leased and drained", &Register{API: api, Service: "users", ID: "a", Addr: "http://127.0.0.1:8081", TTL: time.Minute}, "registered users/a at http://127.0.0.1:8081\n", ""},
+		{"not the one meant", &Unregister{API: api, Service: "users", ID: "a", Addr: "http://127.0.0.1:8082"}, "users/a is registered with another addr: it stays\n", ""},
+		{"bad ttl", &Register{API: api, Service: "users", ID: "b", Addr: "http://127.0.0.1:8081", TTL: time.Millisecond}, "", "ttl"},
+		{"the one meant", &Unregister{API: api, Service: "users", ID: "a", Addr: "http://127.0.0.1:8081"}, "unregistered users/a\n", ""},
 		{"table of another", &Services{API: api, Service: "users"}, "", `service: no service "users" is registered; GET /services lists those that are (404)`},
 		{"bad addr", &Register{API: api, Service: "echo", ID: "c", Addr: "ftp://x"}, "", "addr"},
 		{"bad weight", &Register{API: api, Service: "echo", ID: "c", Addr: "http://127.0.0.1:1", Weight: 1_000_001}, "", "weight"},

@@ -199,7 +199,7 @@ func (s *stage) watch(ctx context.Context, api *API) {
 	for {
 		answer, err := api.call(ctx, http.MethodGet, "/services/echo", nil)
 		if err == nil {
-			if services, err := decode(answer, true); err == nil {
+			if services, _, err := decode(answer, true); err == nil {
 				s.mu.Lock()
 				for _, in := range services[0].Instances {
 					if got := s.perBackend[in.ID]; got != nil {

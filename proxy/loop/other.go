@@ -58,6 +58,7 @@ func (*Socket) Queued() int                  { return -1 }
 func (*Socket) Lost() bool                   { return false }
 func (*Socket) CloseRead() error             { return errUnsupported }
 func (*Socket) CloseWrite() error            { return errUnsupported }
+func (*Socket) Shutdown() error              { return errUnsupported }
 func (*Socket) SetLinger(int) error          { return errUnsupported }
 
 type Listener struct{}

@@ -319,6 +319,26 @@ func (s *Socket) CloseRead() error { return s.shutdown(unix.SHUT_RD) }
 // CloseWrite ends the stream to the peer.
 func (s *Socket) CloseWrite() error { return s.shutdown(unix.SHUT_WR) }
 
+// SyscallConn gives access to the descriptor, by Control alone.
+func (s *Socket) SyscallConn() (syscall.RawConn, error) { return rawConn{s}, nil }
+
+type rawConn struct{ s *Socket }
+
+func (c rawConn) Control(f func(fd uintptr)) error {
+	if !c.s.enter() {
+		return net.ErrClosed
+	}
+	defer c.s.leave()
+	f(uintptr(c.s.fd))
+	return nil
+}
+
+func (rawConn) Read(func(uintptr) bool) error  { return errors.ErrUnsupported }
+func (rawConn) Write(func(uintptr) bool) error { return errors.ErrUnsupported }
+
+// Shutdown ends both directions: who reads finds the end, who writes an error.
+func (s *Socket) Shutdown() error { return s.shutdown(unix.SHUT_RDWR) }
+
 func (s *Socket) shutdown(how int) error {
 	if !s.enter() {
 		return net.ErrClosed

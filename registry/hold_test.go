@@ -1,0 +1,121 @@
+package registry
+
+import (
+	"bufio"
+	"io"
+	"net"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// A connection that is lost has its say about its own registration only.
+func TestLostHold(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	alive := "http://" + ln.Addr().String()
+	closed, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed.Close()
+	dead := "http://" + closed.Addr().String()
+	for _, row := range []struct {
+		name, addr string
+		meanwhile  func(t *testing.T, r *Registry)
+		left       bool
+		lease      time.Duration
+	}{
+		{"it lives", alive, nil, true, heldTTL},
+		{"it is dead", dead, nil, false, 0},
+		{"registered again", dead, func(t *testing.T, r *Registry) { lend(t, r, "echo", "a", time.Minute) }, true, time.Minute},
+		{"held again", dead, func(t *testing.T, r *Registry) {
+			if _, err := r.Hold("echo", Instance{ID: "a", Addr: dead}); err != nil {
+				t.Fatal(err)
+			}
+		}, true, 0},
+		{"patched", dead, func(t *testing.T, r *Registry) {
+			if err := r.Patch("echo", "a", Patch{SetState: true, Override: Override{State: Drain}}); err != nil {
+				t.Fatal(err)
+			}
+		}, false, 0},
+		{"unregistered", alive, func(t *testing.T, r *Registry) { _ = r.Unregister("echo", "a", "") }, false, 0},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			r := New(Config{})
+			defer r.Close()
+			states := make(chan State, 10)
+			h, err := r.Hold("echo", Instance{ID: "a", Addr: row.addr})
+			if err != nil || !h.Current() || h.Generation == 0 {
+				t.Fatalf("%+v, %v", h, err)
+			}
+			if row.meanwhile != nil {
+				row.meanwhile(t, r)
+			}
+			r.OnChange(func(string) {
+				if in := r.Snapshot("echo").Instance("a"); in != nil {
+					states <- in.State()
+				}
+			})
+			current := h.Current()
+			h.Lost()
+			in := r.Snapshot("echo").Instance("a")
+			if (in != nil) != row.left || h.Current() {
+				t.Fatalf("left: %+v", in)
+			}
+			if row.left {
+				if left, _ := r.ExpiresIn(in); left > row.lease || left < row.lease-10*time.Second || in.suspect {
+					t.Errorf("%v are left, want %v", left, row.lease)
+				}
+			}
+			if got := len(r.Expired()) > 0; got == (row.left || row.name == "unregistered") {
+				t.Errorf("expired: %+v", r.Expired())
+			}
+			close(states)
+			var seen []State
+			for s := range states {
+				seen = append(seen, s)
+			}
+			if current && row.name != "patched" && !slices.Contains(seen, Suspect) {
+				t.Errorf("states %v", seen)
+			}
+		})
+	}
+}
+
+// What comes on the connection means nothing, and is bounded.
+func TestHoldIsBounded(t *testing.T) {
+	r := New(Config{})
+	defer r.Close()
+	h, err := r.Hold("echo", Instance{ID: "a", Addr: "http://127.0.0.1:1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	near, far := net.Pipe()
+	defer near.Close()
+	over := make(chan struct{})
+	go func() {
+		h.serve(far)
+		far.Close()
+		close(over)
+	}()
+	in := bufio.NewReader(near)
+	for line := ""; !strings.HasPrefix(line, "{"); {
+		if line, err = in.ReadString('\n'); err != nil {
+			t.Fatal(err)
+		}
+	}
+	go io.Copy(io.Discard, in)
+	n, err := near.Write(make([]byte, 2*holdBytes))
+	if err == nil || n > holdBytes+512 {
+		t.Errorf("%d bytes were taken, %v", n, err)
+	}
+	<-over
+	if in := r.Snapshot("echo").Instance("a"); in != nil {
+		t.Errorf("left: %+v", in)
+	}
+}
