@@ -1,0 +1,157 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/valyala/fasthttp"
+
+	"kerberos/registry"
+)
+
+// api is the registration API of a gateway, which can be stopped and started again.
+type api struct {
+	*registry.Registry
+	url    string
+	server *fasthttp.Server
+	calls  atomic.Int64
+}
+
+func serve(t *testing.T, addr string) *api {
+	t.Helper()
+	ln, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &api{Registry: registry.New(registry.Config{}), url: "http://" + ln.Addr().String()}
+	handler := registry.NewHandler(a.Registry, nil)
+	a.server = &fasthttp.Server{CloseOnShutdown: true, Handler: func(ctx *fasthttp.RequestCtx) {
+		a.calls.Add(1)
+		handler(ctx)
+	}}
+	go a.server.Serve(ln)
+	t.Cleanup(a.stop)
+	return a
+}
+
+func (a *api) stop() {
+	_ = a.server.Shutdown()
+	a.Close()
+}
+
+func (a *api) has(id string) bool { return a.Snapshot("users").Instance(id) != nil }
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("not within 20 s: " + what)
+		}
+	}
+}
+
+func config(gateways ...*api) Config {
+	cfg := Config{Service: "users", ID: "a", Addr: "http://127.0.0.1:8080", Weight: 2, TTL: time.Second, Drain: time.Second, HTTP: &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}}
+	for _, g := range gateways {
+		cfg.Gateways = append(cfg.Gateways, g.url+"/")
+	}
+	return cfg
+}
+
+// It stays registered for longer than its lease, at every gateway, and is gone when it is closed.
+func TestRegistration(t *testing.T) {
+	first, second := serve(t, "127.0.0.1:0"), serve(t, "127.0.0.1:0")
+	r, err := Start(t.Context(), config(first, second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, g := range []*api{first, second} {
+		if in := g.Snapshot("users").Instance("a"); in == nil || in.Weight != 2 || in.TTL != time.Second || in.Addr != "http://127.0.0.1:8080" {
+			t.Errorf("registered: %+v", in)
+		}
+		registered := g.Snapshot("users").Instance("a").RegisteredAt
+		eventually(t, "it has outlived its lease", func() bool {
+			if !g.has("a") {
+				t.Fatal("it is gone")
+			}
+			return time.Since(registered) > 2*time.Second+time.Second
+		})
+	}
+	if err := r.Close(); err != nil {
+		t.Error(err)
+	}
+	if first.has("a") || second.has("a") {
+		t.Error("it is registered yet")
+	}
+}
+
+// A gateway that restarts is told again, and one that comes late too.
+func TestGatewayComesBack(t *testing.T) {
+	first, late := serve(t, "127.0.0.1:0"), serve(t, "127.0.0.1:0")
+	late.stop()
+	r, err := Start(t.Context(), config(first, late))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	for _, g := range []*api{first, late} {
+		g.stop()
+		again := serve(t, strings.TrimPrefix(g.url, "http://"))
+		eventually(t, "it is registered again", func() bool { return again.has("a") })
+	}
+}
+
+// A successor with the same id stays when its predecessor is closed.
+func TestSuccessorStays(t *testing.T) {
+	g := serve(t, "127.0.0.1:0")
+	old, err := Start(t.Context(), config(g))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := config(g)
+	cfg.Addr = "http://127.0.0.1:8081"
+	next, err := Start(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := old.Close(); err != nil || !g.has("a") {
+		t.Errorf("%v, left: %v", err, g.has("a"))
+	}
+	if err := next.Close(); err != nil || g.has("a") {
+		t.Errorf("%v, left: %v", err, g.has("a"))
+	}
+}
+
+func TestStartErrors(t *testing.T) {
+	g := serve(t, "127.0.0.1:0")
+	cfg := config(g)
+	cfg.Addr = "8080"
+	var refused *Refusal
+	if _, err := Start(t.Context(), cfg); !errors.As(err, &refused) || refused.Status != 400 || refused.Field != "addr" || !strings.Contains(err.Error(), "http or https") {
+		t.Errorf("a bad addr: %v", err)
+	}
+	g.stop()
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := Start(ctx, config(g)); err == nil || errors.As(err, &refused) && refused.Status != 400 {
+		t.Errorf("nobody there: %v", err)
+	}
+	// A server that is no gateway.
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := &http.Server{Handler: http.NotFoundHandler()}
+	go other.Serve(ln)
+	defer other.Close()
+	cfg.Gateways = []string{"http://" + ln.Addr().String()}
+	if _, err := Start(t.Context(), cfg); !errors.As(err, &refused) || refused.Status != 404 {
+		t.Errorf("something else there: %v", err)
+	}
+}
