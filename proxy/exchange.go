@@ -800,7 +800,7 @@ func (x *exchange) release(ended bool) {
 func (x *exchange) relay() error {
 	c := x.c
 	if c.sock != nil && x.backend.plain() && !x.resBody.chunked && x.resBody.left-int64(len(x.back.waiting())) >= spliceFrom {
-		if pipe, err := x.p().group.Pipe(); err == nil { // else there are no more descriptors
+		if pipe, err := x.p().group.Pipe(); err == nil { // else there are enough of them, or no more descriptors
 			return x.splice(pipe)
 		}
 	}

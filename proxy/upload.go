@@ -86,7 +86,7 @@ func (up *upload) copy(c *conn, b *body) (err error) {
 			continue
 		}
 		if !b.chunked && b.left >= spliceFrom && c.sock != nil && c.x.backend.plain() {
-			if pipe, err := c.p.group.Pipe(); err == nil { // else there are no more descriptors
+			if pipe, err := c.p.group.Pipe(); err == nil { // else there are enough of them, or no more descriptors
 				return up.splice(c, b, pipe)
 			}
 		}

@@ -1,6 +1,7 @@
 package loop
 
 import (
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -11,7 +12,8 @@ import (
 
 const (
 	pipeSize  = 256 << 10
-	idlePipes = 64 // kept by a group: 16 MiB of buffers at the most, and only while data is in them
+	idlePipes = 64  // kept by a group: 16 MiB of buffers at the most, and only while data is in them
+	mostPipes = 256 // in use: each takes two descriptors, also while nothing moves, and connections need theirs
 )
 
 // Pipe is where data is between two sockets on its way by splice(2): pages change hands, and no byte is copied through the
@@ -22,15 +24,23 @@ type Pipe struct{ r, w, size int }
 type pipes struct {
 	mu   sync.Mutex
 	idle []*Pipe
+	used int
 }
 
-// Pipe returns an empty pipe; give it back with Release.
+// errPipes says that as many are in use as may be.
+var errPipes = errors.New("too many pipes")
+
+// Pipe returns an empty pipe; give it back with Release. There is an error if too many are in use, or descriptors are short.
 func (g *Group) Pipe() (*Pipe, error) {
 	g.pipes.mu.Lock()
 	defer g.pipes.mu.Unlock()
+	if g.pipes.used == mostPipes {
+		return nil, errPipes
+	}
 	if n := len(g.pipes.idle); n > 0 {
 		p := g.pipes.idle[n-1]
 		g.pipes.idle = g.pipes.idle[:n-1]
+		g.pipes.used++
 		return p, nil
 	}
 	var fds [2]int
@@ -41,6 +51,7 @@ func (g *Group) Pipe() (*Pipe, error) {
 	if _, err := unix.FcntlInt(uintptr(p.w), unix.F_SETPIPE_SZ, pipeSize); err != nil {
 		p.size = 64 << 10 // the limit for users is reached: what it has anyway
 	}
+	g.pipes.used++
 	return p, nil
 }
 
@@ -48,6 +59,7 @@ func (g *Group) Pipe() (*Pipe, error) {
 func (g *Group) Release(p *Pipe, empty bool) {
 	g.pipes.mu.Lock()
 	defer g.pipes.mu.Unlock()
+	g.pipes.used--
 	if empty && len(g.pipes.idle) < idlePipes {
 		g.pipes.idle = append(g.pipes.idle, p)
 		return

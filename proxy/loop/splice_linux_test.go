@@ -164,6 +164,19 @@ func TestPipes(t *testing.T) {
 	} else {
 		g.Release(p, true)
 	}
+	for range mostPipes {
+		p, err := g.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		pipes = append(pipes, p)
+	}
+	if _, err := g.Pipe(); err != errPipes {
+		t.Errorf("one more than there may be: %v", err)
+	}
+	for _, p := range pipes[len(pipes)-mostPipes:] {
+		g.Release(p, true)
+	}
 	g.Close()
 	for i, p := range pipes {
 		if open(p) {
