@@ -264,6 +264,7 @@ func TestQueueIsBounded(t *testing.T) {
 			for _, c := range append(queued, first) {
 				c.read(false).want(t, 200)
 			}
+			g.settled(t) // the place is given back a moment after the answer
 			h.let <- struct{}{}
 			c.get("/echo").want(t, 200) // the same connection goes on
 			g.settled(t)
