@@ -2,6 +2,7 @@ package registry
 
 import (
 	"bufio"
+	"fmt"
 	"io"
 	"net"
 	"slices"
@@ -117,5 +118,18 @@ func TestHoldIsBounded(t *testing.T) {
 	<-over
 	if in := r.Snapshot("echo").Instance("a"); in != nil {
 		t.Errorf("left: %+v", in)
+	}
+}
+
+// The list of those that ended is bounded also where no lease ever ends and nobody reads it.
+func TestLostHoldsAreBounded(t *testing.T) {
+	r := New(Config{})
+	defer r.Close()
+	for i := range keptExpired + 5 {
+		register(t, r, "echo", fmt.Sprint(i), "http://127.0.0.1:1", 0)
+		_ = r.edit("echo", fmt.Sprint(i), "", func(at *slot, in *Instance) { r.lose(at, in) })
+	}
+	if n := len(r.expired); n != keptExpired {
+		t.Errorf("%d are kept", n)
 	}
 }

@@ -273,7 +273,9 @@ func (r *Registry) expire(now int64) (due, left bool) {
 
 // lose removes an instance that did not say so, and lists it as expired. The caller holds mu.
 func (r *Registry) lose(at *slot, in *Instance) {
-	r.expired = append(r.expired, Expired{at.snapshot.Load().service, in.ID, in.Addr, time.Now()})
+	now := time.Now()
+	r.expired = append(r.expired, Expired{at.snapshot.Load().service, in.ID, in.Addr, now})
+	r.forgetExpired(now)
 	r.remove(at, in)
 }
 
