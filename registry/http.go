@@ -209,11 +209,8 @@ func (a *api) unregister(ctx *fasthttp.RequestCtx) error {
 
 // DELETE /services/{service}/{id}
 func (a *api) deleteInstance(ctx *fasthttp.RequestCtx) error {
-	service, id, err := pathNames(ctx)
+	service, id, err := bareNames(ctx)
 	if err != nil {
-		return err
-	}
-	if err := noBody(ctx); err != nil {
 		return err
 	}
 	addr, err := queryAddr(ctx)
@@ -322,11 +319,8 @@ func (a *api) patchInstance(ctx *fasthttp.RequestCtx) error {
 
 // POST /services/{service}/{id}/heartbeat
 func (a *api) heartbeat(ctx *fasthttp.RequestCtx) error {
-	service, id, err := pathNames(ctx)
+	service, id, err := bareNames(ctx)
 	if err != nil {
-		return err
-	}
-	if err := noBody(ctx); err != nil {
 		return err
 	}
 	addr, err := queryAddr(ctx)
@@ -382,11 +376,8 @@ func (a *api) getService(ctx *fasthttp.RequestCtx) error {
 
 // GET /services/{service}/{id}
 func (a *api) getInstance(ctx *fasthttp.RequestCtx) error {
-	service, id, err := pathNames(ctx)
+	service, id, err := bareNames(ctx)
 	if err != nil {
-		return err
-	}
-	if err := noBody(ctx); err != nil {
 		return err
 	}
 	s := a.reg.Snapshot(service)
@@ -592,6 +583,14 @@ func noBody(ctx *fasthttp.RequestCtx) error {
 		err = &refusal{fasthttp.StatusBadRequest, "", "this call takes no body"}
 	}
 	return err
+}
+
+// bareNames is pathNames for a call that takes no body.
+func bareNames(ctx *fasthttp.RequestCtx) (service, id string, err error) {
+	if service, id, err = pathNames(ctx); err == nil {
+		err = noBody(ctx)
+	}
+	return service, id, err
 }
 
 // pathNames returns the two names in the path.

@@ -112,18 +112,15 @@ func (r *Registry) revoke(in *Instance) {
 // the id stands with that addr. The error wraps ErrNotFound if it is not there, or expired: then it has to register again. The
 // others are those of Unregister.
 func (r *Registry) Renew(service, id, addr string) error {
-	var target Target
-	if addr != "" {
-		var err error
-		if target, err = ParseAddr(addr); err != nil {
-			return &FieldError{"addr", err.Error()}
-		}
+	meant, err := meaning(addr)
+	if err != nil {
+		return err
 	}
 	for {
 		in := r.Snapshot(service).Instance(id)
 		switch {
 		case in == nil:
-		case addr != "" && in.target != target:
+		case !meant(in):
 			return fmt.Errorf("renew %s of service %s: %w", clip(id), clip(service), ErrConflict)
 		case in.lease == nil:
 			return nil

@@ -158,12 +158,9 @@ func (r *Registry) Unregister(service, id, addr string) error {
 
 // edit has f change an instance, under the lock, and tells of it. The errors are those of Unregister.
 func (r *Registry) edit(service, id, addr string, f func(*slot, *Instance)) error {
-	var target Target
-	if addr != "" {
-		var err error
-		if target, err = ParseAddr(addr); err != nil {
-			return &FieldError{"addr", err.Error()}
-		}
+	meant, err := meaning(addr)
+	if err != nil {
+		return err
 	}
 	r.mu.Lock()
 	at := r.service(service)
@@ -172,11 +169,10 @@ func (r *Registry) edit(service, id, addr string, f func(*slot, *Instance)) erro
 		return fmt.Errorf("%s of service %s, which has no instance: %w", clip(id), clip(service), ErrNotFound)
 	}
 	in := at.snapshot.Load().Instance(id)
-	var err error
 	switch {
 	case in == nil:
 		err = ErrNotFound
-	case addr != "" && in.target != target:
+	case !meant(in):
 		err = ErrConflict
 	}
 	if err != nil {
@@ -191,6 +187,18 @@ func (r *Registry) edit(service, id, addr string, f func(*slot, *Instance)) erro
 		f(service)
 	}
 	return nil
+}
+
+// meaning tells of an instance whether it is one that an addr means: any if that is empty.
+func meaning(addr string) (func(*Instance) bool, error) {
+	if addr == "" {
+		return func(*Instance) bool { return true }, nil
+	}
+	target, err := ParseAddr(addr)
+	if err != nil {
+		return nil, &FieldError{"addr", err.Error()}
+	}
+	return func(in *Instance) bool { return in.target == target }, nil
 }
 
 // remove takes an instance out of its service. The caller holds mu.
