@@ -26,6 +26,7 @@ type Instance struct {
 	hold       *hold      // nil: no connection keeps it registered
 	stale      bool       // its lease has ended, with those of too many others to be believed
 	suspect    bool       // that connection was lost, and nobody knows yet whether it lives
+	unreached  bool       // it was in the file when the gateway started, and nobody has heard of it since
 	lease      *lease     // nil: none
 }
 
