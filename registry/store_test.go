@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/valyala/fasthttp"
 	"go.etcd.io/bbolt"
 )
 
@@ -618,4 +620,74 @@ func TestRefusedByNow(t *testing.T) {
 	if err := r.Unregister("echo", "a", ""); err != nil || len(onDisk(t, r)) != 0 {
 		t.Error(err)
 	}
+}
+
+// While nothing can be written, changes are in force, and their callers are told that they are not on disk.
+func TestNotSaved(t *testing.T) {
+	alive := listener(t)
+	var log notes
+	r, err := Open(Config{Log: slog.New(slog.NewTextHandler(&log, nil))}, t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	for _, id := range []string{"a", "b", "same"} {
+		if err := r.Register("echo", Instance{ID: id, Addr: alive}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.store.db.Close() // TestDiskFull has the real thing
+	h := NewHandler(r, nil)
+	post := func(target, body string) *fasthttp.Response {
+		return call(h, near, http.MethodPost, target, body)
+	}
+	began := time.Now()
+	for name, response := range map[string]*fasthttp.Response{
+		"register": post("/register", `{"service":"echo","id":"c","addr":"`+alive+`"}`),
+		"hold":     post("/register?hold", `{"service":"echo","id":"d","addr":"`+alive+`"}`),
+		"delete":   call(h, near, http.MethodDelete, "/services/echo/a", ""),
+		"drain":    call(h, near, http.MethodDelete, "/services/echo/b?drain=1s", ""),
+		"patch":    call(h, near, http.MethodPatch, "/services/echo/c", `{"weight":7}`),
+	} {
+		if body := string(response.Body()); response.StatusCode() != http.StatusServiceUnavailable || string(response.Header.Peek("Retry-After")) != "1" || !strings.Contains(body, "in force, but not on disk") {
+			t.Errorf("%s: %d %s", name, response.StatusCode(), body)
+		}
+	}
+	if took := time.Since(began); took > 5*(savePause+drainTick+time.Second)*10 {
+		t.Errorf("it took %v to say so", took)
+	}
+	if response := post("/register", `{"service":"echo","id":"same","addr":"`+alive+`"}`); response.StatusCode() != http.StatusNoContent {
+		t.Errorf("what needs nothing written: %d %s", response.StatusCode(), response.Body())
+	}
+	if got, want := ids(r.Snapshot("echo")), []string{"c", "d", "same"}; !slices.Equal(got, want) {
+		t.Errorf("in force: %v, want %v", got, want)
+	}
+	if d := r.Snapshot("echo").Instance("d"); d.hold != nil || d.lease == nil {
+		t.Errorf("nobody holds it: %+v", d)
+	}
+	r.Close()
+	if got := log.String(); strings.Count(got, "cannot be written") != 1 || !strings.Contains(got, "changes are lost") {
+		t.Error(got)
+	}
+	if response := post("/register", `{"service":"echo","id":"e","addr":"`+alive+`"}`); response.StatusCode() != http.StatusServiceUnavailable || !strings.Contains(string(response.Body()), "the gateway stops: nothing has changed") {
+		t.Errorf("when it is closed: %d %s", response.StatusCode(), response.Body())
+	}
+}
+
+// notes is a log that may be read while it is written.
+type notes struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (n *notes) Write(p []byte) (int, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.text.Write(p)
+}
+
+func (n *notes) String() string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.text.String()
 }
