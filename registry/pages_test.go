@@ -26,7 +26,7 @@ func readPairs(data []byte) ([]pair, *image, error) {
 // Files that bbolt writes are sound, and the same is read from them as by bbolt, after every one of many random transactions.
 func TestImageOfSoundFiles(t *testing.T) {
 	path := filepath.Join(t.TempDir(), fileName)
-	for round := range 12 {
+	for round := range 6 {
 		os.Remove(path)
 		rng := rand.New(rand.NewPCG(uint64(round), 1))
 		db, err := bbolt.Open(path, 0o600, &bbolt.Options{NoSync: true, FreelistType: bbolt.FreelistMapType})
@@ -113,7 +113,7 @@ func TestDamagedPages(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	damagedDir := t.TempDir()
 	path = filepath.Join(damagedDir, fileName)
-	rounds := 1000
+	rounds := 500
 	if testing.Short() {
 		rounds = 200
 	}

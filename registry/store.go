@@ -22,6 +22,7 @@ const (
 	lockWait    = 500 * time.Millisecond // for another process to let go of the file; it is waited for twice
 	saveTimeout = 10 * time.Second       // after which a change that is not on disk yet is told to be late
 	savePause   = time.Second            // between attempts to write while they fail
+	saveEvery   = 5 * time.Millisecond   // changes that come closer together are written together; as proxy does with its views
 )
 
 // generationBlock is how many generations are reserved in the file ahead of their use: after a restart numbers go on behind
@@ -136,8 +137,9 @@ func (r *Registry) keep() {
 	s := r.store
 	defer close(s.done)
 	defer func() { _ = guard(s.db.Close) }()
-	failing := false
+	failing, began := false, time.Time{}
 	write := func(last bool) bool {
+		began = time.Now()
 		err := r.write(last)
 		switch {
 		case err != nil && last:
@@ -157,12 +159,15 @@ func (r *Registry) keep() {
 			write(true)
 			return
 		}
-		for !write(false) {
+		for wait := saveEvery - time.Since(began); ; wait = savePause {
 			select {
-			case <-time.After(savePause):
+			case <-time.After(wait):
 			case <-s.stop:
 				write(true)
 				return
+			}
+			if write(false) {
+				break
 			}
 		}
 	}

@@ -624,6 +624,7 @@ func TestRefusedByNow(t *testing.T) {
 
 // While nothing can be written, changes are in force, and their callers are told that they are not on disk.
 func TestNotSaved(t *testing.T) {
+	t.Parallel() // it waits most of the time, as the next one does
 	alive := listener(t)
 	var log notes
 	r, err := Open(Config{Log: slog.New(slog.NewTextHandler(&log, nil))}, t.TempDir())
@@ -671,6 +672,44 @@ func TestNotSaved(t *testing.T) {
 	}
 	if response := post("/register", `{"service":"echo","id":"e","addr":"`+alive+`"}`); response.StatusCode() != http.StatusServiceUnavailable || !strings.Contains(string(response.Body()), "the gateway stops: nothing has changed") {
 		t.Errorf("when it is closed: %d %s", response.StatusCode(), response.Body())
+	}
+}
+
+// A write that hangs holds up neither readers nor other changes, and is told to be late.
+func TestLateWrite(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes 10 s")
+	}
+	t.Parallel()
+	r := reopen(t, t.TempDir())
+	hanging, err := r.store.db.Begin(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var callers sync.WaitGroup
+	began := time.Now()
+	for i := range 10 {
+		callers.Go(func() {
+			if err := r.Register("echo", Instance{ID: fmt.Sprint(i), Addr: "http://127.0.0.1:1"}); err != ErrNotSaved {
+				t.Error(err)
+			}
+		})
+	}
+	for r.Snapshot("echo") == nil || r.Snapshot("echo").Len() < 10 {
+		if time.Since(began) > saveTimeout {
+			t.Fatal("changes wait for each other")
+		}
+		time.Sleep(time.Millisecond)
+	}
+	callers.Wait()
+	if took := time.Since(began); took < saveTimeout {
+		t.Errorf("late after %v", took)
+	}
+	if err := hanging.Rollback(); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Register("echo", Instance{ID: "last", Addr: "http://127.0.0.1:1"}); err != nil || len(onDisk(t, r)) != 11 {
+		t.Errorf("%v, on disk %v", err, onDisk(t, r))
 	}
 }
 
