@@ -93,15 +93,17 @@ func TestImageOfSoundFiles(t *testing.T) {
 func TestDamagedPages(t *testing.T) {
 	dir := t.TempDir()
 	r := reopen(t, dir)
-	for i := range 200 {
-		if err := r.Register(fmt.Sprint("service-", i%7), Instance{ID: fmt.Sprint(i), Addr: "http://127.0.0.1:1", Weight: i}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for i := range 50 {
-		if err := r.Unregister(fmt.Sprint("service-", i%7), fmt.Sprint(i), ""); err != nil {
-			t.Fatal(err)
-		}
+	for range 5 { // so that there are free pages
+		together(200, func(i int) {
+			if err := r.Register(fmt.Sprint("service-", i%7), Instance{ID: fmt.Sprint(i), Addr: "http://127.0.0.1:1", Weight: i}); err != nil {
+				t.Error(err)
+			}
+		})
+		together(100, func(i int) {
+			if err := r.Unregister(fmt.Sprint("service-", i%7), fmt.Sprint(i), ""); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 	want, path := all(r), filepath.Join(dir, fileName)
 	r.Close()

@@ -83,15 +83,11 @@ func BenchmarkOpen(b *testing.B) {
 		b.Run(fmt.Sprintf("instances=%d", n), func(b *testing.B) {
 			dir, addr := b.TempDir(), refuser(b)
 			r := reopen(b, dir)
-			var callers sync.WaitGroup
-			for i := range n { // all at once, so that they share transactions
-				callers.Go(func() {
-					if err := r.Register(fmt.Sprint("service-", i%1000), Instance{ID: fmt.Sprint(i), Addr: addr, Weight: 1, TTL: time.Hour}); err != nil {
-						b.Error(err)
-					}
-				})
-			}
-			callers.Wait()
+			together(n, func(i int) {
+				if err := r.Register(fmt.Sprint("service-", i%1000), Instance{ID: fmt.Sprint(i), Addr: addr, Weight: 1, TTL: time.Hour}); err != nil {
+					b.Error(err)
+				}
+			})
 			r.Close()
 			var reading, opening time.Duration
 			for b.Loop() {

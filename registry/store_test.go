@@ -32,6 +32,15 @@ func reopen(t testing.TB, dir string) *Registry {
 	return r
 }
 
+// together calls f with 0 to n-1, all at once, and waits for them: what they change is written together.
+func together(n int, f func(i int)) {
+	var all sync.WaitGroup
+	for i := range n {
+		all.Go(func() { f(i) })
+	}
+	all.Wait()
+}
+
 // listener accepts connections, and refuser is an address that refuses them.
 func listener(t testing.TB) (addr string) {
 	t.Helper()
@@ -173,11 +182,11 @@ func TestRestart(t *testing.T) {
 func TestBadFiles(t *testing.T) {
 	good := t.TempDir()
 	r := reopen(t, good)
-	for i := range 300 {
+	together(300, func(i int) {
 		if err := r.Register("echo", Instance{ID: fmt.Sprint(i), Addr: "http://127.0.0.1:1"}); err != nil {
-			t.Fatal(err)
+			t.Error(err)
 		}
-	}
+	})
 	r.Close()
 	sound, err := os.ReadFile(filepath.Join(good, fileName))
 	if err != nil {
@@ -461,24 +470,21 @@ func TestStoreLeavesNothing(t *testing.T) {
 	if testing.Short() {
 		rounds = 1000
 	}
-	var callers sync.WaitGroup
-	for i := range 8 {
-		callers.Go(func() {
-			for n := range rounds / 8 {
-				id := fmt.Sprintf("%d-%d", i, n%5)
-				if err := r.Register("echo", Instance{ID: id, Addr: "http://127.0.0.1:1", TTL: time.Hour}); err != nil {
-					t.Error(err)
-				}
-				if err := r.Renew("echo", id, ""); err != nil {
-					t.Error(err)
-				}
-				if err := r.Unregister("echo", id, "http://127.0.0.1:1"); err != nil {
-					t.Error(err)
-				}
+	const callers = 100
+	together(callers, func(i int) {
+		for n := range rounds / callers {
+			id := fmt.Sprintf("%d-%d", i, n%5)
+			if err := r.Register("echo", Instance{ID: id, Addr: "http://127.0.0.1:1", TTL: time.Hour}); err != nil {
+				t.Error(err)
 			}
-		})
-	}
-	callers.Wait()
+			if err := r.Renew("echo", id, ""); err != nil {
+				t.Error(err)
+			}
+			if err := r.Unregister("echo", id, "http://127.0.0.1:1"); err != nil {
+				t.Error(err)
+			}
+		}
+	})
 	if got := onDisk(t, r); len(got) != 0 {
 		t.Errorf("on disk: %v", got)
 	}
