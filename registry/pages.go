@@ -165,43 +165,50 @@ func (f *image) elements(p, low, high []byte, leaf func(flags uint32, key, value
 	if kind != leafPage && (kind != branchPage || count == 0) || pageHeader+count*pageElem > len(p) {
 		return errors.New("it is damaged")
 	}
-	// key returns the i-th key, what follows it, and where its page or the size of its value stands.
-	key := func(i int) (key, rest []byte, err error) {
-		e := p[pageHeader+i*pageElem:]
-		at, size := uint64(u32(e)), uint64(u32(e[4:]))
+	// pair returns the i-th key and value. They stand one behind the other, from the end of the elements on: so a count that has
+	// changed is found.
+	end := uint64(pageHeader + count*pageElem)
+	pair := func(i int, from uint64) (key, value []byte, err error) {
+		at := pageHeader + i*pageElem
+		e := p[at:]
+		pos, keySize, valueSize := u32(e), u32(e[4:]), uint32(0)
 		if kind == leafPage {
-			at, size = uint64(u32(e[4:])), uint64(u32(e[8:]))
+			pos, keySize, valueSize = u32(e[4:]), u32(e[8:]), u32(e[12:])
 		}
-		if at+size > uint64(len(e)) {
+		middle := from + uint64(keySize)
+		to := middle + uint64(valueSize)
+		if uint64(at)+uint64(pos) != from || to > uint64(len(p)) {
 			return nil, nil, errors.New("it is damaged")
 		}
-		return e[at : at+size], e[at+size:], nil
+		return p[from:middle], p[middle:to], nil
+	}
+	if count == 0 && bytes.ContainsFunc(p[pageHeader:], func(c rune) bool { return c != 0 }) {
+		return errors.New("it is damaged")
 	}
 	for i := range count {
-		k, rest, err := key(i)
+		k, v, err := pair(i, end)
 		if err != nil {
 			return err
 		}
+		end += uint64(len(k) + len(v))
 		if low != nil && (bytes.Compare(k, low) < 0 || i > 0 && bytes.Equal(k, low)) || high != nil && bytes.Compare(k, high) >= 0 {
 			return fmt.Errorf("key %q is in the wrong place", k)
 		}
 		low = k
 		e := p[pageHeader+i*pageElem:]
 		if kind == leafPage {
-			if size := u32(e[12:]); uint64(size) > uint64(len(rest)) {
-				return errors.New("it is damaged")
-			} else if err := leaf(u32(e), k, rest[:size]); err != nil {
+			if err := leaf(u32(e), k, v); err != nil {
 				return err
 			}
 			continue
 		}
-		end := high
+		next := high
 		if i+1 < count {
-			if end, _, err = key(i + 1); err != nil {
+			if next, _, err = pair(i+1, end); err != nil {
 				return err
 			}
 		}
-		if err := f.tree(u64(e[8:]), k, end, leaf); err != nil {
+		if err := f.tree(u64(e[8:]), k, next, leaf); err != nil {
 			return err
 		}
 	}

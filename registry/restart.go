@@ -3,16 +3,18 @@ package registry
 import (
 	"context"
 	"log/slog"
+	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
 const (
-	firstKnock  = 2 * time.Second // that Open waits for instances to accept a connection
-	mostKnocks  = 512             // at once, before anybody is served; then mostProbes
-	knockEvery  = time.Second     // for those that have not
-	mostRefused = 10              // of which the log tells each
+	firstKnock  = 2 * time.Second        // that Open waits for instances to accept a connection
+	knockTime   = 500 * time.Millisecond // for one
+	mostKnocks  = 512                    // at once, before anybody is served; then mostProbes
+	knockEvery  = time.Second            // for those that have not
+	mostRefused = 10                     // of which the log tells each
 )
 
 // Open makes a registry whose instances outlast the process, in the file registry.db in dir; both are made if need be. What is in
@@ -35,8 +37,8 @@ func Open(cfg Config, dir string) (*Registry, error) {
 	if all.half {
 		r.cfg.Log.Warn("the file was cut off in a change, or is damaged: the last change may be missing", slog.String("file", s.path))
 	}
-	waiting := r.restore(all.instances)
-	r.cfg.Log.Info("registrations restored", slog.String("file", s.path), slog.Int("instances", len(all.instances)), slog.Int("unreachable", len(waiting)))
+	n, waiting := r.restore(all.instances)
+	r.cfg.Log.Info("registrations restored", slog.String("file", s.path), slog.Int("instances", n), slog.Int("unreachable", len(waiting)))
 	s.poke() // to reserve generations
 	first := s.next
 	go r.keep()
@@ -49,8 +51,9 @@ func Open(cfg Config, dir string) (*Registry, error) {
 	return r, nil
 }
 
-// restore registers what a file holds, and returns what does not accept connections. Nobody else uses the registry yet.
-func (r *Registry) restore(all []stored) (waiting []stored) {
+// restore registers what a file holds, and returns how many that are, and those that do not accept connections. Nobody else uses
+// the registry yet.
+func (r *Registry) restore(all []stored) (n int, waiting []stored) {
 	refused := 0
 	var asked []stored
 	for _, s := range all {
@@ -68,6 +71,8 @@ func (r *Registry) restore(all []stored) (waiting []stored) {
 	if refused > mostRefused {
 		r.cfg.Log.Warn("instances would not be registered any more", slog.Int("count", refused))
 	}
+	// In no order: where a part of the network is silent, the others must not all stand behind it.
+	rand.Shuffle(len(asked), func(i, j int) { asked[i], asked[j] = asked[j], asked[i] })
 	ctx, cancel := context.WithTimeout(context.Background(), firstKnock)
 	defer cancel()
 	for i, accepts := range r.knock(ctx, asked, mostKnocks) {
@@ -82,6 +87,7 @@ func (r *Registry) restore(all []stored) (waiting []stored) {
 		if s.drain {
 			continue
 		}
+		n++
 		r.generation++
 		s.instance.Generation = r.generation
 		r.grant(s.service, s.instance)
@@ -92,7 +98,7 @@ func (r *Registry) restore(all []stored) (waiting []stored) {
 		}
 		r.publish(s.service, at, prev.with(s.service, s.instance, r.generation))
 	}
-	return waiting
+	return n, waiting
 }
 
 // knock asks instances for a connection, many at a time, and returns which of them accept one before ctx ends.
@@ -103,10 +109,12 @@ func (r *Registry) knock(ctx context.Context, all []stored, most int) []bool {
 	for range min(most, len(all)) {
 		workers.Go(func() {
 			for i := int(next.Add(1)) - 1; i < len(all) && ctx.Err() == nil; i = int(next.Add(1)) - 1 {
-				if conn, err := r.dial(ctx, all[i].instance); err == nil {
+				one, cancel := context.WithTimeout(ctx, knockTime)
+				if conn, err := r.dial(one, all[i].instance); err == nil {
 					conn.Close()
 					accept[i] = true
 				}
+				cancel()
 			}
 		})
 	}
