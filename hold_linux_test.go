@@ -28,7 +28,10 @@ func TestHeldMachineVanishes(t *testing.T) {
 	if err := ip("netns add " + space); err != nil {
 		t.Skip(err)
 	}
-	t.Cleanup(func() { _ = ip("netns del " + space) }) // and with it both ends of what follows
+	t.Cleanup(func() {
+		_ = ip("link del " + here) // both ends
+		_ = ip("netns del " + space)
+	})
 	for _, args := range []string{
 		"link add " + here + " type veth peer name " + there + " netns " + space,
 		"addr add " + subnet + "1/24 dev " + here, "link set " + here + " up",
