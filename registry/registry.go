@@ -107,14 +107,15 @@ func (r *Registry) Close() {
 // ignored. The error is a *FieldError, and then nothing has changed. When Register returns nil, every function given to
 // OnChange has returned.
 func (r *Registry) Register(service string, in Instance) error {
-	_, err := r.register(service, in, nil)
+	_, _, err := r.register(service, in, nil)
 	return err
 }
 
-// register adds an instance that has a lease, unless a connection holds it.
-func (r *Registry) register(service string, in Instance, h *hold) (generation uint64, err error) {
+// register adds an instance that has a lease, unless a connection holds it. It returns it, and the one that stood in its
+// place, or nil.
+func (r *Registry) register(service string, in Instance, h *hold) (now, before *Instance, err error) {
 	if err := r.check(service, &in); err != nil {
-		return 0, err
+		return nil, nil, err
 	}
 	in.RegisteredAt = time.Now()
 
@@ -126,7 +127,7 @@ func (r *Registry) register(service string, in Instance, h *hold) (generation ui
 	if at != nil {
 		prev = at.snapshot.Load()
 	}
-	before := prev.Instance(in.ID)
+	before = prev.Instance(in.ID)
 	r.revoke(before)
 	in.lease, in.hold, in.suspect, in.stale = nil, h, false, false
 	in.inherit(before)
@@ -143,17 +144,25 @@ func (r *Registry) register(service string, in Instance, h *hold) (generation ui
 	for _, f := range hear {
 		f(service)
 	}
-	return in.Generation, nil
+	return &in, before, nil
 }
 
 // Unregister removes an instance, and the service with its last one. If addr is not empty, it does so only while the id
 // stands with that addr: who stops late does not remove its successor. The error wraps ErrNotFound or ErrConflict, or is a
 // *FieldError for an addr that is none. When Unregister returns nil, every function given to OnChange has returned.
 func (r *Registry) Unregister(service, id, addr string) error {
-	return r.edit(service, id, addr, func(at *slot, in *Instance) {
+	_, err := r.unregister(service, id, addr)
+	return err
+}
+
+// unregister returns the instance that it removes.
+func (r *Registry) unregister(service, id, addr string) (gone *Instance, err error) {
+	err = r.edit(service, id, addr, func(at *slot, in *Instance) {
 		r.revoke(in)
 		r.remove(at, in)
+		gone = in
 	})
+	return gone, err
 }
 
 // edit has f change an instance, under the lock, and tells of it. The errors are those of Unregister.
@@ -288,7 +297,7 @@ func (r *Registry) check(service string, in *Instance) error {
 	if err != nil {
 		return &FieldError{"addr", err.Error()}
 	}
-	if err := r.cfg.Addrs.checkTarget(target, in.remote); err != nil {
+	if err := r.cfg.Addrs.checkTarget(target, in); err != nil {
 		return &FieldError{"addr", err.Error()}
 	}
 	in.target = target

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -99,7 +100,7 @@ func TestRegisterUpdatesInPlace(t *testing.T) {
 		}
 		last = s
 	}
-	if old.Instance("a") != first || *first != was || len(old.Instances()) != 2 {
+	if old.Instance("a") != first || !reflect.DeepEqual(*first, was) || len(old.Instances()) != 2 {
 		t.Error("a snapshot that was read before has changed")
 	}
 

@@ -2,6 +2,7 @@ package registry
 
 import (
 	"cmp"
+	"net/netip"
 	"slices"
 	"time"
 )
@@ -26,6 +27,8 @@ type Instance struct {
 	stale      bool   // its lease has ended, with those of too many others to be believed
 	suspect    bool   // that connection was lost, and nobody knows yet whether it lives
 	lease      *lease // nil: none
+
+	networks []netip.Prefix // where it may point by the rights of who registered it; none: wherever AddrPolicy lets it
 }
 
 // Target returns the parsed Addr.
