@@ -69,6 +69,9 @@ func (a *api) audit(ctx *fasthttp.RequestCtx, action, service, id string, what .
 // auditChange notes what is another in now than it was before; before is nil if it is new. It notes nothing if all is the
 // same.
 func (a *api) auditChange(ctx *fasthttp.RequestCtx, action, service string, before, now *Instance) {
+	if !a.reg.cfg.Log.Enabled(context.Background(), slog.LevelInfo) {
+		return
+	}
 	var changed, was []slog.Attr
 	old := new(Instance).settings()
 	if before != nil {

@@ -3,9 +3,12 @@ package registry
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -140,6 +143,31 @@ func TestAudit(t *testing.T) {
 		if diff := cmp.Diff(row.want, got); diff != "" {
 			t.Errorf("%s: want -, got +\n%s", what, diff)
 		}
+	}
+}
+
+// What the line for a new instance, and that a renewal needs none, costs beside the registration.
+func BenchmarkAudit(b *testing.B) {
+	var ctx fasthttp.RequestCtx
+	ctx.Init(&fasthttp.Request{}, near, nil)
+	in := &Instance{ID: "inst-1", Addr: "http://10.0.0.1:8080", registered: 3}
+	file, err := os.Create(filepath.Join(b.TempDir(), "log"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer file.Close()
+	for _, row := range []struct {
+		name   string
+		out    io.Writer
+		before *Instance
+	}{{"new", io.Discard, nil}, {"new, to a file", file, nil}, {"renewal", io.Discard, in.copy()}} {
+		b.Run(row.name, func(b *testing.B) {
+			a := &api{reg: New(Config{Log: slog.New(slog.NewJSONHandler(row.out, nil))})}
+			b.ReportAllocs()
+			for b.Loop() {
+				a.auditChange(&ctx, "register", "echo", row.before, in)
+			}
+		})
 	}
 }
 

@@ -96,6 +96,9 @@ func (r *Rule) read() error {
 		return fmt.Errorf("%s:%w", r.cfg.Tokens, err)
 	}
 	r.grants.Store(g)
+	if len(g.certificates) > 0 && !r.cfg.Certificates {
+		r.cfg.Log.Warn("the tokens file has entries for certificates, and no client is asked for one: set --admin-client-ca", "file", r.cfg.Tokens)
+	}
 	if info, err := os.Stat(r.cfg.Tokens); err == nil {
 		switch mode := info.Mode().Perm(); {
 		case mode&0o022 != 0:
@@ -186,6 +189,10 @@ func (r *Rule) identify(ctx *fasthttp.RequestCtx) (registry.Caller, *Refusal) {
 	fields := ctx.Request.Header.PeekAll(fasthttp.HeaderAuthorization)
 	if len(fields) == 0 && r.cfg.Certificates {
 		if state := ctx.TLSConnectionState(); state != nil && len(state.VerifiedChains) > 0 {
+			// A browser adds a certificate to what a page of anybody's has it send, which it does to no token.
+			if site := string(ctx.Request.Header.Peek("Sec-Fetch-Site")); site == "cross-site" || site == "same-site" {
+				return nil, &Refusal{fasthttp.StatusForbidden, "the request was made by a page of another site, whose word a certificate is not"}
+			}
 			return r.certified(namesOf(state.VerifiedChains[0][0]))
 		}
 	}

@@ -517,6 +517,19 @@ func TestNewRefuses(t *testing.T) {
 	}
 }
 
+// An entry that nobody can use is told of.
+func TestCertificatesOfNobody(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "tokens.yaml")
+	file(t, path, "- {name: a, certificate: x, admin: true}\n")
+	for _, asked := range []bool{false, true} {
+		log := &transcript{}
+		newRule(t, Config{Tokens: path, Certificates: asked, Log: slog.New(slog.NewTextHandler(log, nil))})
+		if told := strings.Contains(log.String(), "--admin-client-ca"); told == asked {
+			t.Errorf("asked for: %v; %s", asked, log.String())
+		}
+	}
+}
+
 func TestFileModes(t *testing.T) {
 	for mode, want := range map[os.FileMode][2]string{ // with a token, and with a hash only
 		0o600: {"", ""}, 0o400: {"", ""}, 0o640: {"may read", ""}, 0o604: {"may read", ""}, 0o660: {"may write", "may write"}, 0o602: {"may write", "may write"},

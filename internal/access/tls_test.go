@@ -206,6 +206,31 @@ func TestCertificates(t *testing.T) {
 	}
 }
 
+// A page of another site cannot use the certificate of a browser, however it has the request made.
+func TestCertificateOfABrowser(t *testing.T) {
+	ca := newAuthority(t)
+	files := ca.files(t.TempDir())
+	g := guard(t, Config{Certificates: true}, &files)
+	cert, key := ca.sign(time.Now().Add(time.Hour), "a")
+	for site, want := range map[string]int{"": 200, "none": 200, "same-origin": 200, "same-site": 403, "cross-site": 403} {
+		request, err := http.NewRequest("GET", "https://"+g.addr+"/services", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if site != "" {
+			request.Header.Set("Sec-Fetch-Site", site)
+		}
+		response, err := ca.client(cert, key).Do(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		if response.StatusCode != want {
+			t.Errorf("%q: %d", site, response.StatusCode)
+		}
+	}
+}
+
 // An old version of TLS, and no TLS, is not answered.
 func TestVersions(t *testing.T) {
 	ca := newAuthority(t)
