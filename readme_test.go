@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -372,6 +373,18 @@ func TestReadmeLimits(t *testing.T) {
 		status, _ := g.post(fmt.Sprintf(`{"service":"echo","id":"lent","addr":"http://127.0.0.1:1","ttl":%q}`, ttl))
 		return status
 	}
+	metadata := func(pairs, bytes int) int {
+		all := map[string]string{}
+		for i := range pairs {
+			all[strconv.Itoa(i)] = strings.Repeat("v", bytes)
+		}
+		text, err := json.Marshal(all)
+		if err != nil {
+			t.Fatal(err)
+		}
+		status, _ := g.post(`{"service":"echo","id":"m","addr":"http://127.0.0.1:1","metadata":` + string(text) + `}`)
+		return status
+	}
 	drained := func(limit string) int {
 		register("drained", 1, 0)
 		response, _ := exchange(t, g.admin, strings.Replace(post(fmt.Sprintf(`{"service":"echo","id":"drained","drain":%q}`, limit)), "POST", "DELETE", 1))
@@ -437,6 +450,8 @@ func TestReadmeLimits(t *testing.T) {
 		"body of an API call":                         {fmt.Sprintf("%d KiB -> 413", registry.MaxBody>>10), register("b", 1, 60<<10), register("b", 1, 64<<10)},
 		"interim responses (1xx) before a response":   {"16 -> 502", interim(16), interim(17)},
 		"backend that takes nothing of a request":     {"30 s -> 504", 0, 0}, // TestBackendTakesNothing in proxy
+		"metadata of an instance":                     {"64 -> 400", metadata(64, 1), metadata(65, 1)},
+		"value in metadata, in bytes":                 {"512 -> 400", metadata(1, 512), metadata(1, 513)},
 		"instances asked for one request":             {fmt.Sprintf("%d -> the last one's error", lb.MaxTried), 0, 0},
 		"HTTP/2, TLS to clients":                      {"not yet -> 505 for HTTP/2", 0, raw("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")},
 		"request body that can be sent again":         {"64 KiB -> it is streamed and sent once", upload(g, 3<<20), 0},

@@ -126,7 +126,7 @@ func TestDownGetsNothing(t *testing.T) {
 	g := startGateway(t, nil, nil)
 	g.register(t, "echo", "a", naming(t, "a").url())
 	for _, state := range []registry.State{registry.Down, registry.Drain} {
-		if err := g.reg.Patch("echo", "a", registry.Patch{SetState: true, Override: registry.Override{State: state}}); err != nil {
+		if err := g.reg.Patch("echo", "a", registry.Patch{SetState: true, State: state}); err != nil {
 			t.Fatal(err)
 		}
 		g.dial(t).get("/echo").want(t, 503)

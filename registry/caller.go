@@ -2,6 +2,7 @@ package registry
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -92,13 +93,26 @@ func (a *api) auditChange(ctx *fasthttp.RequestCtx, action, service string, befo
 }
 
 // settings are what of an instance a call can change.
-func (in *Instance) settings() [6]slog.Attr {
+func (in *Instance) settings() [8]slog.Attr {
 	override := 0
 	if in.Override.Weight != nil {
 		override = *in.Override.Weight
 	}
 	return [...]slog.Attr{
-		slog.String("addr", in.Addr), slog.Int("weight", in.registered), slog.String("ttl", in.TTL.String()), slog.Bool("held", in.hold != nil),
+		slog.String("addr", in.Addr), slog.Int("weight", in.registered.weight), slog.String("ttl", in.TTL.String()), slog.Bool("held", in.hold != nil),
 		slog.Int("override_weight", override), slog.String("override_state", string(in.Override.State)),
+		slog.String("metadata", pairs(in.registered.metadata)), slog.String("override_metadata", pairs(in.Override.Metadata)),
 	}
+}
+
+// pairs are metadata as one text, the same for the same.
+func pairs(metadata map[string]string) string {
+	if len(metadata) == 0 {
+		return ""
+	}
+	text, err := json.Marshal(metadata) // in the order of its keys
+	if err != nil {
+		panic(err) // strings, into memory
+	}
+	return string(text)
 }

@@ -105,6 +105,11 @@ func TestAudit(t *testing.T) {
 		{"PATCH", "/services/echo/a", `{}`, 204, nil},
 		{"PATCH", "/services/echo/a", `{"state":null}`, 204,
 			[]string{`{"action":"patch","instance":"echo/a","override_state":"","was":{"override_state":"down"}}`}},
+		{"PATCH", "/services/echo/a", `{"metadata":{"zone":"b"}}`, 204,
+			[]string{`{"action":"patch","instance":"echo/a","override_metadata":"{\"zone\":\"b\"}","was":{"override_metadata":""}}`}},
+		{"PATCH", "/services/echo/a", `{"metadata":{"zone":"b"}}`, 204, nil},
+		{"PATCH", "/services/echo/a", `{"metadata":null}`, 204,
+			[]string{`{"action":"patch","instance":"echo/a","override_metadata":"","was":{"override_metadata":"{\"zone\":\"b\"}"}}`}},
 		{"PATCH", "/services/echo/b", `{"weight":9}`, 404, nil},
 		{"PATCH", "/services/echo/a", `{"weight":0}`, 400, nil},
 		{"POST", "/register?hold", `{"service":"echo","id":"a","addr":"http://10.0.0.2","weight":3,"ttl":"1m"}`, 200,
@@ -121,7 +126,9 @@ func TestAudit(t *testing.T) {
 			`{"action":"drain","addr":"http://10.0.0.1","instance":"echo/b","limit":"1m0s"}`,
 			`{"cut":0,"instance":"echo/b","msg":"instance has left: its drain is over","waited":"TIME"}`}},
 		{"POST", "/register", `{"service":"echo","id":"c","addr":"nowhere"}`, 400, nil},
-		{"POST", "/register", `{"service":"echo","id":"c",` + one + `}`, 204, []string{`{"action":"register","addr":"http://10.0.0.1","instance":"echo/c"}`}},
+		{"POST", "/register", `{"service":"echo","id":"c",` + one + `,"metadata":{"b":"2","a":"1"}}`, 204,
+			[]string{`{"action":"register","addr":"http://10.0.0.1","instance":"echo/c","metadata":"{\"a\":\"1\",\"b\":\"2\"}"}`}},
+		{"POST", "/register", `{"service":"echo","id":"c",` + one + `,"metadata":{"a":"1","b":"2"}}`, 204, nil},
 		{"DELETE", "/register", `{"service":"echo","id":"c"}`, 204, []string{`{"action":"unregister","addr":"http://10.0.0.1","instance":"echo/c"}`}},
 	} {
 		what := row.method + " " + row.target + " " + row.body
@@ -150,7 +157,7 @@ func TestAudit(t *testing.T) {
 func BenchmarkAudit(b *testing.B) {
 	var ctx fasthttp.RequestCtx
 	ctx.Init(&fasthttp.Request{}, near, nil)
-	in := &Instance{ID: "inst-1", Addr: "http://10.0.0.1:8080", registered: 3}
+	in := &Instance{ID: "inst-1", Addr: "http://10.0.0.1:8080", registered: registered{weight: 3}}
 	file, err := os.Create(filepath.Join(b.TempDir(), "log"))
 	if err != nil {
 		b.Fatal(err)

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"cmp"
 	"fmt"
 	"log/slog"
 	"time"
@@ -19,18 +20,23 @@ const (
 
 // Override is what an operator has set over what an instance registers. It survives registrations, and goes with the instance.
 type Override struct {
-	Weight *int  `json:"weight"` // nil: none
-	State  State `json:"state,omitempty"`
+	Weight   *int              `json:"weight"` // nil: none
+	State    State             `json:"state,omitempty"`
+	Metadata map[string]string `json:"metadata,omitempty"` // pairs over those that the instance registers
 }
 
 const stateRule = "must be up, drain, down, or null for what the instance itself does"
 
-func (o Override) none() bool { return o == Override{} }
+func (o Override) none() bool { return o.Weight == nil && o.State == "" && o.Metadata == nil }
 
-// Patch changes an Override. What is not set stays; what is set to nothing goes.
+// Patch changes an Override. What is not set stays; what is set to nothing goes. Of metadata, Pairs are changed: nil takes one
+// away, and SetMetadata without any takes them all.
 type Patch struct {
-	SetWeight, SetState bool
-	Override
+	SetWeight, SetState, SetMetadata bool
+
+	Weight *int
+	State  State
+	Pairs  map[string]*string
 }
 
 // State is the one in force: what an operator says, or else what the instance does.
@@ -46,9 +52,9 @@ func (in *Instance) State() State {
 	return Up
 }
 
-// settle makes Weight the one in force.
+// settle puts what an operator has set over what the instance registers.
 func (in *Instance) settle() {
-	in.Weight = in.registered
+	in.Weight, in.Metadata = in.registered.weight, merge(in.registered.metadata, in.Override.Metadata)
 	if in.Override.Weight != nil {
 		in.Weight = *in.Override.Weight
 	}
@@ -64,7 +70,7 @@ func (in *Instance) inherit(prev *Instance) {
 			in.drain = prev.drain
 		}
 	}
-	in.registered = in.Weight
+	in.registered = registered{in.Weight, merge(in.Metadata, nil)}
 	in.settle()
 }
 
@@ -85,6 +91,10 @@ func (r *Registry) patch(service, id string, p Patch) (before, now *Instance, er
 	case p.SetState && p.State != "" && p.State != Up && p.State != Drain && p.State != Down:
 		return nil, nil, &FieldError{"state", stateRule}
 	}
+	bad := checkMetadata(texts(p.Pairs))
+	if bad != nil {
+		return nil, nil, bad
+	}
 	err = r.edit(service, id, "", func(at *slot, in *Instance) {
 		next := in.copy()
 		if p.SetWeight {
@@ -93,11 +103,19 @@ func (r *Registry) patch(service, id string, p Patch) (before, now *Instance, er
 		if p.SetState {
 			next.Override.State = p.State
 		}
+		if p.SetMetadata && len(p.Pairs) == 0 {
+			next.Override.Metadata = nil
+		} else if p.SetMetadata {
+			next.Override.Metadata = patchMetadata(in.Override.Metadata, p.Pairs)
+			if bad = checkMetadata(next.Override.Metadata); bad != nil {
+				return // too many, with those from before
+			}
+		}
 		next.settle()
 		r.replace(at, next)
 		before, now = in, next
 	})
-	return before, now, err
+	return before, now, cmp.Or(err, bad)
 }
 
 // copy returns an instance to change. It is of the same registration.

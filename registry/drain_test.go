@@ -44,7 +44,7 @@ func TestDrain(t *testing.T) {
 			u.now.Store(0)
 		}, 2 * time.Second, 0, []string{"b"}, ""},
 		{"drained by an operator too, then by its successor", func(t *testing.T, r *Registry, u *underWay) {
-			if err := r.Patch("echo", "a", Patch{SetState: true, Override: Override{State: Drain}}); err != nil {
+			if err := r.Patch("echo", "a", Patch{SetState: true, State: Drain}); err != nil {
 				t.Error(err)
 			}
 			register(t, r, "echo", "a", "http://10.0.0.9", 1)
@@ -168,21 +168,21 @@ func TestPatch(t *testing.T) {
 	}
 	seven := 7
 	register(t, r, "echo", "a", "http://10.0.0.1", 2)
-	patch(Patch{SetWeight: true, Override: Override{Weight: &seven}})
+	patch(Patch{SetWeight: true, Weight: &seven})
 	want(7, Up)
-	patch(Patch{SetState: true, Override: Override{State: Down}})
+	patch(Patch{SetState: true, State: Down})
 	want(7, Down)
 	register(t, r, "echo", "a", "http://10.0.0.9", 3)
 	want(7, Down)
-	patch(Patch{SetState: true, Override: Override{State: Up}})
+	patch(Patch{SetState: true, State: Up})
 	want(7, Up)
 	patch(Patch{SetWeight: true})
 	want(3, Up)
 	patch(Patch{SetState: true})
-	if in().Override != (Override{}) {
+	if !in().Override.none() {
 		t.Errorf("left: %+v", in().Override)
 	}
-	patch(Patch{SetWeight: true, Override: Override{Weight: &seven}})
+	patch(Patch{SetWeight: true, Weight: &seven})
 	if err := r.Unregister("echo", "a", ""); err != nil {
 		t.Fatal(err)
 	}
@@ -192,8 +192,8 @@ func TestPatch(t *testing.T) {
 	zero, less, more := 0, -1, MaxWeight+1
 	var bad *FieldError
 	for field, p := range map[string][]Patch{
-		"weight": {{SetWeight: true, Override: Override{Weight: &zero}}, {SetWeight: true, Override: Override{Weight: &less}}, {SetWeight: true, Override: Override{Weight: &more}}},
-		"state":  {{SetState: true, Override: Override{State: "UP"}}},
+		"weight": {{SetWeight: true, Weight: &zero}, {SetWeight: true, Weight: &less}, {SetWeight: true, Weight: &more}},
+		"state":  {{SetState: true, State: "UP"}},
 	} {
 		for _, p := range p {
 			if err := r.Patch("echo", "a", p); !errors.As(err, &bad) || bad.Field != field {

@@ -40,7 +40,7 @@ func TestLostHold(t *testing.T) {
 			}
 		}, true, 0},
 		{"patched", dead, func(t *testing.T, r *Registry) {
-			if err := r.Patch("echo", "a", Patch{SetState: true, Override: Override{State: Drain}}); err != nil {
+			if err := r.Patch("echo", "a", Patch{SetState: true, State: Drain}); err != nil {
 				t.Fatal(err)
 			}
 		}, false, 0},

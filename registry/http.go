@@ -61,14 +61,14 @@ type BreakerStatus struct {
 
 // NewHandler returns the registration API:
 //
-//	POST   /register                           {"service", "id", "addr", "weight", "ttl"}   204
-//	POST   /register?hold                      {"service", "id", "addr", "weight", "ttl"}   200
+//	POST   /register                           {"service", "id", "addr", "weight", "ttl", "metadata"}   204
+//	POST   /register?hold                      {"service", "id", "addr", "weight", "ttl", "metadata"}   200
 //	DELETE /register                           {"service", "id", "addr", "drain"}           204, 200, 404, 409
 //	GET    /services                                                                        200
 //	GET    /services/{service}                                                              200, 404
 //	GET    /services/{service}/{id}                                                         200, 404
-//	PUT    /services/{service}/{id}            {"addr", "weight", "ttl"}                    204
-//	PATCH  /services/{service}/{id}            {"weight", "state"}                          204, 404
+//	PUT    /services/{service}/{id}            {"addr", "weight", "ttl", "metadata"}                    204
+//	PATCH  /services/{service}/{id}            {"weight", "state", "metadata"}                          204, 404
 //	DELETE /services/{service}/{id}?addr=&drain=                                            204, 200, 404, 409
 //	POST   /services/{service}/{id}/heartbeat?addr=                                         204, 404, 409
 //
@@ -144,7 +144,7 @@ type api struct {
 
 // POST /register
 func (a *api) register(ctx *fasthttp.RequestCtx) error {
-	m, err := readMembers(ctx, "service", "id", "addr", "weight", "ttl")
+	m, err := readMembers(ctx, "service", "id", "addr", "weight", "ttl", "metadata")
 	if err != nil {
 		return err
 	}
@@ -157,7 +157,7 @@ func (a *api) putInstance(ctx *fasthttp.RequestCtx) error {
 	if err != nil {
 		return err
 	}
-	m, err := readMembers(ctx, "addr", "weight", "ttl")
+	m, err := readMembers(ctx, "addr", "weight", "ttl", "metadata")
 	if err != nil {
 		return err
 	}
@@ -173,7 +173,7 @@ func (a *api) put(ctx *fasthttp.RequestCtx, m members) error {
 		return err
 	}
 	caller := callerOf(ctx)
-	in := Instance{ID: m.id, Addr: m.addr, Weight: m.weight, TTL: m.ttl, remote: !ctx.RemoteIP().IsLoopback(), networks: caller.Networks()}
+	in := Instance{ID: m.id, Addr: m.addr, Weight: m.weight, TTL: m.ttl, Metadata: texts(m.metadata), remote: !ctx.RemoteIP().IsLoopback(), networks: caller.Networks()}
 	if ctx.QueryArgs().Has("hold") {
 		if value := ctx.QueryArgs().Peek("hold"); len(value) > 0 {
 			return &refusal{fasthttp.StatusBadRequest, "hold", "hold has no value"}
@@ -327,14 +327,15 @@ func (a *api) patchInstance(ctx *fasthttp.RequestCtx) error {
 	if err != nil {
 		return err
 	}
-	m, err := readMembers(ctx, "weight?", "state?")
+	m, err := readMembers(ctx, "weight?", "state?", "metadata?")
 	if err != nil {
 		return err
 	}
 	if err := permit(ctx, RightRegister, service); err != nil {
 		return err
 	}
-	p := Patch{SetWeight: m.seen.has("weight"), SetState: m.seen.has("state"), Override: Override{State: State(m.state)}}
+	p := Patch{SetWeight: m.seen.has("weight"), SetState: m.seen.has("state"), SetMetadata: m.seen.has("metadata") && (m.null.has("metadata") || len(m.metadata) > 0),
+		State: State(m.state), Pairs: m.metadata}
 	if !m.null.has("weight") {
 		p.Weight = &m.weight
 	}
@@ -463,10 +464,12 @@ type instanceJSON struct {
 	Addr   string `json:"addr"`
 	Weight int    `json:"weight"`
 	InstanceStatus
-	RegisteredAt time.Time  `json:"registered_at"`
-	Lease        *leaseJSON `json:"lease"`    // null: it has none
-	State        State      `json:"state"`    // the one in force,
-	Override     *Override  `json:"override"` // and what an operator has set; null: nothing
+	RegisteredAt time.Time         `json:"registered_at"`
+	Lease        *leaseJSON        `json:"lease"`      // null: it has none
+	State        State             `json:"state"`      // the one in force,
+	Override     *Override         `json:"override"`   // and what an operator has set; null: nothing
+	Metadata     map[string]string `json:"metadata"`   // in force
+	Generation   uint64            `json:"generation"` // of the registration
 }
 
 type leaseJSON struct {
@@ -491,7 +494,10 @@ func (a *api) instance(service string, in *Instance) instanceJSON {
 		until := seconds(*st.Breaker.Until)
 		st.Breaker.Until = &until
 	}
-	out := instanceJSON{in.ID, in.Addr, in.Weight, st, seconds(in.RegisteredAt), nil, in.State(), nil}
+	out := instanceJSON{in.ID, in.Addr, in.Weight, st, seconds(in.RegisteredAt), nil, in.State(), nil, in.Metadata, in.Generation}
+	if out.Metadata == nil {
+		out.Metadata = map[string]string{}
+	}
 	if !in.Override.none() {
 		out.Override = &in.Override
 	}
@@ -670,13 +676,14 @@ type members struct {
 	state             string
 	weight            int
 	ttl, drain        time.Duration
-	seen, null        memberSet // which there were, and were null
+	metadata          map[string]*string // nil: null, in a patch
+	seen, null        memberSet          // which there were, and were null
 }
 
 // memberSet is a set of memberNames.
-type memberSet uint8
+type memberSet uint16
 
-var memberNames = []string{"service", "id", "addr", "weight", "ttl", "drain", "state"}
+var memberNames = []string{"service", "id", "addr", "weight", "ttl", "drain", "state", "metadata"}
 
 func (s memberSet) has(name string) bool { return s&member(name) != 0 }
 
@@ -769,6 +776,15 @@ func decodeMembers(body []byte, allowed ...string) (members, error) {
 			number, ok := value.(json.Number)
 			if m.weight, err = strconv.Atoi(number.String()); !ok || err != nil || m.weight < 0 || m.weight > MaxWeight {
 				return bad(name, "%s %s, not %s", name, weightRule, describe(value))
+			}
+			continue
+		}
+		if name == "metadata" {
+			if value != json.Delim('{') {
+				return bad(name, "metadata must be an object of strings, not %s", describe(value))
+			}
+			if m.metadata, err = readMetadata(dec, nullable.has(name)); err != nil {
+				return members{}, err
 			}
 			continue
 		}

@@ -6,9 +6,12 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
+	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -174,15 +177,15 @@ func TestPatchAPI(t *testing.T) {
 	h := NewHandler(reg, nil)
 	wantNoContent(t, call(h, near, "POST", "/register", inst1))
 	for _, row := range []struct{ body, want string }{
-		{`{"weight":5}`, `"state":"up","override":{"weight":5}}`},
-		{`{"state":"drain"}`, `"state":"drain","override":{"weight":5,"state":"drain"}}`},
-		{`{}`, `"state":"drain","override":{"weight":5,"state":"drain"}}`},
-		{`{"weight":null,"state":"down"}`, `"state":"down","override":{"weight":null,"state":"down"}}`},
-		{`{"state":"up"}`, `"state":"up","override":{"weight":null,"state":"up"}}`},
-		{`{"state":null}`, `"state":"up","override":null}`},
+		{`{"weight":5}`, `"state":"up","override":{"weight":5}`},
+		{`{"state":"drain"}`, `"state":"drain","override":{"weight":5,"state":"drain"}`},
+		{`{}`, `"state":"drain","override":{"weight":5,"state":"drain"}`},
+		{`{"weight":null,"state":"down"}`, `"state":"down","override":{"weight":null,"state":"down"}`},
+		{`{"state":"up"}`, `"state":"up","override":{"weight":null,"state":"up"}`},
+		{`{"state":null}`, `"state":"up","override":null`},
 	} {
 		wantNoContent(t, call(h, near, "PATCH", "/services/echo/inst-1", row.body))
-		if got := string(call(h, near, "GET", "/services/echo/inst-1", "").Body()); !strings.HasSuffix(got, row.want+"\n") {
+		if got := string(call(h, near, "GET", "/services/echo/inst-1", "").Body()); !strings.HasSuffix(got, row.want+`,"metadata":{},"generation":1}`+"\n") {
 			t.Errorf("%s: %s", row.body, got)
 		}
 	}
@@ -193,7 +196,7 @@ func TestPatchAPI(t *testing.T) {
 		{`{"state":"off"}`, "state", "up, drain, down"},
 		{`{"state":""}`, "state", "up, drain, down"},
 		{`{"state":1}`, "state", "a string"},
-		{`{"addr":"http://localhost:1"}`, "addr", "allowed here: weight, state"},
+		{`{"addr":"http://localhost:1"}`, "addr", "allowed here: weight, state, metadata"},
 		{`{"state":"up","state":"up"}`, "state", "twice"},
 	} {
 		wantProblem(t, call(h, near, "PATCH", "/services/echo/inst-1", row.body), 400, row.field, row.says)
@@ -274,10 +277,13 @@ func TestGet(t *testing.T) {
 	at := func(service, id string) string {
 		return reg.Snapshot(service).Instance(id).RegisteredAt.UTC().Format("2006-01-02T15:04:05Z")
 	}
-	one := func(service string) string {
-		return `{"id":"inst-1","addr":"http://localhost:8081","weight":2,"ready":true,"reason":"","breaker":{"state":"closed","since":"2026-11-23T17:00:00Z","until":null},"in_flight":0,"tunnels":0,"success":0,"failure":0,"ignored":0,"last_error":"","registered_at":"` + at(service, "inst-1") + `","lease":null,"state":"up","override":null}`
+	generation := func(service, id string) string {
+		return strconv.FormatUint(reg.Snapshot(service).Instance(id).Generation, 10)
 	}
-	two := `{"id":"inst-2","addr":"http://h/a&b","weight":0,"ready":false,"reason":"breaker","breaker":{"state":"open","since":"2026-11-23T17:00:00Z","until":"2026-11-23T17:00:30Z"},"in_flight":1,"tunnels":5,"success":2,"failure":3,"ignored":4,"last_error":"refused <1>","registered_at":"` + at("echo", "inst-2") + `","lease":null,"state":"up","override":null}`
+	one := func(service string) string {
+		return `{"id":"inst-1","addr":"http://localhost:8081","weight":2,"ready":true,"reason":"","breaker":{"state":"closed","since":"2026-11-23T17:00:00Z","until":null},"in_flight":0,"tunnels":0,"success":0,"failure":0,"ignored":0,"last_error":"","registered_at":"` + at(service, "inst-1") + `","lease":null,"state":"up","override":null,"metadata":{},"generation":` + generation(service, "inst-1") + `}`
+	}
+	two := `{"id":"inst-2","addr":"http://h/a&b","weight":0,"ready":false,"reason":"breaker","breaker":{"state":"open","since":"2026-11-23T17:00:00Z","until":"2026-11-23T17:00:30Z"},"in_flight":1,"tunnels":5,"success":2,"failure":3,"ignored":4,"last_error":"refused <1>","registered_at":"` + at("echo", "inst-2") + `","lease":null,"state":"up","override":null,"metadata":{},"generation":1}`
 	service := func(name, instances string) string {
 		return `{"name":"` + name + `","strategy":"weighted-round-robin","in_force":"round-robin","why":"inst-2 has no weight","instances":[` + instances + `]}`
 	}
@@ -304,7 +310,7 @@ func TestGet(t *testing.T) {
 
 	// Without a Describer the members are there all the same.
 	bare := call(NewHandler(reg, nil), near, "GET", "/services/echo/inst-1", "")
-	want := `{"id":"inst-1","addr":"http://localhost:8081","weight":2,"ready":false,"reason":"","breaker":{"state":"","since":"0001-01-01T00:00:00Z","until":null},"in_flight":0,"tunnels":0,"success":0,"failure":0,"ignored":0,"last_error":"","registered_at":"` + at("echo", "inst-1") + `","lease":null,"state":"up","override":null}` + "\n"
+	want := `{"id":"inst-1","addr":"http://localhost:8081","weight":2,"ready":false,"reason":"","breaker":{"state":"","since":"0001-01-01T00:00:00Z","until":null},"in_flight":0,"tunnels":0,"success":0,"failure":0,"ignored":0,"last_error":"","registered_at":"` + at("echo", "inst-1") + `","lease":null,"state":"up","override":null,"metadata":{},"generation":2}` + "\n"
 	if d := cmp.Diff(want, string(bare.Body())); d != "" {
 		t.Errorf("without a Describer (-want +got):\n%s", d)
 	}
@@ -393,7 +399,8 @@ func TestAPIRefusesCalls(t *testing.T) {
 }
 
 func TestDecode(t *testing.T) {
-	all := []string{"service", "id", "addr", "weight", "ttl"}
+	all := []string{"service", "id", "addr", "weight", "ttl", "metadata"}
+	a, none := "a", ""
 	accepted := map[string]members{
 		inst1:                                  {service: "echo", id: "inst-1", addr: "http://localhost:8081", weight: 2},
 		`{}`:                                   {},
@@ -401,11 +408,13 @@ func TestDecode(t *testing.T) {
 		`{"weight":0}`:                         {},
 		`{"weight" : 7}`:                       {weight: 7},
 		`{"weight":1000000,"id":"\u0061"}`:     {id: "a", weight: 1_000_000},
+		`{"metadata":{}}`:                      {metadata: map[string]*string{}},
+		`{"metadata":{"b":"a","B":""}}`:        {metadata: map[string]*string{"b": &a, "B": &none}},
 		`{"s\u0065rvice":"a","addr":"\u00e9"}`: {service: "a", addr: "é"},
 	}
 	for body, want := range accepted {
 		got, err := decodeMembers([]byte(body), all...)
-		if got.seen = 0; err != nil || got != want {
+		if got.seen = 0; err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("%s: %+v, %v; want %+v", body, got, err, want)
 		}
 	}
@@ -428,7 +437,7 @@ func TestDecode(t *testing.T) {
 		{`7`, "", "must be one JSON object"},
 		{strings.Repeat("[", 20000), "", "not JSON"},
 		{strings.Repeat(`{"a":`, 5000) + "1" + strings.Repeat("}", 5000), "a", "unknown member"},
-		{`{"services":"a"}`, "services", `unknown member "services"; allowed here: service, id, addr, weight, ttl`},
+		{`{"services":"a"}`, "services", `unknown member "services"; allowed here: service, id, addr, weight, ttl, metadata`},
 		{`{"Service":"a"}`, "Service", "unknown member"},
 		{`{"":1}`, "", `unknown member ""`},
 		{`{"wait":null}`, "wait", "unknown member"},
@@ -451,6 +460,14 @@ func TestDecode(t *testing.T) {
 		{`{"weight":true}`, "weight", "not true"},
 		{`{"weight":[2]}`, "weight", "not an array"},
 		{`{"weight":{}}`, "weight", "not an object"},
+		{`{"metadata":null}`, "metadata", "must be an object of strings, not null"},
+		{`{"metadata":"a"}`, "metadata", `not the string "a"`},
+		{`{"metadata":[]}`, "metadata", "not an array"},
+		{`{"metadata":{"a":1}}`, "metadata", `"a" must be a string, not 1`},
+		{`{"metadata":{"a":null}}`, "metadata", `"a" must be a string, not null`},
+		{`{"metadata":{"a":{"b":"c"}}}`, "metadata", `"a" must be a string, not an object`},
+		{`{"metadata":{"a":"b","\u0061":"b"}}`, "metadata", `"a" is there twice`},
+		{`{"metadata":{},"metadata":{}}`, "metadata", "metadata is there twice"},
 	}
 	h := NewHandler(New(Config{}), nil)
 	for _, tt := range refused {
@@ -691,20 +708,25 @@ func TestAPIOverTCP(t *testing.T) {
 // encoding/json.
 func FuzzDecode(f *testing.F) {
 	for _, s := range []string{inst1, `{}`, `{"id":"a","id":"b"}`, `{"weight":1e3}`, `{"weight":-0}`, `{"Id":"a"}`, `[{}]`, `{"id":"\ud800"}`,
-		`{"id":"a"}{}`, `{"addr":{"a":[1,2]}}`, "{\"id\":\"\xff\"}"} {
+		`{"id":"a"}{}`, `{"addr":{"a":[1,2]}}`, "{\"id\":\"\xff\"}", `{"metadata":{"a":"b","c":""}}`} {
 		f.Add([]byte(s))
 	}
-	all := []string{"service", "id", "addr", "weight"}
+	all := []string{"service", "id", "addr", "weight", "metadata"}
 	type registration struct {
 		Service string `json:"service"`
 		ID      string `json:"id"`
 		Addr    string `json:"addr"`
 		Weight  int    `json:"weight"`
+
+		Metadata map[string]string `json:"metadata,omitempty"`
+	}
+	same := func(a, b members) bool {
+		return a.service == b.service && a.id == b.id && a.addr == b.addr && a.weight == b.weight && maps.Equal(texts(a.metadata), texts(b.metadata))
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
 		m, err := decodeMembers(body, all...)
 		if err != nil {
-			if m != (members{}) {
+			if !reflect.ValueOf(m).IsZero() {
 				t.Fatalf("%+v beside %v", m, err)
 			}
 			return
@@ -714,7 +736,11 @@ func FuzzDecode(f *testing.F) {
 		if err := json.Unmarshal(body, &plain); err != nil {
 			t.Fatalf("%q is accepted, but encoding/json says %v", body, err)
 		}
-		if m != (members{service: plain.Service, id: plain.ID, addr: plain.Addr, weight: plain.Weight}) {
+		want := members{service: plain.Service, id: plain.ID, addr: plain.Addr, weight: plain.Weight, metadata: map[string]*string{}}
+		for key, value := range plain.Metadata {
+			want.metadata[key] = &value
+		}
+		if !same(m, want) {
 			t.Fatalf("%q: %+v; encoding/json reads %+v", body, m, plain)
 		}
 		text, err := json.Marshal(plain)
@@ -722,7 +748,7 @@ func FuzzDecode(f *testing.F) {
 			t.Fatal(err)
 		}
 		again, err := decodeMembers(text, all...)
-		if again.seen = 0; err != nil || again != m {
+		if again.seen = 0; err != nil || !same(again, m) {
 			t.Fatalf("%q: %+v; written again %s: %+v, %v", body, m, text, again, err)
 		}
 		if m.weight < 0 || m.weight > MaxWeight {
@@ -730,7 +756,7 @@ func FuzzDecode(f *testing.F) {
 		}
 		// What is registered in the end is well formed.
 		reg := New(Config{})
-		if reg.Register(m.service, Instance{ID: m.id, Addr: m.addr, Weight: m.weight}) == nil && (ValidName(m.service) != nil || ValidName(m.id) != nil) {
+		if reg.Register(m.service, Instance{ID: m.id, Addr: m.addr, Weight: m.weight, Metadata: texts(m.metadata)}) == nil && (ValidName(m.service) != nil || ValidName(m.id) != nil) {
 			t.Fatalf("%+v is registered", m)
 		}
 	})

@@ -30,7 +30,7 @@ var (
 
 // FieldError refuses one field of a registration. Its texts are meant for the client that sent it.
 type FieldError struct {
-	Field  string // service, id, addr, weight, ttl, state or drain
+	Field  string // service, id, addr, weight, ttl, metadata, state or drain
 	Detail string // what is wrong, and what would be right
 }
 
@@ -292,6 +292,9 @@ func (r *Registry) check(service string, in *Instance) error {
 	}
 	if in.Weight < 0 || in.Weight > MaxWeight {
 		return &FieldError{"weight", weightRule + ", not " + strconv.Itoa(in.Weight)}
+	}
+	if err := checkMetadata(in.Metadata); err != nil {
+		return err
 	}
 	target, err := ParseAddr(in.Addr)
 	if err != nil {

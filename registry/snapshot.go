@@ -10,25 +10,32 @@ import (
 // Instance is one instance of a service. What Register is given is copied; what a Snapshot holds never changes and must
 // not be changed.
 type Instance struct {
-	ID           string        // unique within the service; ValidName
-	Addr         string        // where it answers, as it was registered; ParseAddr
-	Weight       int           // 0 to MaxWeight; 0 means that it has none
-	TTL          time.Duration // of its lease, MinTTL to MaxTTL; 0: it has none and stays until it is unregistered
-	RegisteredAt time.Time     // when this id came; a later registration of the same id does not change it
-	Generation   uint64        // of its last registration; grows over all services
+	ID           string            // unique within the service; ValidName
+	Addr         string            // where it answers, as it was registered; ParseAddr
+	Weight       int               // 0 to MaxWeight; 0 means that it has none
+	TTL          time.Duration     // of its lease, MinTTL to MaxTTL; 0: it has none and stays until it is unregistered
+	Metadata     map[string]string // what people write about it: at most 64 names with values of up to 512 bytes
+	RegisteredAt time.Time         // when this id came; a later registration of the same id does not change it
+	Generation   uint64            // of its last registration; grows over all services
 
 	Override Override // what an operator has set over it; ignored by Register
 
-	registered int    // the weight that it registers
-	drain      *drain // it is about to leave; nil: it is not
-	remote     bool   // registered by a peer that is not loopback; set by http.go, judged by AddrPolicy
-	target     Target // the parsed Addr
-	hold       *hold  // nil: no connection keeps it registered
-	stale      bool   // its lease has ended, with those of too many others to be believed
-	suspect    bool   // that connection was lost, and nobody knows yet whether it lives
-	lease      *lease // nil: none
+	registered registered // what it says itself of what an operator may set
+	drain      *drain     // it is about to leave; nil: it is not
+	remote     bool       // registered by a peer that is not loopback; set by http.go, judged by AddrPolicy
+	target     Target     // the parsed Addr
+	hold       *hold      // nil: no connection keeps it registered
+	stale      bool       // its lease has ended, with those of too many others to be believed
+	suspect    bool       // that connection was lost, and nobody knows yet whether it lives
+	lease      *lease     // nil: none
 
 	networks []netip.Prefix // where it may point by the rights of who registered it; none: wherever AddrPolicy lets it
+}
+
+// registered is what an instance registers of that which an Override may cover.
+type registered struct {
+	weight   int
+	metadata map[string]string
 }
 
 // Target returns the parsed Addr.

@@ -140,6 +140,8 @@ type Register struct {
 	Addr    string        `arg:"" help:"Where it listens: http://HOST:PORT or https://HOST:PORT, with a base path if it has one."`
 	Weight  int           `default:"0" min:"0" noenv:"" help:"Its share under the weighted strategies."`
 	TTL     time.Duration `name:"ttl" default:"0s" min:"0s" noenv:"" help:"A lease of 1s to 24h: unless it is registered again or sends a heartbeat, the instance leaves after that time. 0s is none."`
+
+	Metadata map[string]string `mapsep:"none" placeholder:"NAME=VALUE" noenv:"" help:"What others should know about it; repeatable."`
 }
 
 // registration is the body of /register.
@@ -150,11 +152,13 @@ type registration struct {
 	Weight  int    `json:"weight,omitempty"`
 	TTL     string `json:"ttl,omitempty"`
 	Drain   string `json:"drain,omitempty"`
+
+	Metadata map[string]string `json:"metadata,omitempty"`
 }
 
 // Run registers the instance.
 func (c *Register) Run(p *Process) error {
-	in := registration{Service: c.Service, ID: c.ID, Addr: c.Addr, Weight: c.Weight}
+	in := registration{Service: c.Service, ID: c.ID, Addr: c.Addr, Weight: c.Weight, Metadata: c.Metadata}
 	if c.TTL > 0 {
 		in.TTL = c.TTL.String()
 	}

@@ -86,6 +86,8 @@ echo     random    a         http://127.0.0.1:8081  0       yes    closed   2   
 echo     random    b         http://127.0.0.1:8082  20      no     open     0          0        0        5        breaker open; last error: connection refused; not weighted-random: b has no weight
 `, ""},
 		{"leased and drained", &Register{API: api, Service: "users", ID: "a", Addr: "http://127.0.0.1:8081", TTL: time.Minute}, "registered users/a at http://127.0.0.1:8081\n", ""},
+		{"described", &Register{API: api, Service: "users", ID: "a", Addr: "http://127.0.0.1:8081", Metadata: map[string]string{"zone": "eu"}}, "registered users/a at http://127.0.0.1:8081\n", ""},
+		{"badly described", &Register{API: api, Service: "users", ID: "a", Addr: "http://127.0.0.1:8081", Metadata: map[string]string{"zo ne": "eu"}}, "", "metadata: the key"},
 		{"not the one meant", &Unregister{API: api, Service: "users", ID: "a", Addr: "http://127.0.0.1:8082"}, "users/a is registered with another addr: it stays\n", ""},
 		{"bad ttl", &Register{API: api, Service: "users", ID: "b", Addr: "http://127.0.0.1:8081", TTL: time.Millisecond}, "", "ttl"},
 		{"the one meant", &Unregister{API: api, Service: "users", ID: "a", Addr: "http://127.0.0.1:8081"}, "unregistered users/a\n", ""},
