@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"net/netip"
 	"reflect"
 	"time"
 )
@@ -24,6 +25,7 @@ type record struct {
 	Held         bool              `json:"held,omitempty"`  // by a connection
 	Drain        bool              `json:"drain,omitempty"` // it was about to leave
 	Override     *Override         `json:"override,omitempty"`
+	Networks     []netip.Prefix    `json:"networks,omitempty"` // to which who has registered it may point
 }
 
 func recordOf(in *Instance) record {
@@ -36,6 +38,7 @@ func recordOf(in *Instance) record {
 		Remote:       in.remote,
 		Held:         in.hold != nil,
 		Drain:        in.drain != nil,
+		Networks:     in.networks,
 	}
 	if !in.Override.none() {
 		rec.Override = &in.Override
@@ -53,7 +56,12 @@ func sameRecord(a, b *Instance) bool {
 
 // instance returns what a record was made of, as it is after a restart. The error says what no instance can have.
 func (rec *record) instance(service, id string) (*Instance, error) {
-	in := &Instance{ID: id, Addr: rec.Addr, Weight: rec.Weight, Metadata: rec.Metadata, TTL: rec.TTL, RegisteredAt: rec.RegisteredAt, remote: rec.Remote}
+	in := &Instance{ID: id, Addr: rec.Addr, Weight: rec.Weight, Metadata: rec.Metadata, TTL: rec.TTL, RegisteredAt: rec.RegisteredAt, remote: rec.Remote, networks: rec.Networks}
+	for _, network := range rec.Networks {
+		if !network.IsValid() {
+			return nil, errors.New("networks: one is none")
+		}
+	}
 	if err := validate(service, in); err != nil {
 		return nil, err
 	}

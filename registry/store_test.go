@@ -102,6 +102,11 @@ func onDisk(t testing.TB, r *Registry) map[key]record {
 	return m
 }
 
+// difference is cmp.Diff for records.
+func difference(want, got any) string {
+	return cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }))
+}
+
 // What an instance registers and what an operator sets over it is there after a restart, as it was.
 func TestRestart(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "not", "there")
@@ -117,6 +122,7 @@ func TestRestart(t *testing.T) {
 		{ID: "moved", Addr: alive},
 		{ID: "gone", Addr: alive},
 		{ID: "remote", Addr: dead, remote: true},
+		{ID: "bound", Addr: alive, networks: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}},
 	} {
 		if err := r.Register("echo", in); err != nil {
 			t.Fatal(err)
@@ -136,7 +142,7 @@ func TestRestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	before, highest := all(r), r.generation
-	if diff := cmp.Diff(before, onDisk(t, r)); diff != "" {
+	if diff := difference(before, onDisk(t, r)); diff != "" {
 		t.Errorf("acknowledged and not on disk (-want +got):\n%s", diff)
 	}
 	r.Close()
@@ -149,7 +155,7 @@ func TestRestart(t *testing.T) {
 
 	began := time.Now()
 	r = reopen(t, dir)
-	if diff := cmp.Diff(before, all(r)); diff != "" {
+	if diff := difference(before, all(r)); diff != "" {
 		t.Errorf("after the restart (-want +got):\n%s", diff)
 	}
 	for id, want := range map[string]State{"plain": Up, "all": Up, "patched": Drain, "dead": Unreachable, "moved": Up, "remote": Unreachable} {
@@ -163,6 +169,9 @@ func TestRestart(t *testing.T) {
 		if in.Generation <= highest {
 			t.Errorf("%s has generation %d, and there was %d", id, in.Generation, highest)
 		}
+	}
+	if bound := r.Snapshot("echo").Instance("bound"); r.CheckAddr(bound, netip.MustParseAddrPort("127.0.0.1:1")) != nil || r.CheckAddr(bound, netip.MustParseAddrPort("10.0.0.1:1")) == nil {
+		t.Errorf("the networks of who registered it are lost: %+v", bound)
 	}
 	if patched := r.Snapshot("echo").Instance("patched"); patched.Weight != 5 || patched.Metadata["zone"] != "b" {
 		t.Errorf("%+v", patched)

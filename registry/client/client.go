@@ -39,7 +39,9 @@ type Config struct {
 	TTL     time.Duration // 15 s: how long a gateway sends requests to a program that it hears nothing of
 	Drain   time.Duration // 30 s: how long Close waits for requests to end; negative: not at all
 
-	HTTP *http.Client // for the calls; its Timeout must leave room for Drain. The default has none, each call has its own
+	// For the calls; its Timeout must leave room for Drain. The default has none, each call has its own. Gateways with an authority
+	// or client certificates of your own need one with a Transport that has these in its TLSClientConfig.
+	HTTP *http.Client
 	Log  *slog.Logger // what goes wrong while the program runs; default: nothing
 }
 
