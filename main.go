@@ -49,6 +49,8 @@ func run(args []string) int {
 		Register   cli.Register   `cmd:"" help:"Register an instance, or change it."`
 		Unregister cli.Unregister `cmd:"" help:"Unregister an instance."`
 		Services   cli.Services   `cmd:"" help:"List services and their instances."`
+		Config     cli.Config     `cmd:"" help:"Print every setting with where its value comes from."`
+		Check      cli.Check      `cmd:"" help:"Judge a file of settings."`
 		Version    cli.Version    `cmd:"" help:"Print the version."`
 	}
 	command, err := config.Parse(&commands, args, os.LookupEnv,
@@ -101,10 +103,13 @@ type gatewayCommand struct {
 
 // Run serves until a signal. Then /readyz fails at once, the listeners stay open for --shutdown-delay, and requests in
 // flight have --drain-timeout to end. A second signal ends the process where it is.
-func (c *gatewayCommand) Run() error {
+func (c *gatewayCommand) Run(sources *config.Sources) error {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	log := slog.New(logHandler(os.Stderr))
+	if file := sources.File(); file != "" {
+		log.Info("settings are read from a file", "file", file)
+	}
 	memory.Tune()
 	g, err := start(c.Gateway, log)
 	if err != nil {
@@ -222,7 +227,7 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		BreakerStatuses:  cfg.BreakerStatuses,
 		Upgrades:         cfg.AllowUpgrades,
 		TrustedProxies:   cfg.TrustedProxies,
-		UpstreamCA:       cfg.UpstreamCA,
+		UpstreamCA:       cfg.UpstreamCA.Pool,
 		UpstreamInsecure: bool(cfg.UpstreamInsecure),
 		NoVia:            !bool(cfg.Via),
 		HealthPath:       cfg.HealthPath,

@@ -109,6 +109,7 @@ func (s *session) here(text string) string {
 }
 
 func (s *session) there(text string) string {
+	text = strings.ReplaceAll(text, filepath.Dir(s.file), "/tmp")
 	for port, here := range s.ports {
 		text = strings.ReplaceAll(text, here, port)
 	}

@@ -4,7 +4,6 @@
 package config
 
 import (
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -12,13 +11,18 @@ import (
 	"strings"
 	"time"
 
+	"github.com/alecthomas/kong"
+
 	"kerberos/lb"
 	"kerberos/registry"
 )
 
 // Gateway is the configuration of one gateway, as flags. Every flag --x-y is read from KERBEROS_X_Y too, then from the
-// second name in its `also` tag; an empty variable counts as not set. Default < environment < flag.
+// second name in its `also` tag, then as x-y from a file; an empty variable counts as not set.
+// Default < file < environment < flag.
 type Gateway struct {
+	Config string `type:"file" placeholder:"FILE" nofile:"" group:"listeners" help:"YAML file of settings, routes and services; without it kerberos.yaml of the working directory, if it is there."`
+
 	Listen        string        `default:":8080" type:"listen" placeholder:"ADDR" group:"listeners" help:"Where clients are served; port 0 takes a free one."`
 	Admin         string        `default:"127.0.0.1:9901" type:"listen-or-off" placeholder:"ADDR" group:"listeners" help:"Where /healthz, /readyz and the API are served, or off."`
 	HealthPath    string        `type:"path" placeholder:"PATH" group:"listeners" help:"A path answered on --listen by the gateway itself, for a load balancer in front: 200 while ready, else 503."`
@@ -53,9 +57,9 @@ type Gateway struct {
 	AmbiguousPaths string   `default:"refuse" enum:"refuse,pass,normalize" group:"traffic" help:"Paths that a backend may read in another way: refuse (400), pass (as they came) or normalize (routed and sent as they are read)."`
 	AllowMethods   []string `type:"methods" placeholder:"METHOD" group:"traffic" help:"Pass on CONNECT or TRACE, which are refused with 405 otherwise."`
 
-	UpstreamCA       *x509.CertPool `placeholder:"FILE" group:"traffic" help:"PEM file of the certificate authorities for https backends, instead of the system's."`
-	UpstreamInsecure Switch         `default:"off" group:"traffic" help:"Do not verify https backends. For trials only."`
-	Via              Switch         `default:"on" negatable:"" group:"traffic" help:"Add Via to what is passed on, so that loops are found."`
+	UpstreamCA       Authorities `placeholder:"FILE" group:"traffic" help:"PEM file of the certificate authorities for https backends, instead of the system's."`
+	UpstreamInsecure Switch      `default:"off" group:"traffic" help:"Do not verify https backends. For trials only."`
+	Via              Switch      `default:"on" negatable:"" group:"traffic" help:"Add Via to what is passed on, so that loops are found."`
 
 	ClientFirstByteTimeout time.Duration `default:"30s" min:"0s" group:"limits" help:"A new connection that sends nothing is closed."`
 	ClientHeadTimeout      time.Duration `default:"10s" min:"0s" group:"limits" help:"From the first byte of a request head to its end."`
@@ -83,8 +87,14 @@ type Gateway struct {
 	QueueTimeout            time.Duration `default:"1s" min:"0s" group:"limits" help:"How long a request may wait for a place below the limits of requests; 0s is not at all."`
 }
 
-// AfterApply checks what no single flag can know.
-func (g *Gateway) AfterApply() error {
+// BeforeResolve reads the file.
+func (g *Gateway) BeforeResolve(ctx *kong.Context, sources *Sources) error { return sources.read(ctx) }
+
+// AfterApply takes over what only a file can say, and checks what no single flag can know.
+func (g *Gateway) AfterApply(sources *Sources) error {
+	if f := sources.file; f != nil && len(g.Route) == 0 {
+		g.Route = f.routes
+	}
 	if g.API == APIAdmin && g.Admin == Off {
 		return errors.New("--api=admin with --admin=off would leave the API nowhere: give --admin an address")
 	}
@@ -98,7 +108,7 @@ func (g *Gateway) AfterApply() error {
 	case g.AdminClientCA != "" && !g.API.OnAdmin():
 		return errors.New("--admin-client-ca is about the API on --admin, which --api=data does not serve there: drop one of them")
 	}
-	if g.UpstreamCA != nil && g.UpstreamInsecure {
+	if g.UpstreamCA.Pool != nil && g.UpstreamInsecure {
 		return errors.New("--upstream-ca and --upstream-insecure exclude each other: drop one of them")
 	}
 	if slices.ContainsFunc(g.Route, Route.isAll) && slices.Contains(g.Route, Route{Prefix: FirstSegment}) {

@@ -328,10 +328,10 @@ func TestUpstreamCA(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got.UpstreamCA == nil {
+	if got.UpstreamCA.Pool == nil {
 		t.Fatal("no pool")
 	}
-	if _, err := server.Certificate().Verify(x509.VerifyOptions{Roots: got.UpstreamCA}); err != nil {
+	if _, err := server.Certificate().Verify(x509.VerifyOptions{Roots: got.UpstreamCA.Pool}); err != nil {
 		t.Errorf("the pool does not vouch for its own certificate: %v", err)
 	}
 	if _, err := parse(t, []string{"--upstream-ca", file, "--upstream-insecure"}, nil); err == nil || !strings.Contains(err.Error(), "--upstream-insecure") {

@@ -1,0 +1,80 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// settings writes a file of settings and returns its name.
+func settings(t *testing.T, lines ...string) string {
+	t.Helper()
+	name := filepath.Join(t.TempDir(), "kerberos.yaml")
+	if err := os.WriteFile(name, []byte(strings.Join(lines, "\n")+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+func TestConfigFile(t *testing.T) {
+	file := settings(t, "routes: [/api=users]", "max-body: 10", "via: off")
+	g := launch(t, []string{"KERBEROS_CONFIG=" + file}, "--max-body=20")
+	g.register("users", "a", named(t, "a"))
+	if status, body := g.get("/api/x"); status != 200 || body != "a" {
+		t.Errorf("by the route of the file: %d %q", status, body)
+	}
+	if status, _ := g.get("/users"); status != 404 {
+		t.Errorf("by the first segment: %d", status)
+	}
+	for size, want := range map[int]int{20: 200, 21: 413} { // the flag wins
+		raw := fmt.Sprintf("POST /api HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", size, strings.Repeat("x", size))
+		if response, _ := exchange(t, g.data, raw); response.StatusCode != want {
+			t.Errorf("a body of %d: %d, want %d", size, response.StatusCode, want)
+		}
+	}
+	if !g.logged("settings are read from a file", file) {
+		t.Error("the log does not name the file")
+	}
+}
+
+func TestConfigFileRefused(t *testing.T) {
+	file := settings(t, "via: on", "retries: two")
+	for _, test := range []struct {
+		args []string
+		code int
+	}{
+		{[]string{"--config", file}, exitUsage},
+		{[]string{"config", "--config", file}, exitUsage},
+		{[]string{"check", file}, exitFailed},
+	} {
+		out, errs, code := command(t, nil, test.args...)
+		if want := file + ":2:10: retries: \"two\" is not a whole number of at least 0\n  2 | retries: two\n    |          ^\n"; code != test.code || !strings.Contains(errs, want) {
+			t.Errorf("%v: %d\n%s%s", test.args, code, out, errs)
+		}
+	}
+	if out, errs, code := command(t, []string{"KERBEROS_RETRIES=two"}, "check", settings(t, "retries: 2")); code != 0 || !strings.HasSuffix(out, ": fine\n") {
+		t.Errorf("a file that is fine, whatever the environment: %d\n%s%s", code, out, errs)
+	}
+}
+
+// What the program prints of its settings, it takes.
+func TestConfigDefault(t *testing.T) {
+	text, errs, code := command(t, nil, "config", "--default")
+	if code != 0 {
+		t.Fatalf("%d %s", code, errs)
+	}
+	file := settings(t, text)
+	if out, errs, code := command(t, nil, "check", file); code != 0 {
+		t.Errorf("%d\n%s%s", code, out, errs)
+	}
+	schema, _, code := command(t, nil, "config", "--schema")
+	if code != 0 || !strings.Contains(schema, `"$schema"`) {
+		t.Errorf("the schema: %d %s", code, schema)
+	}
+	out, _, _ := command(t, []string{"KERBEROS_TOKEN=s3cret-s3cret"}, "config")
+	if strings.Contains(out, "s3cret") || !strings.Contains(out, "env KERBEROS_TOKEN") {
+		t.Errorf("the token: %s", out)
+	}
+}

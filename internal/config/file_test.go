@@ -1,0 +1,254 @@
+package config
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"kerberos/lb"
+)
+
+// written writes a file of settings and returns its name.
+func written(t *testing.T, text string) string {
+	t.Helper()
+	name := filepath.Join(t.TempDir(), "kerberos.yaml")
+	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+// load loads a file, with more arguments and only env as environment.
+func load(t *testing.T, text string, env map[string]string, args ...string) (Gateway, *Sources, error) {
+	t.Helper()
+	return Load(append([]string{"--config", written(t, text)}, args...), func(name string) (string, bool) { v, ok := env[name]; return v, ok })
+}
+
+func TestFile(t *testing.T) {
+	got, sources, err := load(t, `
+# a comment
+listen: "127.0.0.1:0"
+retries: 3
+breaker-failures: 7
+request-timeout: 90s
+log-requests: true
+via: off
+strategy: ip-hash
+trusted-proxies: [10.0.0.0/8, "::1"]
+breaker-statuses: 500,503
+allow-methods:
+- TRACE
+- CONNECT
+max-body: 2MiB
+routes: [/a=b, /*]
+`, map[string]string{"KERBEROS_RETRIES": "4", "BREAKER_FAILURES": "8"}, "--breaker-failures=9")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := Defaults()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want.Config, want.Listen, want.Retries, want.BreakerFailures, want.RequestTimeout = got.Config, "127.0.0.1:0", 4, 9, 90*time.Second
+	want.LogRequests, want.Via, want.Strategy, want.TrustedProxies = true, false, lb.IPHash, prefixes("10.0.0.0/8", "::1/128")
+	want.BreakerStatuses, want.AllowMethods, want.MaxBody = []int{500, 503}, []string{"TRACE", "CONNECT"}, 2<<20
+	want.Route = []Route{{"/a", "b"}, {"/*", ""}}
+	if diff := cmp.Diff(want, got, cmpopts.EquateEmpty(), cmpopts.EquateComparable(prefixes("::/0")[0])); diff != "" {
+		t.Errorf("want -, got +:\n%s", diff)
+	}
+	from := map[string]string{}
+	for _, s := range sources.Settings() {
+		from[s.Name] = s.Value + " from " + strings.Replace(s.From, got.Config, "FILE", 1)
+	}
+	for name, want := range map[string]string{
+		"config": got.Config + " from flag", "retries": "4 from env KERBEROS_RETRIES", "breaker-failures": "9 from flag", "max-fields": "200 from default",
+		"request-timeout": "1m30s from FILE:6", "via": "off from FILE:8", "trusted-proxies": "10.0.0.0/8,::1/128 from FILE:10",
+		"allow-methods": "TRACE,CONNECT from FILE:13", "max-body": "2MiB from FILE:15", "route": "/a=b,/* from FILE:16",
+	} {
+		if from[name] != want {
+			t.Errorf("%s: %q, want %q", name, from[name], want)
+		}
+	}
+}
+
+func TestFileRoutesAndFlags(t *testing.T) {
+	got, _, err := load(t, "routes: [/a=b]", nil, "--route", "/c=d")
+	if err != nil || !cmp.Equal(got.Route, []Route{{"/c", "d"}}) {
+		t.Errorf("%v, %v, want the route of the flag", got.Route, err)
+	}
+}
+
+func TestFileOfWorkingDirectory(t *testing.T) {
+	none := func(string) (string, bool) { return "", false }
+	t.Chdir(t.TempDir())
+	if got, sources, err := Load(nil, none); err != nil || got.Retries != 2 || sources.File() != "" {
+		t.Errorf("without a file: %d retries, file %q, %v", got.Retries, sources.File(), err)
+	}
+	if err := os.WriteFile(DefaultFile, []byte("retries: 5"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got, sources, err := Load(nil, none); err != nil || got.Retries != 5 || sources.File() != DefaultFile {
+		t.Errorf("with one: %d retries, file %q, %v", got.Retries, sources.File(), err)
+	}
+	if got, err := Defaults(); err != nil || got.Retries != 2 {
+		t.Errorf("Defaults: %d retries, %v", got.Retries, err)
+	}
+	other := written(t, "retries: 6")
+	variable := func(name string) (string, bool) {
+		v, ok := map[string]string{"KERBEROS_CONFIG": other}[name]
+		return v, ok
+	}
+	if got, sources, err := Load(nil, variable); err != nil || got.Retries != 6 || sources.File() != other {
+		t.Errorf("with another in the variable: %d retries, file %q, %v", got.Retries, sources.File(), err)
+	}
+	if _, _, err := Load([]string{"--config", "nowhere.yaml"}, none); err == nil || !strings.Contains(err.Error(), "--config: ") || !strings.Contains(err.Error(), "nowhere.yaml") {
+		t.Errorf("one that is not there: %v", err)
+	}
+	if _, _, err := Load([]string{"--config", "."}, none); err == nil || !strings.Contains(err.Error(), "no regular file") {
+		t.Errorf("a directory: %v", err)
+	}
+}
+
+func TestFileRefused(t *testing.T) {
+	for _, test := range []struct {
+		text string
+		want string // behind the name of the file
+	}{
+		{"retries: two", ":1:10: retries: \"two\" is not a whole number of at least 0\n  1 | retries: two\n    |          ^"},
+		{"\nrequest-timout: 5s", ":2:1: \"request-timout\" is no setting; there is request-timeout\n  2 | request-timout: 5s\n    | ^"},
+		{"timeout: 5s", ":1:1: \"timeout\" is no setting; there is client-body-timeout, "},
+		{"speed: 5", ":1:1: \"speed\" is no setting; kerberos config --default lists all\n"},
+		{"config: other.yaml", ":1:1: \"config\" is no setting; "},
+		{"route: /a=b", ":1:1: \"route\" is no setting; there is routes\n"},
+		{"retries: 1\nvia: on\nretries: 2", ":3:1: retries is there twice\n"},
+		{"retries:", ":1:1: retries has no value: give it one, or leave it out\n"},
+		{"retries: [1, 2]", ":1:10: retries must be one value\n"},
+		{"retries: {a: b}", ":1:11: retries must be one word or a string in quotes\n"},
+		{"allow-methods: []", ":1:16: allow-methods is an empty list"},
+		{"allow-methods: [TRACE, GET]", ":1:24: allow-methods: \"GET\" is neither CONNECT nor TRACE, the methods that need it\n  1 | allow-methods: [TRACE, GET]\n    |                        ^"},
+		{"api-allow: [none, \"::1\"]", ":1:12: api-allow: \"none,::1\": none stands alone\n"},
+		{"ambiguous-paths: allow", ":1:18: ambiguous-paths: \"allow\" is not one of refuse, pass, normalize\n"},
+		{"- retries: 1", ":1:1: the file must have keys and values\n"},
+		{"word", ":1:1: the file must have keys and values\n"},
+		{"retries: 1\n---\nretries: 2", ":3:1: there is a second document: the file must be one\n"},
+		{"retries: 1\n  via: on", ":1:10: not YAML: "},
+		{"routes: /a=b", ":1:9: routes must be a list of at least one, such as [/api=echo, /*]\n"},
+		{"routes:\n- a=b", ":2:3: routes: \"a=b\" is not PREFIX=SERVICE"},
+	} {
+		_, _, err := load(t, test.text, nil)
+		if err == nil || !strings.Contains(err.Error(), "kerberos.yaml"+test.want) {
+			t.Errorf("%q: %v, want %s", test.text, err, test.want)
+		}
+	}
+	// A flag covers the setting, and not the mistake.
+	if _, _, err := load(t, "retries: two", nil, "--retries=2"); err == nil {
+		t.Error("a mistake is not seen behind a flag")
+	}
+	if _, _, err := load(t, "admin: off\napi: admin", nil); err == nil || !strings.Contains(err.Error(), "--api=admin with --admin=off") {
+		t.Errorf("what no single setting knows: %v", err)
+	}
+}
+
+func TestFileShowsNoToken(t *testing.T) {
+	for _, text := range []string{
+		"token: se cret", "token: [secret]", "token: {secret: x}", "'token': se cret", "token:\n  secret: x", "token: secret\n  via: on", "{token: se cret}", "token: \"se cret",
+		"token: secret\ntoken: secret", "token: &x se cret",
+	} {
+		_, _, err := load(t, text, nil)
+		if err == nil || strings.Contains(err.Error(), "cret") && !strings.Contains(err.Error(), "a token is") {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+	_, sources, err := load(t, "token: s3cret-s3cret", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range sources.Settings() {
+		if strings.Contains(s.Value, "s3cret") {
+			t.Errorf("shown: %v", s)
+		}
+	}
+}
+
+// The file of defaults sets what is so anyway.
+func TestWriteDefaults(t *testing.T) {
+	var text strings.Builder
+	if err := WriteDefaults(&text); err != nil {
+		t.Fatal(err)
+	}
+	got, sources, err := load(t, text.String(), nil)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, text.String())
+	}
+	want, err := Defaults()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want.Config = got.Config
+	if diff := cmp.Diff(want, got, cmpopts.EquateEmpty()); diff != "" {
+		t.Errorf("defaults -, file +:\n%s", diff)
+	}
+	set := 0
+	for _, flag := range sources.flags {
+		if key := Key(flag); key != "" && strings.Contains(text.String(), "\n"+key+": ") {
+			set++
+		} else if key != "" && !strings.Contains(text.String(), "\n# "+key+": ") {
+			t.Errorf("%s is missing", key)
+		}
+	}
+	if set != len(sources.file.values) {
+		t.Errorf("%d settings were read, and %d written", len(sources.file.values), set)
+	}
+}
+
+// The schema knows all settings, and is one.
+func TestWriteSchema(t *testing.T) {
+	var text strings.Builder
+	if err := WriteSchema(&text); err != nil {
+		t.Fatal(err)
+	}
+	var schema struct {
+		AdditionalProperties *bool
+		Properties           map[string]struct {
+			Description string
+			Minimum     *int
+		}
+	}
+	if err := json.Unmarshal([]byte(text.String()), &schema); err != nil {
+		t.Fatal(err)
+	}
+	flags, err := gatewayFlags()
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys := 1 // routes
+	for _, flag := range flags {
+		if key := Key(flag); key != "" {
+			keys++
+			if schema.Properties[key].Description != flag.Help {
+				t.Errorf("%s is described as %q", key, schema.Properties[key].Description)
+			}
+		}
+	}
+	if len(schema.Properties) != keys || *schema.AdditionalProperties || *schema.Properties["breaker-failures"].Minimum != 1 {
+		t.Errorf("the schema: %s", text.String())
+	}
+}
+
+func FuzzFile(f *testing.F) {
+	for _, seed := range []string{"retries: 3", "routes: [/a=b, /*]", "a: &b\n  c: *b", "? [a]: b", "token: >\n  x", "- {", "retries: !!int 3", "\"\\u0000\": |\n  x"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		g, _, err := load(t, text, nil)
+		if err == nil && (g.Retries < 0 || g.BreakerFailures < 1) {
+			t.Errorf("%q is let through: %+v", text, g)
+		}
+	})
+}
