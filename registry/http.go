@@ -43,6 +43,7 @@ type InstanceStatus struct {
 	Ready     bool          `json:"ready"`
 	Reason    string        `json:"reason"` // why it is not ready, else empty
 	Breaker   BreakerStatus `json:"breaker"`
+	Health    *HealthStatus `json:"health"`    // nil: it is not checked
 	InFlight  int64         `json:"in_flight"` // requests now
 	Tunnels   int64         `json:"tunnels"`   // open now: upgraded connections, which are no requests in flight any more
 	Success   uint64        `json:"success"`   // requests that ended, since the instance came
@@ -58,15 +59,23 @@ type BreakerStatus struct {
 	Until *time.Time `json:"until"` // when an open one will let probes through, else nil
 }
 
+// HealthStatus is what an instance's checks say.
+type HealthStatus struct {
+	State     string     `json:"state"`      // up, down, or unknown before the first
+	Since     time.Time  `json:"since"`      // when it came to that state
+	LastError string     `json:"last_error"` // why the latest check failed; empty if it passed
+	CheckedAt *time.Time `json:"checked_at"` // when that ended; nil if there was none yet
+}
+
 // NewHandler returns the registration API:
 //
-//	POST   /register                           {"service", "id", "addr", "weight", "ttl", "metadata"}   204
-//	POST   /register?hold                      {"service", "id", "addr", "weight", "ttl", "metadata"}   200
+//	POST   /register                           {"service", "id", "addr", "weight", "ttl", "metadata", "check", "slow_start"}   204
+//	POST   /register?hold                      {"service", "id", "addr", "weight", "ttl", "metadata", "check", "slow_start"}   200
 //	DELETE /register                           {"service", "id", "addr", "drain"}           204, 200, 404, 409
 //	GET    /services                                                                        200
 //	GET    /services/{service}                                                              200, 404
 //	GET    /services/{service}/{id}                                                         200, 404
-//	PUT    /services/{service}/{id}            {"addr", "weight", "ttl", "metadata"}                    204
+//	PUT    /services/{service}/{id}            {"addr", "weight", "ttl", "metadata", "check", "slow_start"}                    204
 //	PATCH  /services/{service}/{id}            {"weight", "state", "metadata"}                          204, 404
 //	DELETE /services/{service}/{id}?addr=&drain=                                            204, 200, 404, 409
 //	POST   /services/{service}/{id}/heartbeat?addr=                                         204, 404, 409
@@ -142,7 +151,7 @@ type api struct {
 
 // POST /register
 func (a *api) register(ctx *fasthttp.RequestCtx) error {
-	m, err := readMembers(ctx, "service", "id", "addr", "weight", "ttl", "metadata")
+	m, err := readMembers(ctx, "service", "id", "addr", "weight", "ttl", "metadata", "check", "slow_start")
 	if err != nil {
 		return err
 	}
@@ -155,7 +164,7 @@ func (a *api) putInstance(ctx *fasthttp.RequestCtx) error {
 	if err != nil {
 		return err
 	}
-	m, err := readMembers(ctx, "addr", "weight", "ttl", "metadata")
+	m, err := readMembers(ctx, "addr", "weight", "ttl", "metadata", "check", "slow_start")
 	if err != nil {
 		return err
 	}
@@ -164,7 +173,7 @@ func (a *api) putInstance(ctx *fasthttp.RequestCtx) error {
 }
 
 func (a *api) put(ctx *fasthttp.RequestCtx, m members) error {
-	in := Instance{ID: m.id, Addr: m.addr, Weight: m.weight, TTL: m.ttl, Metadata: texts(m.metadata), remote: !ctx.RemoteIP().IsLoopback()}
+	in := Instance{ID: m.id, Addr: m.addr, Weight: m.weight, TTL: m.ttl, Metadata: texts(m.metadata), Check: m.check, SlowStart: m.slowStart, remote: !ctx.RemoteIP().IsLoopback()}
 	if ctx.QueryArgs().Has("hold") {
 		if value := ctx.QueryArgs().Peek("hold"); len(value) > 0 {
 			return &refusal{fasthttp.StatusBadRequest, "hold", "hold has no value"}
@@ -420,6 +429,8 @@ type instanceJSON struct {
 	Override     *Override         `json:"override"`   // and what an operator has set; null: nothing
 	Metadata     map[string]string `json:"metadata"`   // in force
 	Generation   uint64            `json:"generation"` // of the registration
+	Check        *Check            `json:"check"`      // null: none
+	SlowStart    string            `json:"slow_start"` // 0s: none
 }
 
 type leaseJSON struct {
@@ -444,7 +455,14 @@ func (a *api) instance(service string, in *Instance) instanceJSON {
 		until := seconds(*st.Breaker.Until)
 		st.Breaker.Until = &until
 	}
-	out := instanceJSON{in.ID, in.Addr, in.Weight, st, seconds(in.RegisteredAt), nil, in.State(), nil, in.Metadata, in.Generation}
+	if h := st.Health; h != nil {
+		h.Since = seconds(h.Since)
+		if h.CheckedAt != nil {
+			at := seconds(*h.CheckedAt)
+			h.CheckedAt = &at
+		}
+	}
+	out := instanceJSON{in.ID, in.Addr, in.Weight, st, seconds(in.RegisteredAt), nil, in.State(), nil, in.Metadata, in.Generation, in.Check, in.SlowStart.String()}
 	if out.Metadata == nil {
 		out.Metadata = map[string]string{}
 	}
@@ -627,13 +645,15 @@ type members struct {
 	weight            int
 	ttl, drain        time.Duration
 	metadata          map[string]*string // nil: null, in a patch
-	seen, null        memberSet          // which there were, and were null
+	check             *Check
+	slowStart         time.Duration
+	seen, null        memberSet // which there were, and were null
 }
 
 // memberSet is a set of memberNames.
 type memberSet uint16
 
-var memberNames = []string{"service", "id", "addr", "weight", "ttl", "drain", "state", "metadata"}
+var memberNames = []string{"service", "id", "addr", "weight", "ttl", "drain", "state", "metadata", "check", "slow_start"}
 
 func (s memberSet) has(name string) bool { return s&member(name) != 0 }
 
@@ -738,6 +758,12 @@ func decodeMembers(body []byte, allowed ...string) (members, error) {
 			}
 			continue
 		}
+		if name == "check" {
+			if m.check, err = decodeCheck(dec, value); err != nil {
+				return members{}, err
+			}
+			continue
+		}
 		text, ok := value.(string)
 		if !ok {
 			return bad(name, "%s must be a string, not %s", name, describe(value))
@@ -754,6 +780,10 @@ func decodeMembers(body []byte, allowed ...string) (members, error) {
 		case "drain":
 			if m.drain, err = parseDrain(text); err != nil {
 				return members{}, err
+			}
+		case "slow_start":
+			if m.slowStart, err = time.ParseDuration(text); err != nil {
+				return bad(name, "%s %s, not %s", name, slowStartRule, clip(text))
 			}
 		case "ttl":
 			if m.ttl, err = time.ParseDuration(text); err != nil {

@@ -30,7 +30,7 @@ var (
 
 // FieldError refuses one field of a registration. Its texts are meant for the client that sent it.
 type FieldError struct {
-	Field  string // service, id, addr, weight, ttl, metadata, state or drain
+	Field  string // service, id, addr, weight, ttl, metadata, check and its members (check.path), slow_start, state or drain
 	Detail string // what is wrong, and what would be right
 }
 
@@ -286,6 +286,16 @@ func (r *Registry) check(service string, in *Instance) error {
 	}
 	if err := checkMetadata(in.Metadata); err != nil {
 		return err
+	}
+	if in.SlowStart < 0 || in.SlowStart > MaxSlowStart {
+		return &FieldError{"slow_start", slowStartRule + ", not " + in.SlowStart.String()}
+	}
+	if in.Check != nil {
+		check, err := in.Check.filled()
+		if err != nil {
+			return err
+		}
+		in.Check = check
 	}
 	target, err := ParseAddr(in.Addr)
 	if err != nil {

@@ -14,6 +14,8 @@ type Instance struct {
 	Weight       int               // 0 to MaxWeight; 0 means that it has none
 	TTL          time.Duration     // of its lease, MinTTL to MaxTTL; 0: it has none and stays until it is unregistered
 	Metadata     map[string]string // what people write about it: at most 64 names with values of up to 512 bytes
+	Check        *Check            // how it is asked whether it can serve; nil: it is not
+	SlowStart    time.Duration     // how long its share grows when it comes or comes back, up to MaxSlowStart; 0: not at all
 	RegisteredAt time.Time         // when this id came; a later registration of the same id does not change it
 	Generation   uint64            // of its last registration; grows over all services
 
