@@ -14,7 +14,7 @@ import (
 const (
 	MinCheckInterval = 100 * time.Millisecond
 	MaxCheckInterval = time.Hour
-	MinCheckTimeout  = 50 * time.Millisecond
+	MinCheckTimeout  = 100 * time.Millisecond
 	MaxCheckTimeout  = time.Minute
 	MaxCheckCount    = 100
 	MaxSlowStart     = time.Hour
@@ -34,7 +34,7 @@ const (
 const (
 	slowStartRule = "must be a time from 0s (none) to 1h, such as 30s"
 	intervalRule  = "must be a time from 100ms to 1h, such as 2s"
-	timeoutRule   = "must be a time from 50ms to 1m, no longer than the interval, such as 1s"
+	timeoutRule   = "must be a time from 100ms to 1m, no longer than the interval, such as 1s"
 	countRule     = "must be an integer from 1 to 100"
 	statusRule    = "must be statuses and ranges from 200 to 599 such as 200-399,404"
 	startRule     = "must be down (until its first check passes) or up"
