@@ -37,6 +37,7 @@ import (
 	"kerberos/lb"
 	"kerberos/proxy/loop"
 	"kerberos/registry"
+	"kerberos/registry/health"
 )
 
 // probePatience is how long the probes of a half-open instance wait for requests that can do without it.
@@ -167,7 +168,8 @@ type Proxy struct {
 	failing    [600]bool // by status: Config.BreakerStatuses
 	capped     bool      // requests in flight are limited
 	limited    limited
-	services   sync.Map  // name -> *service
+	services   sync.Map // name -> *service
+	checks     *health.Checker
 	large      sync.Pool // of *[]byte, for bodies
 	workspaces sync.Pool // of *workspace
 	scratches  sync.Pool // of *scratch
@@ -204,7 +206,7 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 	}
 	var id [6]byte
 	rand.Read(id[:]) // never fails
-	p := &Proxy{cfg: cfg, log: cfg.Log, route: route, limited: cfg.Limits.refusals(), allow: allowField(cfg.AllowMethods)}
+	p := &Proxy{cfg: cfg, log: cfg.Log, route: route, limited: cfg.Limits.refusals(), allow: allowField(cfg.AllowMethods), checks: health.New()}
 	p.capped = cfg.Limits.InFlightPerInstance > 0 || cfg.Limits.InFlightPerService > 0
 	if !cfg.NoVia {
 		p.pseudonym = []byte("kerberos-" + hex.EncodeToString(id[:]))
