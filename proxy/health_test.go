@@ -162,7 +162,9 @@ func TestOneReason(t *testing.T) {
 	g.checked(t, "a", a.url(), nil)
 	reasons := func(want string) {
 		t.Helper()
-		eventually(t, want, func() bool { return g.reason("a") == want && (g.service("echo").view.Load().ready == 1) == (want == "") })
+		eventually(t, want, func() bool {
+			return g.reason("a") == want && (g.service("echo").view.Load().ready == 1) == (want == "")
+		})
 	}
 	state := func(s registry.State) {
 		t.Helper()
