@@ -9,7 +9,8 @@
 // be, where it would have to wait. Around the two: server.go has the client connections, head.go the guard (what is
 // refused), route.go the routes, view.go who is ready; exchange.go is one request with its attempts, upload.go its body where
 // that streams, forward.go what is sent, response.go and body.go what comes back, tunnel.go what an Upgrade leads to;
-// upstream.go is an instance, backend.go a connection to it, budget.go the bound on retries; limits.go has the limits, queue.go
+// upstream.go is an instance, slowstart.go its share when it has just come, backend.go a connection to it, budget.go the bound on
+// retries; limits.go has the limits, queue.go
 // those on requests in flight, connections.go those on connections; errors.go says whose fault it was, answer.go answers
 // where no backend does, prefer.go in the form that the client wants. The package loop below this one knows sockets and
 // epoll, and no HTTP.

@@ -173,12 +173,16 @@ func (u *upstream) recheck(in *registry.Instance) {
 	case before == nil && view.upstream(u.id) == u: // it served without one until now
 		up = true
 	}
-	u.health.Store(u.service.proxy.checks.Watch(health.Instance{
+	w := u.service.proxy.checks.Watch(health.Instance{
 		Check: *in.Check, Target: u.target, TLS: u.tls, Up: up,
 		Addrs:   func() []netip.AddrPort { return u.addresses.Load().list },
 		Allowed: u.check,
 		Changed: u.healthChanged,
-	}))
+	})
+	u.health.Store(w)
+	if u.resolver.ctx != nil {
+		w.Soon() // the name may have been resolved between the two
+	}
 }
 
 // healthChanged is told when checks have another result.

@@ -218,6 +218,9 @@ func (s *service) parts(before []*viewPart, snapshot *registry.Snapshot) (next [
 
 // hasAny reports whether one of these upstreams is in the part.
 func (p *viewPart) hasAny(upstreams map[string]*upstream) bool {
+	if len(upstreams) > len(p.members) {
+		return slices.ContainsFunc(p.members, func(m member) bool { return upstreams[m.id] == m.upstream })
+	}
 	for id, u := range upstreams {
 		if p.upstream(id) == u {
 			return true

@@ -12,6 +12,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"math"
 	"math/rand/v2"
 	"net"
@@ -82,6 +83,7 @@ type Checker struct {
 	ctx     context.Context
 	cancel  context.CancelFunc
 	ended   sync.WaitGroup
+	began   time.Time
 	awake   chan struct{} // holds one token for: something is due earlier, or has ended
 
 	mu      sync.Mutex // guards what follows
@@ -124,7 +126,7 @@ type result struct {
 
 // New makes a Checker. It starts with its first Watch.
 func New() *Checker {
-	c := &Checker{awake: make(chan struct{}, 1)}
+	c := &Checker{began: time.Now(), awake: make(chan struct{}, 1)}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	return c
 }
@@ -196,9 +198,8 @@ func (w *Watch) Soon() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !w.over && w.place >= 0 && w.class != running {
-		w.due = time.Now()
-		w.phase = w.due
-		heap.Fix(&c.queues[w.class], w.place)
+		w.phase = time.Now()
+		c.move(w, w.phase)
 		c.wake()
 	}
 }
@@ -218,6 +219,9 @@ func (w *Watch) Ready() (bool, string) {
 	case Up:
 		return true, ""
 	case Down:
+		if s.Error == "" {
+			return false, fmt.Sprintf("check failing: it passes, but not %d times in a row yet", w.Check.Rise)
+		}
 		return false, "check failing: " + s.Error
 	}
 	return false, "not checked yet"
@@ -237,6 +241,14 @@ func (c *Checker) push(w *Watch, to class) {
 	heap.Push(&c.queues[to], w)
 }
 
+// move changes when a watch in a queue is due. The caller holds mu.
+func (c *Checker) move(w *Watch, due time.Time) {
+	w.due = due
+	q := &c.queues[w.class]
+	(*q)[w.place].due = int64(due.Sub(c.began))
+	heap.Fix(q, w.place)
+}
+
 // pull takes a watch out of its queue. The caller holds mu.
 func (c *Checker) pull(w *Watch) {
 	heap.Remove(&c.queues[w.class], w.place)
@@ -252,6 +264,7 @@ func (c *Checker) run() {
 	batch := make([]*Watch, 0, turn)
 	var round time.Time // when others than new ones may start again
 	for {
+		c.sockets.poll() // before anything is found to be late: this goroutine may be
 		c.collect()
 		now := time.Now()
 		every := !now.Before(round)
@@ -288,8 +301,8 @@ func (c *Checker) shut() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, q := range c.queues {
-		for _, w := range q {
-			w.dropKept()
+		for _, e := range q {
+			e.watch.dropKept()
 		}
 	}
 	c.sockets.close()
@@ -310,10 +323,9 @@ func (c *Checker) collect() {
 	for {
 		c.mu.Lock()
 		var late *Watch
-		if q := c.queues[running]; len(q) > 0 && !q[0].due.After(time.Now()) {
-			late = q[0]
-			late.due = late.due.Add(time.Hour) // a goroutine ends by itself; a socket is ended or has another deadline below
-			heap.Fix(&c.queues[running], 0)
+		if q := c.queues[running]; len(q) > 0 && q[0].due <= int64(time.Since(c.began)) {
+			late = q[0].watch
+			c.move(late, late.due.Add(time.Hour)) // a goroutine ends by itself; a socket is ended or has another time below
 		}
 		c.mu.Unlock()
 		if late == nil {
@@ -333,7 +345,7 @@ func (c *Checker) next(batch []*Watch, every bool) []*Watch {
 			continue
 		}
 		q := &c.queues[of]
-		for len(*q) > 0 && len(batch) < cap(batch) && c.under[of] < atOnce[of] && !(*q)[0].due.After(now) {
+		for len(*q) > 0 && len(batch) < cap(batch) && c.under[of] < atOnce[of] && (*q)[0].due <= int64(now.Sub(c.began)) {
 			w := heap.Pop(q).(*Watch)
 			w.due, w.was = now.Add(w.Check.Timeout), of
 			c.under[of]++
@@ -356,7 +368,7 @@ func (c *Checker) rest(round time.Time) time.Duration {
 		if len(q) == 0 || of != running && c.under[of] >= atOnce[of] { // then one under way has to end first
 			continue
 		}
-		at := q[0].due
+		at := q[0].watch.due
 		if of != untested && at.Before(round) {
 			at = round
 		}
@@ -378,8 +390,7 @@ func (c *Checker) limit(w *Watch, d time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if w.class == running && w.place >= 0 {
-		w.due = time.Now().Add(d)
-		heap.Fix(&c.queues[running], w.place)
+		c.move(w, time.Now().Add(d))
 	}
 }
 
@@ -498,27 +509,32 @@ func (w *Watch) judge(state State, err error) State {
 	return state
 }
 
-// queue is a heap by due.
-type queue []*Watch
+// queue is a heap by due, which stands in it too: of ten thousand watches none has to be looked at to find the next one.
+type queue []entry
+
+type entry struct {
+	due   int64 // nanoseconds of Checker.began
+	watch *Watch
+}
 
 func (q queue) Len() int           { return len(q) }
-func (q queue) Less(i, j int) bool { return q[i].due.Before(q[j].due) }
+func (q queue) Less(i, j int) bool { return q[i].due < q[j].due }
 func (q queue) Swap(i, j int) {
 	q[i], q[j] = q[j], q[i]
-	q[i].place, q[j].place = i, j
+	q[i].watch.place, q[j].watch.place = i, j
 }
 
 func (q *queue) Push(x any) {
 	w := x.(*Watch)
 	w.place = len(*q)
-	*q = append(*q, w)
+	*q = append(*q, entry{int64(w.due.Sub(w.checker.began)), w})
 }
 
 func (q *queue) Pop() any {
 	last := len(*q) - 1
-	w := (*q)[last]
+	w := (*q)[last].watch
 	w.place = -1
-	(*q)[last] = nil
+	(*q)[last] = entry{}
 	*q = (*q)[:last]
 	return w
 }

@@ -401,6 +401,15 @@ func TestFallAndRise(t *testing.T) {
 	})
 }
 
+// One that passes again says so until that is enough.
+func TestRiseIsShown(t *testing.T) {
+	w := &Watch{Instance: Instance{Check: registry.Check{Rise: 2}}}
+	w.status.Store(&Status{State: Down})
+	if ready, why := w.Ready(); ready || why != "check failing: it passes, but not 2 times in a row yet" {
+		t.Errorf("%t %q", ready, why)
+	}
+}
+
 // A connection is used again only where the check says so, and only after an answer that leaves it usable.
 func TestKeptConnections(t *testing.T) {
 	chunked := "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
