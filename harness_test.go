@@ -31,6 +31,9 @@ func TestMain(m *testing.M) {
 	if api := os.Getenv(asHolder); api != "" {
 		os.Exit(holder(api))
 	}
+	if os.Getenv(asBulk) != "" {
+		os.Exit(serveBulk())
+	}
 	var err error
 	if binary, err = os.Executable(); err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"fmt"
 	"io"
 	"net"
@@ -17,8 +18,11 @@ import (
 // asHolder has this program run as a backend that keeps itself registered by a connection to the API that the variable names.
 const asHolder = "TEST_HOLDS_AT"
 
+// holderHost is where it listens; 127.0.0.1 if that is not set.
+const holderHost = "TEST_HOLDS_FROM"
+
 func holder(api string) int {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	ln, err := net.Listen("tcp", cmp.Or(os.Getenv(holderHost), "127.0.0.1")+":0")
 	if err != nil {
 		fmt.Println(err)
 		return 1

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -101,26 +102,57 @@ type bulk struct {
 
 func startBulk(t *testing.T, reads, sends pace) *bulk {
 	t.Helper()
-	ln, err := (&net.ListenConfig{Control: asOnEthernet}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	b, err := newBulk(reads, sends, asOnEthernet)
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &bulk{Listener: ln, reads: reads, sends: sends, block: make([]byte, 256<<10)}
-	t.Cleanup(func() { ln.Close() })
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			_ = c.(*net.TCPConn).SetWriteBuffer(128 << 10) // see dialed
-			if reads > 0 {
-				_ = c.(*net.TCPConn).SetReadBuffer(64 << 10)
-			}
-			go b.serve(c)
-		}
-	}()
+	t.Cleanup(func() { b.Close() })
+	go b.run()
 	return b
+}
+
+func newBulk(reads, sends pace, options func(network, address string, c syscall.RawConn) error) (*bulk, error) {
+	ln, err := (&net.ListenConfig{Control: options}).Listen(context.Background(), "tcp", "127.0.0.1:0")
+	return &bulk{Listener: ln, reads: reads, sends: sends, block: make([]byte, 256<<10)}, err
+}
+
+func (b *bulk) run() {
+	for {
+		c, err := b.Accept()
+		if err != nil {
+			return
+		}
+		_ = c.(*net.TCPConn).SetWriteBuffer(128 << 10) // see dialed
+		if b.reads > 0 {
+			_ = c.(*net.TCPConn).SetReadBuffer(64 << 10)
+		}
+		go b.serve(c)
+	}
+}
+
+// asBulk has this program run as a bulk whose connections keep little in the kernel.
+const asBulk = "TEST_BULK"
+
+// bulkApart starts that, and returns its address.
+func bulkApart(t *testing.T) string {
+	t.Helper()
+	cmd := exec.Command(binary)
+	cmd.Env = append(os.Environ(), asBulk+"=1")
+	p := beginCommand(t, cmd)
+	eventually(t, "the backend listens", func() bool { return strings.HasSuffix(p.stdout.String(), "\n") })
+	return strings.TrimSpace(p.stdout.String())
+}
+
+// serveBulk is what that program does.
+func serveBulk() int {
+	b, err := newBulk(0, 0, keepsLittle)
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	fmt.Println(b.Addr())
+	b.run()
+	return 0
 }
 
 func (b *bulk) serve(c net.Conn) {
@@ -556,15 +588,8 @@ func TestSlowClients(t *testing.T) {
 			g := launch(t, nil, "--client-head-timeout", "5s", "--client-body-timeout", "5s", "--client-write-timeout", "12s",
 				"--client-idle-timeout", "8s", "--connect-timeout", "20s", "--breaker-failures", "100000")
 			pid := g.cmd.Process.Pid
-			backend := startBulk(t, 0, 0)
-			raw, err := backend.Listener.(*net.TCPListener).SyscallConn()
-			if err == nil {
-				err = keepsLittle("", "", raw) // its connections inherit that
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			g.register("held", "a", "http://"+backend.Addr().String())
+			// What is slow has a process of its own, so that the others wait for the gateway and not for their test.
+			g.register("held", "a", "http://"+bulkApart(t))
 			g.register("echo", "a", named(t, "a"))
 			g.get("/none") // the first request starts what stays
 			alone := openFiles(t, pid)

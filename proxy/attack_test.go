@@ -236,12 +236,7 @@ func TestTinyChunksArePutTogether(t *testing.T) {
 // goroutine gets to say so: the connection serves others yet.
 func TestUploadLeavesNoDeadline(t *testing.T) {
 	o := startOrigin(t, func(_ *origin, _ net.Conn, r *bufio.Reader) { io.Copy(io.Discard, r) })
-	socket, err := net.Dial("tcp", o.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer socket.Close()
-	made, err := startGateway(t, nil, nil).watch(0, socket.(*net.TCPConn))
+	made, err := startGateway(t, nil, nil).Proxy.dial(0, o.Addr().(*net.TCPAddr).AddrPort(), time.Now().Add(10*time.Second))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -410,11 +405,7 @@ func TestRequestCutHalfWay(t *testing.T) {
 	})
 	g := startGateway(t, nil, nil)
 	for _, reused := range []bool{false, true} {
-		socket, err := net.Dial("tcp", o.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		backend, err := g.watch(0, socket.(*net.TCPConn))
+		backend, err := g.Proxy.dial(0, o.Addr().(*net.TCPAddr).AddrPort(), time.Now().Add(10*time.Second))
 		if err != nil {
 			t.Fatal(err)
 		}

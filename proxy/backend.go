@@ -20,8 +20,15 @@ type backendConn struct {
 	write    alarm
 	one      [1]byte     // for a read that is to find nothing
 	client   *conn       // whose request its loop has sent; for the loop only
+	failed   error       // why it has not come about; nil if it has, or that is not known yet
 	dead     atomic.Bool // something came in while nobody had asked
 	wake     func()      // ends a read that waits
+}
+
+// over makes it one over a socket.
+func (c *backendConn) over(sock *loop.Socket) {
+	c.Conn, c.sock, c.below = sock, sock, sock
+	c.wake = func() { c.SetReadDeadline(time.Unix(1, 0)) }
 }
 
 // plain reports whether a loop can read and write it.

@@ -330,13 +330,16 @@ func (x *exchange) goOn() error {
 // be closed, the attempt is made again on a new one, unless the backend may have seen a request that must not be sent
 // twice.
 //
-// If asked is set a loop has sent the request, but for what is in unsent.
+// If asked is set a loop has sent the request, but for what is in unsent; it may still wait for the connection.
 func (x *exchange) send(u *upstream, asked bool) error {
 	var err error
 	if asked {
-		_, err = x.write(x.unsent)
+		unsent := x.unsent
 		x.unsent = nil
-		err = x.answer(err)
+		if err = x.connected(); err == nil {
+			_, err = x.write(unsent)
+			err = x.answer(err)
+		}
 	} else {
 		x.attempts++
 		err = x.attempt(u, false)
@@ -392,6 +395,22 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 		_, err = x.write(rest)
 	}
 	return x.answer(err)
+}
+
+// connected waits for a connection that a loop has begun.
+func (x *exchange) connected() error {
+	b := x.backend
+	if b.failed == nil && !b.sock.Connecting() {
+		return nil
+	}
+	if b.failed == nil {
+		b.failed = b.sock.AwaitConnected(earlier(x.sent.Add(x.p().cfg.ConnectTimeout), time.Now().Add(x.timeLeft())))
+	}
+	if b.failed != nil {
+		return x.undialled(b.failed)
+	}
+	x.sent = time.Now()
+	return nil
 }
 
 // undialled says why there is no connection for an attempt that began at x.sent.

@@ -35,7 +35,6 @@ type upstream struct {
 	gate    *cb.Gate
 	pools   []atomic.Pointer[pool] // one for each loop, made when it is first needed
 	tls     *tls.Config            // nil: http
-	dialer  net.Dialer
 
 	addresses atomic.Pointer[addresses]
 	lastError atomic.Pointer[string]
@@ -112,7 +111,6 @@ func (s *service) newUpstream(in *registry.Instance) *upstream {
 		service: s,
 		id:      in.ID,
 		target:  in.Target(),
-		dialer:  net.Dialer{Timeout: cfg.ConnectTimeout, KeepAlive: 15 * time.Second},
 	}
 	u.instance.Store(in)
 	gate, err := cb.New(cfg.Breaker, u.breakerChanged)
@@ -271,8 +269,11 @@ func (u *upstream) setAddresses(found []netip.AddrPort) {
 // dial connects to the first address that answers, in timeout all together; it is the DialTimeout of the pool. All refused
 // is one failure: the first one is reported, but rather one of a handshake than of another address at which nobody listens.
 func (u *upstream) dial(i int, timeout time.Duration) (net.Conn, error) {
-	if timeout < 0 {
+	switch timeout {
+	case noDial:
 		return nil, errNoIdle
+	case noWait:
+		return u.start(i)
 	}
 	end := time.Now().Add(timeout)
 	now := u.addresses.Load()
@@ -307,13 +308,7 @@ func (u *upstream) connect(i int, ap netip.AddrPort, end time.Time) (net.Conn, e
 	if u.check(ap) != nil {
 		return nil, errProhibited
 	}
-	dialer := u.dialer
-	dialer.Deadline = end
-	conn, err := dialer.Dial("tcp", ap.String())
-	if err != nil {
-		return nil, err
-	}
-	b, err := u.service.proxy.watch(i, conn.(*net.TCPConn))
+	b, err := u.service.proxy.dial(i, ap, earlier(end, time.Now().Add(u.service.proxy.cfg.ConnectTimeout)))
 	if err != nil {
 		return nil, err
 	}
@@ -322,7 +317,7 @@ func (u *upstream) connect(i int, ap netip.AddrPort, end time.Time) (net.Conn, e
 		return b, nil
 	}
 	secure := tls.Client(b.Conn, u.tls)
-	ctx, cancel := context.WithTimeout(context.Background(), min(u.dialer.Timeout, time.Until(end)))
+	ctx, cancel := context.WithTimeout(context.Background(), min(u.service.proxy.cfg.ConnectTimeout, time.Until(end)))
 	defer cancel()
 	if err := secure.HandshakeContext(ctx); err != nil {
 		b.Close() // conn is closed already: the loop has its descriptor
@@ -355,22 +350,62 @@ func (u *upstream) Cut() {
 	}
 }
 
-// watch has a loop watch a new connection.
-func (p *Proxy) watch(i int, tcp *net.TCPConn) (*backendConn, error) {
+// dial makes a connection that a loop watches, until a time at the latest. It is held by the calling goroutine.
+func (p *Proxy) dial(i int, to netip.AddrPort, until time.Time) (*backendConn, error) {
 	if !loop.Supported {
-		return &backendConn{Conn: tcp, below: tcp}, nil
+		dialer := net.Dialer{Deadline: until}
+		conn, err := dialer.Dial("tcp", to.String())
+		if err != nil {
+			return nil, err
+		}
+		return &backendConn{Conn: conn, below: conn}, nil
 	}
 	if err := p.startLoops(); err != nil {
-		tcp.Close()
 		return nil, err
 	}
-	sock, err := p.group.Loops[i].Take(tcp)
+	b := &backendConn{}
+	sock, err := p.group.Loops[i].Connect(to, b, true)
 	if err != nil {
 		return nil, err
 	}
-	b := &backendConn{Conn: sock, sock: sock, below: sock}
-	b.wake = func() { b.SetReadDeadline(time.Unix(1, 0)) }
-	sock.SetHandler(b)
+	if err := sock.AwaitConnected(until); err != nil {
+		sock.Close()
+		return nil, err
+	}
+	b.over(sock)
+	return b, nil
+}
+
+// begin takes a connection for the loop that asks, which may still be on its way; nil if a goroutine has to make it.
+func (u *upstream) begin(i int) (l lease, conn *backendConn, reused bool) {
+	if u.tls != nil || len(u.addresses.Load().list) != 1 {
+		return nil, nil, false
+	}
+	l, err := u.pool(i).acquire(noWait)
+	if err != nil {
+		return nil, nil, false
+	}
+	conn, reused = l.Conn().(*backendConn), !l.LastUseTime().IsZero()
+	if reused && !conn.quiet() {
+		u.pool(i).discard(l)
+		return nil, nil, false
+	}
+	return l, conn, reused
+}
+
+// start makes that connection. On the loop.
+func (u *upstream) start(i int) (net.Conn, error) {
+	ap := u.addresses.Load().list[0]
+	if u.check(ap) != nil {
+		return nil, errProhibited
+	}
+	b := &backendConn{}
+	sock, err := u.service.proxy.group.Loops[i].Connect(ap, b, false)
+	if err != nil {
+		return nil, err
+	}
+	b.over(sock)
+	u.opened(b)
 	return b, nil
 }
 
@@ -383,10 +418,13 @@ func (u *upstream) preferAddress(seen *addresses, i int) {
 	u.addresses.CompareAndSwap(seen, next)
 }
 
-// noDial is a timeout for AcquireConn that says: an idle connection or none.
-const noDial = -1
+// Timeouts for AcquireConn that say: an idle connection or none, and one that may still be on its way.
+const (
+	noDial = -1
+	noWait = -2
+)
 
-// errNoIdle is what the dial function answers to that.
+// errNoIdle is what the dial function answers to the first.
 var errNoIdle = errors.New("no connection is idle")
 
 // pool returns the pool of a loop.

@@ -27,8 +27,9 @@ const (
 
 // worker is what the connections of one loop share; only the loop touches it.
 //
-// A request whose head and body come at once, for an instance to which a connection is idle, and whose answer comes at
-// once too, is served on the loop from end to end: step sends it, answered sends the answer, and no goroutine is needed.
+// A request whose head and body come at once, for an instance to which a connection is idle or can be begun, and whose
+// answer comes at once too, is served on the loop from end to end: step sends it, answered sends the answer, and no goroutine
+// is needed.
 // Whatever else happens is left to a goroutine (see conn.slow), which goes on from where the loop has come to, in the code
 // that all other connections use. So nothing here is the only place where a thing is done, and nothing here waits.
 type worker struct {
@@ -137,7 +138,14 @@ func (w *worker) unshelve(c *conn) {
 func (w *worker) tick(now time.Time) time.Duration {
 	patience := w.p.slowAfter
 	for i := len(w.waiting) - 1; i >= 0; i-- {
-		if c := w.waiting[i]; now.Sub(c.x.began) >= patience {
+		c := w.waiting[i]
+		if now.Sub(c.x.began) < patience {
+			continue
+		}
+		if !c.x.backend.sock.Connecting() {
+			w.loop.Guard(c, func() { c.answered(0) }) // it may be the loop that is late
+		}
+		if c.slot == i && now.Sub(c.x.began) >= patience {
 			c.slow(stageAsked)
 		}
 	}
@@ -244,7 +252,7 @@ const (
 	stageLate                  // nor will it come: there was time enough
 	stageReading               // not to its end, or it is none that a loop serves
 	stagePicked                // to an instance that a loop cannot talk to
-	stageDial                  // to one to which no connection is idle
+	stageDial                  // to one to which no connection is idle, nor can the loop make one
 	stageAsked                 // it is at the instance, but for x.unsent
 	stageAnswered              // the answer was made, and what of it was not sent is in c.out
 	stagePanicked
@@ -348,28 +356,62 @@ func (c *conn) ask() (s stage, ok bool) {
 	if x.upstream.tls != nil {
 		return stagePicked, false
 	}
+	x.reused = true
 	if x.lease, x.backend = x.upstream.idle(w.index); x.lease == nil {
-		return stageDial, false
+		if x.lease, x.backend, x.reused = x.upstream.begin(w.index); x.lease == nil {
+			return stageDial, false
+		}
 	}
-	x.attempts, x.sent, x.reused = 1, x.began, true
+	x.attempts, x.sent = 1, x.began
 	return stageAsked, c.put()
 }
 
-// put sends the request to the backend; false: not all of it.
+// put sends the request to the backend, as soon as it is connected; false: not all of it.
 func (c *conn) put() bool {
 	x, w := &c.x, c.worker
 	b := x.backend
 	b.forget()
 	out := append(c.appendHead(w.out[:0], &c.req, &x.upstream.target), x.held...)
 	w.out = out[:0]
-	n, _ := b.sock.TryWrite(out) // an error is one of the next write too
-	x.written = n > 0
 	b.client = c
 	w.await(c)
+	n, err := 0, b.sock.Connected()
+	onItsWay := err == loop.ErrAgain
+	if err == nil {
+		n, _ = b.sock.TryWrite(out) // an error is one of the next write too
+	} else if !onItsWay {
+		b.failed = err
+	}
+	x.written = n > 0
 	if n < len(out) {
 		x.unsent = append([]byte(nil), out[max(n, 0):]...)
 	}
-	return n == len(out)
+	return n == len(out) || onItsWay
+}
+
+// connected is called by the loop when the connection to the backend may have come about.
+func (c *conn) connected(e loop.Events) {
+	x, b := &c.x, c.x.backend
+	switch err := b.sock.Connected(); {
+	case err == loop.ErrAgain:
+		return
+	case err != nil:
+		b.failed = err
+		c.slow(stageAsked)
+		return
+	}
+	x.sent = c.worker.loop.Now()
+	n, _ := b.sock.TryWrite(x.unsent)
+	x.written = n > 0
+	if n < len(x.unsent) {
+		x.unsent = x.unsent[max(n, 0):]
+		c.slow(stageAsked)
+		return
+	}
+	x.unsent = nil
+	if e&(loop.Readable|loop.HangUp) != 0 {
+		c.answered(e)
+	}
 }
 
 // dial makes the connection that the loop has none of, in a goroutine, and goes back to the loop with it; or it reports why
@@ -536,7 +578,7 @@ func (c *conn) slow(s stage) {
 		c.state.Store(stateActive)
 	}
 	c.sock.Hold()
-	go c.serve(s)
+	c.worker.loop.Go(func() { c.serve(s) })
 }
 
 // close ends the connection. On the loop.
@@ -576,6 +618,9 @@ func (c *conn) logPanic(failure any) {
 // Ready is called by the loop: it brings an answer, or the connection can no longer be used.
 func (b *backendConn) Ready(e loop.Events) {
 	switch c := b.client; {
+	case c != nil && b.sock.Connecting():
+		c.worker.loop.Blame(c)
+		c.connected(e)
 	case e&(loop.Readable|loop.HangUp) == 0:
 	case c != nil:
 		c.worker.loop.Blame(c)

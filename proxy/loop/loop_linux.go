@@ -33,6 +33,10 @@ const (
 	// yieldEvery is how long a busy loop keeps its CPU from other goroutines: of API calls, streams, timers.
 	yieldEvery = 200 * time.Microsecond
 
+	// wakeTurn is how many goroutines a loop makes ready before it lets others run. Go's scheduler knows no ranks: a loop that
+	// does so comes back behind all that are ready, be it thousands.
+	wakeTurn = 4
+
 	// nap is how long a loop with nothing to do waits before it tells the scheduler. Its CPU is free for other programs at
 	// once, for other goroutines only after that; most waits of a loop with traffic are shorter, and cost a fifth.
 	nap = 50 * time.Microsecond
@@ -82,6 +86,8 @@ type Loop struct {
 	now      time.Time
 	yielded  time.Time // when other goroutines last had a chance
 	woken    bool      // a goroutine was made ready
+	turn     int       // how many more may be, before others run
+	later    []waiting // those that it is not the turn of yet
 	busy     bool      // the last wait brought many events
 	again    []*Socket // whose handlers have more to do
 	recalled []*Socket // the slice that again was before
@@ -191,24 +197,77 @@ func (l *Loop) run() {
 	l.over = true
 	l.mu.Unlock()
 	l.runInbox() // what came before over
+	for len(l.later) > 0 {
+		l.begin()
+	}
 	l.release()
 }
 
+// yield lets goroutines run, and then makes those ready whose turn it is.
 func (l *Loop) yield() {
 	l.woken, l.yielded = false, l.now
 	runtime.Gosched()
+	l.turn = wakeTurn
+	for ; len(l.later) > 0 && l.turn > 0; l.turn-- {
+		l.begin()
+	}
+}
+
+// waiting is a goroutine that is made ready in its turn: the one that holds a socket, or a new one.
+type waiting struct {
+	socket *Socket
+	f      func()
+}
+
+// begin makes the first of those ready.
+func (l *Loop) begin() {
+	next := l.later[0]
+	l.later[0] = waiting{}
+	l.later = l.later[1:]
+	l.woken = true
+	if next.f != nil {
+		go next.f()
+		return
+	}
+	s := next.socket
+	e := s.due
+	s.due = 0
+	if s.held.Load() && !s.closed.Load() {
+		s.waits.wake(e)
+	}
+}
+
+// Go has a new goroutine run f, soon. For the loop.
+func (l *Loop) Go(f func()) { l.queue(waiting{f: f}) }
+
+// rouse tells the goroutine that holds a socket of events.
+func (l *Loop) rouse(s *Socket, e Events) {
+	queued := s.due != 0
+	if s.due |= e; !queued {
+		l.queue(waiting{socket: s})
+	}
+}
+
+func (l *Loop) queue(w waiting) {
+	l.later = append(l.later, w)
+	if len(l.later) == 1 && l.turn > 0 {
+		l.turn--
+		l.begin()
+	}
 }
 
 // wait takes events from the kernel; it returns none when there is something else to do.
 func (l *Loop) wait() int {
-	if l.busy || len(l.again) > 0 { // or the look would be one in vain: a call more for each wait of a loop with little to do
+	if l.busy || len(l.again) > 0 || len(l.later) > 0 { // or the look would be one in vain: a call more for each wait of a loop with little to do
 		n, _ := l.poll(0)
 		l.busy = n >= busyFrom
-		if n > 0 || len(l.again) > 0 || l.pending.Load() {
+		if n > 0 || len(l.again) > 0 || len(l.later) > 0 || l.pending.Load() {
 			return n
 		}
 	}
-	l.yield()
+	if l.yield(); len(l.later) > 0 {
+		return 0
+	}
 	rest := Never
 	if !l.tickAt.IsZero() {
 		if rest = time.Until(l.tickAt); rest <= 0 {
@@ -270,8 +329,7 @@ func (l *Loop) dispatch(i, n int) (done int) {
 			s.hangUp()
 		}
 		if s.held.Load() {
-			s.waits.wake(e)
-			l.woken = true
+			l.rouse(s, e)
 			continue
 		}
 		l.running = s.handler

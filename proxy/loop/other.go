@@ -35,31 +35,35 @@ type Loop struct{}
 func (*Loop) Now() time.Time                                            { return time.Time{} }
 func (*Loop) Within(time.Duration)                                      {}
 func (*Loop) Do(func()) bool                                            { return false }
+func (*Loop) Go(func())                                                 {}
 func (*Loop) Blame(Handler)                                             {}
 func (*Loop) Guard(Handler, func())                                     {}
 func (*Loop) Call(func()) bool                                          { return false }
 func (*Loop) Watch(int, netip.AddrPort, Handler, bool) (*Socket, error) { return nil, errUnsupported }
-func (*Loop) Take(*net.TCPConn) (*Socket, error)                        { return nil, errUnsupported }
+func (*Loop) Connect(netip.AddrPort, Handler, bool) (*Socket, error)    { return nil, errUnsupported }
 
 type Socket struct{ net.Conn }
 
-func (*Socket) SetHandler(Handler)           {}
-func (*Socket) Hold()                        {}
-func (*Socket) Let()                         {}
-func (*Socket) Forget()                      {}
-func (*Socket) Held() bool                   { return false }
-func (*Socket) TryRead([]byte) (int, error)  { return 0, errUnsupported }
-func (*Socket) TryWrite([]byte) (int, error) { return 0, errUnsupported }
-func (*Socket) Again()                       {}
-func (*Socket) Peek() int                    { return -1 }
-func (*Socket) HungUp() bool                 { return false }
-func (*Socket) OnHangUp(func())              {}
-func (*Socket) Queued() int                  { return -1 }
-func (*Socket) Lost() bool                   { return false }
-func (*Socket) CloseRead() error             { return errUnsupported }
-func (*Socket) CloseWrite() error            { return errUnsupported }
-func (*Socket) Shutdown() error              { return errUnsupported }
-func (*Socket) SetLinger(int) error          { return errUnsupported }
+func (*Socket) Connecting() bool               { return false }
+func (*Socket) Connected() error               { return errUnsupported }
+func (*Socket) AwaitConnected(time.Time) error { return errUnsupported }
+func (*Socket) SetHandler(Handler)             {}
+func (*Socket) Hold()                          {}
+func (*Socket) Let()                           {}
+func (*Socket) Forget()                        {}
+func (*Socket) Held() bool                     { return false }
+func (*Socket) TryRead([]byte) (int, error)    { return 0, errUnsupported }
+func (*Socket) TryWrite([]byte) (int, error)   { return 0, errUnsupported }
+func (*Socket) Again()                         {}
+func (*Socket) Peek() int                      { return -1 }
+func (*Socket) HungUp() bool                   { return false }
+func (*Socket) OnHangUp(func())                {}
+func (*Socket) Queued() int                    { return -1 }
+func (*Socket) Lost() bool                     { return false }
+func (*Socket) CloseRead() error               { return errUnsupported }
+func (*Socket) CloseWrite() error              { return errUnsupported }
+func (*Socket) Shutdown() error                { return errUnsupported }
+func (*Socket) SetLinger(int) error            { return errUnsupported }
 
 type Listener struct{}
 

@@ -28,7 +28,10 @@ type Socket struct {
 	held       atomic.Bool // by a goroutine
 	waits      *waits      // nil until first held
 
+	connecting bool // Connected has not said anything but ErrAgain yet
+
 	again    bool        // it is in loop.again
+	due      Events      // not 0: it is in loop.later
 	abortive atomic.Bool // closing resets the connection
 	closed   atomic.Bool
 	users    atomic.Int32 // calls that use the descriptor now, and one until it is closed
@@ -57,23 +60,6 @@ func (l *Loop) Watch(fd int, remote netip.AddrPort, h Handler, held bool) (*Sock
 		return nil, os.NewSyscallError("epoll_ctl", err)
 	}
 	return s, nil
-}
-
-// Take makes a Socket of a connection, which is closed: its descriptor lives on in the socket. The socket is held.
-func (l *Loop) Take(conn *net.TCPConn) (*Socket, error) {
-	defer conn.Close()
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	fd := -1
-	if err := raw.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
-		return nil, err
-	}
-	if err != nil {
-		return nil, os.NewSyscallError("fcntl", err)
-	}
-	return l.Watch(fd, conn.RemoteAddr().(*net.TCPAddr).AddrPort(), nil, true)
 }
 
 // SetHandler says who is told; while the socket is held, or on its loop.
