@@ -135,3 +135,21 @@ func TestCheckStays(t *testing.T) {
 		}
 	}
 }
+
+// The decoder never panics, and what it accepts is written and read again as it was.
+func FuzzCheck(f *testing.F) {
+	for _, s := range []string{`{"path":"/health"}`, `{"tcp":true,"interval":"1m","rise":7}`, `{"path":"/a?b=%20","status":"200-299,404","keep_alive":true,"start":"up"}`,
+		`{"path":{"a":[]}}`, `{"fall":1e2,"path":"/"}`, `[]`, `null`, `{"tcp":true,"tcp":true}`} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		var c, again Check
+		if json.Unmarshal(text, &c) != nil || c == (Check{}) { // null leaves it alone
+			return
+		}
+		written, err := json.Marshal(c)
+		if err != nil || json.Unmarshal(written, &again) != nil || again != c {
+			t.Fatalf("%s became %+v %v, then %+v", text, c, err, again)
+		}
+	})
+}
