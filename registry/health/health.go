@@ -101,7 +101,7 @@ type Watch struct {
 	checker *Checker
 	request []byte
 	status  atomic.Pointer[Status] // without Checked
-	checked atomic.Int64           // in Unix nanoseconds; 0: never
+	checked atomic.Int64           // nanoseconds of Checker.began; 0: never
 
 	due   time.Time // guarded by Checker.mu, as what follows is
 	phase time.Time // when its latest check was to begin
@@ -208,7 +208,7 @@ func (w *Watch) Soon() {
 func (w *Watch) Status() Status {
 	s := *w.status.Load()
 	if at := w.checked.Load(); at != 0 {
-		s.Checked = time.Unix(0, at)
+		s.Checked = w.checker.began.Add(time.Duration(at))
 	}
 	return s
 }
@@ -467,7 +467,7 @@ func (c *Checker) finish(w *Watch, err error) {
 	if err != nil {
 		next.Error = err.Error()
 	}
-	w.checked.Store(now.UnixNano())
+	w.checked.Store(max(int64(now.Sub(c.began)), 1))
 	if next == *before {
 		return
 	}
