@@ -35,11 +35,11 @@ const (
 
 // Instance is what is checked, and where.
 type Instance struct {
-	Check   registry.Check  // as a Registry has it, without gaps
-	Target  registry.Target // which path and Host to ask for
-	TLS     *tls.Config     // nil: plain TCP
-	Up      bool            // it is taken to be up until checks say otherwise; else it is unknown until the first one has ended
-	Addrs   func() []netip.AddrPort
+	Check   registry.Check             // as a Registry has it, without gaps
+	Target  registry.Target            // which path and Host to ask for
+	TLS     *tls.Config                // nil: plain TCP
+	Up      bool                       // it is taken to be up until checks say otherwise; else it is unknown until the first one has ended
+	Addrs   func() []netip.AddrPort    // where it is now, in the order to try them; none: it is not checked until there is one (see Soon)
 	Allowed func(netip.AddrPort) error // judges each address a moment before it is dialled
 	Changed func(Status)               // is told each change of State, on the goroutine of all checks: it must not wait
 }
@@ -111,11 +111,13 @@ type Watch struct {
 	over  bool  // it was stopped
 
 	// What follows is for whoever runs the check; there is one at a time.
-	passed, failed int      // in a row
-	been           bool     // it was up by a check, or by setting
-	conn           socket   // under way, or kept
-	kept           net.Conn // of a goroutine; guarded by Checker.mu
-	cancel         context.CancelFunc
+	passed, failed int    // in a row
+	been           bool   // it was up by a check, or by setting
+	conn           socket // under way, or kept
+
+	// And these are a goroutine's, guarded by Checker.mu.
+	kept   net.Conn           // for the next check
+	cancel context.CancelFunc // ends the one under way
 }
 
 // result is how a check ended that a goroutine ran.
