@@ -227,13 +227,21 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		forwarding.MayRead = func(ctx *fasthttp.RequestCtx) bool { return rule.Check(ctx) == nil }
 	}
 
-	g.registry = registry.New(registration)
+	if cfg.Data == "" {
+		g.registry = registry.New(registration)
+		log.Info("registrations end with this process; --data keeps them")
+	} else if g.registry, err = registry.Open(registration, cfg.Data); err != nil {
+		return nil, fmt.Errorf("--data: %w", err)
+	}
 	forwarding.Registry = g.registry
 	if g.proxy, err = proxy.New(forwarding, nil); err != nil {
 		return nil, usageError{err}
 	}
 	api = registry.NewHandler(g.registry, g.proxy)
 	g.registry.OnChange(g.proxy.Update)
+	for _, name := range g.registry.Names() { // that were registered before
+		g.proxy.Update(name)
+	}
 	if g.admin != nil {
 		operation := admin.Config{Ready: g.ready.Load, Log: log}
 		if cfg.API.OnAdmin() {
@@ -249,7 +257,6 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 	case cfg.API.OnData() && !bound(g.data).Addr().IsLoopback():
 		log.Warn("the API is served on the data listener without a token: whoever passes the rule of --api-allow may change where traffic goes; set --token or --api=admin")
 	}
-	log.Info("registrations end with this process")
 	g.ready.Store(true)
 	g.serve("data", g.data, g.proxy.Serve)
 	if g.admin != nil {

@@ -172,7 +172,7 @@ func (u *upstream) recheck(in *registry.Instance) {
 		up = true
 	}
 	w := u.service.proxy.checks.Watch(health.Instance{
-		Check: *in.Check, Target: u.target, TLS: u.tls, Up: up,
+		Check: *in.Check, Target: u.target, TLS: u.tls, Up: up, Recent: in.Restored(),
 		Addrs:   func() []netip.AddrPort { return u.addresses.Load().list },
 		Allowed: u.check,
 		Changed: u.healthChanged,

@@ -2,6 +2,7 @@ package registry
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"time"
 )
@@ -15,6 +16,8 @@ const (
 	Drain   State = "drain"   // it is about to leave
 	Down    State = "down"    // an operator has taken it out
 	Suspect State = "suspect" // the connection that held it is lost, and it is being looked after
+
+	Unreachable State = "unreachable" // it has accepted no connection since the gateway has started, and was not heard of
 )
 
 // Override is what an operator has set over what an instance registers. It survives registrations, and goes with the instance.
@@ -47,6 +50,8 @@ func (in *Instance) State() State {
 		return Drain
 	case in.suspect:
 		return Suspect
+	case in.unreached:
+		return Unreachable
 	}
 	return Up
 }
@@ -88,7 +93,7 @@ func (r *Registry) Patch(service, id string, p Patch) error {
 	if bad != nil {
 		return bad
 	}
-	err := r.edit(service, id, "", func(at *slot, in *Instance) {
+	err := r.amend(service, id, "", func(at *slot, in *Instance) {
 		next := in.copy()
 		if p.SetWeight {
 			next.Override.Weight = p.Weight
@@ -121,6 +126,7 @@ func (r *Registry) replace(at *slot, in *Instance) {
 	r.generation++
 	before := at.snapshot.Load()
 	r.publish(before.service, at, before.with(before.service, in, r.generation))
+	r.store.mark(before.service, before.Instance(in.ID), in, r.generation)
 }
 
 // drainTick is how often a drain looks whether something is under way.
@@ -132,8 +138,9 @@ const MaxDrain = time.Hour
 // drain is an unregistration that waits for what is under way.
 type drain struct {
 	done   chan struct{}
-	cut    int // what was not at its end, and the time that it took; valid once done is closed
+	cut    int // what was not at its end, and the time that it took; valid once done is closed, as err is
 	waited time.Duration
+	err    error // it is not on disk that it is unregistered
 }
 
 // Traffic is what an instance has under way, also when it is registered no more.
@@ -145,11 +152,11 @@ type Traffic interface {
 // Drain takes an instance out of the balancers at once, and unregisters it when it has nothing under way any more, or after
 // limit, with how much was cut then. Meanwhile it needs no lease. Whoever drains it a second time waits for the first. If it is
 // unregistered meanwhile, or registers with another addr, what it had under way is waited for all the same. The errors are those
-// of Unregister, and ErrClosed.
+// of Unregister, and ErrClosed. In a file it is gone when Drain returns; if the process ends before, it is gone after the restart.
 func (r *Registry) Drain(service, id, addr string, limit time.Duration, t Traffic) (cut int, waited time.Duration, err error) {
 	var d *drain
 	first := false
-	err = r.edit(service, id, addr, func(at *slot, in *Instance) {
+	err = r.amend(service, id, addr, func(at *slot, in *Instance) {
 		if d = in.drain; d != nil {
 			return
 		}
@@ -159,7 +166,7 @@ func (r *Registry) Drain(service, id, addr string, limit time.Duration, t Traffi
 		next.drain, next.lease, next.hold = d, nil, nil
 		r.replace(at, next)
 	})
-	if err != nil {
+	if err != nil && !errors.Is(err, ErrNotSaved) { // its end is written too
 		return 0, 0, err
 	}
 	if first { // and nobody chooses it any more
@@ -169,7 +176,7 @@ func (r *Registry) Drain(service, id, addr string, limit time.Duration, t Traffi
 	}
 	select {
 	case <-d.done:
-		return d.cut, d.waited, nil
+		return d.cut, d.waited, d.err
 	case <-r.closing:
 		return 0, 0, fmt.Errorf("drain %s of service %s: %w", clip(id), clip(service), ErrClosed)
 	}
@@ -199,10 +206,13 @@ func (r *Registry) finish(service, id string, d *drain, limit time.Duration, t T
 		}
 		quiet = busy == 0
 	}
-	_ = r.edit(service, id, "", func(at *slot, in *Instance) {
+	err := r.amend(service, id, "", func(at *slot, in *Instance) {
 		if in.drain == d {
 			r.remove(at, in)
 		}
 	})
+	if errors.Is(err, ErrNotSaved) || errors.Is(err, ErrClosed) {
+		d.err = err
+	}
 	close(d.done)
 }

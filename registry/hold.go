@@ -46,6 +46,9 @@ func (r *Registry) Hold(service string, in Instance) (*Held, error) {
 	h := &Held{registry: r, service: service, id: in.ID, hold: new(hold)}
 	var err error
 	h.Generation, err = r.register(service, in, h.hold)
+	if errors.Is(err, ErrNotSaved) {
+		h.Lost() // it is registered, and nobody would hold it
+	}
 	return h, err
 }
 
@@ -108,14 +111,7 @@ func (r *Registry) probe(in *Instance, turns chan struct{}) bool {
 	case <-r.closing:
 		return true
 	}
-	dialer := net.Dialer{Timeout: probeTimeout, Control: func(_, address string, _ syscall.RawConn) error {
-		ap, err := netip.ParseAddrPort(address)
-		if err != nil {
-			return err
-		}
-		return r.CheckAddr(in, netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port()))
-	}}
-	conn, err := dialer.DialContext(context.Background(), "tcp", net.JoinHostPort(in.target.Host, strconv.Itoa(int(in.target.Port))))
+	conn, err := r.dial(context.Background(), in)
 	if err != nil {
 		return false
 	}
@@ -123,6 +119,18 @@ func (r *Registry) probe(in *Instance, turns chan struct{}) bool {
 	_ = conn.SetReadDeadline(time.Now().Add(probeLook))
 	_, err = conn.Read(make([]byte, 1))
 	return err == nil || errors.Is(err, os.ErrDeadlineExceeded)
+}
+
+// dial connects to an instance for a probe, where it may point.
+func (r *Registry) dial(ctx context.Context, in *Instance) (net.Conn, error) {
+	dialer := net.Dialer{Timeout: probeTimeout, Control: func(_, address string, _ syscall.RawConn) error {
+		ap, err := netip.ParseAddrPort(address)
+		if err != nil {
+			return err
+		}
+		return r.CheckAddr(in, netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port()))
+	}}
+	return dialer.DialContext(ctx, "tcp", net.JoinHostPort(in.target.Host, strconv.Itoa(int(in.target.Port))))
 }
 
 // serve keeps the instance registered for as long as the client keeps the connection: a line of JSON that says so, and then one

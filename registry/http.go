@@ -80,7 +80,7 @@ type HealthStatus struct {
 //	DELETE /services/{service}/{id}?addr=&drain=                                            204, 200, 404, 409
 //	POST   /services/{service}/{id}/heartbeat?addr=                                         204, 404, 409
 //
-// Every refusal is problem+json (see Problem), and nothing has changed then. An instance registered by a peer that is
+// Every refusal is problem+json (see Problem), and nothing has changed then, unless a 503 says that it is in force and not on disk. An instance registered by a peer that is
 // not loopback is marked so for AddrPolicy. Who may call is decided before this handler (internal/access). d may be nil:
 // what it would say keeps its zero values.
 func NewHandler(reg *Registry, d Describer) fasthttp.RequestHandler {
@@ -284,7 +284,7 @@ func (a *api) drop(ctx *fasthttp.RequestCtx, service, id, addr string, drain tim
 		return notFound(a.reg.Snapshot(service), service, id)
 	case errors.Is(err, ErrConflict):
 		return conflict(service, id)
-	case errors.Is(err, ErrClosed):
+	case errors.Is(err, ErrClosed) && drain > 0:
 		return &refusal{fasthttp.StatusServiceUnavailable, "", "the gateway stops: how much is under way at the instance is not known"}
 	case err != nil:
 		return err
@@ -518,6 +518,13 @@ func answer(call func(*fasthttp.RequestCtx) error, params ...string) fasthttp.Re
 				ctx.Response.Header.Set(fasthttp.HeaderRetryAfter, "1")
 			}
 			Problem(ctx, no.status, no.field, no.detail)
+		case errors.Is(err, ErrNotSaved), errors.Is(err, ErrClosed):
+			detail := ErrNotSaved.Error()
+			if errors.Is(err, ErrClosed) {
+				detail = "the gateway stops: nothing has changed"
+			}
+			ctx.Response.Header.Set(fasthttp.HeaderRetryAfter, "1")
+			Problem(ctx, fasthttp.StatusServiceUnavailable, "", detail)
 		default:
 			Problem(ctx, fasthttp.StatusInternalServerError, "", err.Error())
 		}

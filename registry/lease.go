@@ -122,11 +122,9 @@ func (r *Registry) Renew(service, id, addr string) error {
 		case in == nil:
 		case !meant(in):
 			return fmt.Errorf("renew %s of service %s: %w", clip(id), clip(service), ErrConflict)
-		case in.lease == nil:
-			return nil
-		case in.lease.renew(r.now()):
+		case in.lease == nil || in.lease.renew(r.now()):
 			// Looked at behind it: it may have been marked a moment ago.
-			if now := r.Snapshot(service).Instance(id); now != nil && now.stale {
+			if now := r.Snapshot(service).Instance(id); now != nil && (now.stale || now.unreached) {
 				return r.revive(service, in)
 			}
 			return nil
@@ -137,12 +135,12 @@ func (r *Registry) Renew(service, id, addr string) error {
 	}
 }
 
-// revive notes that a stale instance was heard of.
+// revive notes that an instance was heard of that is stale, or was not reached.
 func (r *Registry) revive(service string, in *Instance) error {
 	return r.edit(service, in.ID, "", func(at *slot, now *Instance) {
-		if now.lease == in.lease && now.stale {
+		if now.Generation == in.Generation && (now.stale || now.unreached) {
 			next := now.copy()
-			next.stale = false
+			next.stale, next.unreached = false, false
 			r.replace(at, next)
 		}
 	})

@@ -1,5 +1,6 @@
 // Package registry owns who exists: services, their instances, and where an instance may point. It knows nothing of
-// balancing, breakers or forwarding, and HTTP in http.go only. Everything is held in memory.
+// balancing, breakers or forwarding, and HTTP in http.go only. Everything is held in memory; a registry that Open makes keeps it
+// in a file too.
 package registry
 
 import (
@@ -59,6 +60,7 @@ type Registry struct {
 	expired    []Expired
 	watching   bool // there is a watch
 	closed     bool
+	store      *store // nil: there is no file
 
 	began    time.Time    // of the registry's clock
 	resumed  atomic.Int64 // on it: no lease ends less than its ttl after this
@@ -91,21 +93,29 @@ func New(cfg Config) *Registry {
 	return r
 }
 
-// Close ends the watch over leases and holds: none ends any more. Drains are answered, and it waits for probes.
+// Close ends the watch over leases and holds: none ends any more. Drains are answered, and it waits for probes. A registry with a
+// file writes what is left to write, lets go of it, and from then on refuses changes with ErrClosed.
 func (r *Registry) Close() {
 	r.mu.Lock()
-	if !r.closed {
+	first := !r.closed
+	if first {
 		r.closed = true
 		close(r.closing)
 	}
 	r.mu.Unlock()
 	r.watchers.Wait()
+	if r.store != nil {
+		if first {
+			close(r.store.stop)
+		}
+		<-r.store.done
+	}
 }
 
 // Register adds an instance to a service, or updates the one with that id in place: its RegisteredAt stays, its
 // Generation grows with every call, also if nothing else changed. A lease begins anew. RegisteredAt and Generation of in are
-// ignored. The error is a *FieldError, and then nothing has changed. When Register returns nil, every function given to
-// OnChange has returned.
+// ignored. The error is a *FieldError, and then nothing has changed, or wraps ErrNotSaved or ErrClosed. When Register returns nil,
+// every function given to OnChange has returned, and if there is a file the change is on disk.
 func (r *Registry) Register(service string, in Instance) error {
 	_, err := r.register(service, in, nil)
 	return err
@@ -119,6 +129,10 @@ func (r *Registry) register(service string, in Instance, h *hold) (generation ui
 	in.RegisteredAt = time.Now()
 
 	r.mu.Lock()
+	if r.sealed() {
+		r.mu.Unlock()
+		return 0, fmt.Errorf("register %s of service %s: %w", clip(in.ID), clip(service), ErrClosed)
+	}
 	r.generation++
 	in.Generation = r.generation
 	at := r.service(service)
@@ -128,7 +142,7 @@ func (r *Registry) register(service string, in Instance, h *hold) (generation ui
 	}
 	before := prev.Instance(in.ID)
 	r.revoke(before)
-	in.lease, in.hold, in.suspect, in.stale = nil, h, false, false
+	in.lease, in.hold, in.suspect, in.stale, in.unreached = nil, h, false, false, false
 	in.inherit(before)
 	if h == nil && in.drain == nil {
 		r.grant(service, &in)
@@ -137,36 +151,58 @@ func (r *Registry) register(service string, in Instance, h *hold) (generation ui
 		r.expired = slices.DeleteFunc(r.expired, func(e Expired) bool { return e.Service == service && e.ID == in.ID })
 	}
 	r.publish(service, at, prev.with(service, &in, in.Generation))
-	hear := r.onChange
+	r.store.mark(service, before, &in, r.generation)
+	hear, saved := r.onChange, r.store.pending(service, in.ID)
 	r.mu.Unlock()
 
 	for _, f := range hear {
 		f(service)
 	}
-	return in.Generation, nil
+	return in.Generation, saved.wait()
 }
 
 // Unregister removes an instance, and the service with its last one. If addr is not empty, it does so only while the id
 // stands with that addr: who stops late does not remove its successor. The error wraps ErrNotFound or ErrConflict, or is a
-// *FieldError for an addr that is none. When Unregister returns nil, every function given to OnChange has returned.
+// *FieldError for an addr that is none. When Unregister returns nil, every function given to OnChange has returned. If there is a
+// file the change is on disk then, and the error may wrap ErrNotSaved or ErrClosed.
 func (r *Registry) Unregister(service, id, addr string) error {
-	return r.edit(service, id, addr, func(at *slot, in *Instance) {
+	return r.amend(service, id, addr, func(at *slot, in *Instance) {
 		r.revoke(in)
 		r.remove(at, in)
 	})
 }
 
-// edit has f change an instance, under the lock, and tells of it. The errors are those of Unregister.
+// edit has f change an instance, under the lock, and tells of it. It does not wait for the file. The errors are those of
+// Unregister but for ErrNotSaved.
 func (r *Registry) edit(service, id, addr string, f func(*slot, *Instance)) error {
-	meant, err := meaning(addr)
+	_, err := r.change(service, id, addr, f)
+	return err
+}
+
+// amend is edit for somebody who wants the change to be on disk.
+func (r *Registry) amend(service, id, addr string, f func(*slot, *Instance)) error {
+	b, err := r.change(service, id, addr, f)
 	if err != nil {
 		return err
 	}
+	return b.wait()
+}
+
+// change is edit; it returns what to wait for.
+func (r *Registry) change(service, id, addr string, f func(*slot, *Instance)) (*batch, error) {
+	meant, err := meaning(addr)
+	if err != nil {
+		return nil, err
+	}
 	r.mu.Lock()
+	if r.sealed() {
+		r.mu.Unlock()
+		return nil, fmt.Errorf("%s of service %s: %w", clip(id), clip(service), ErrClosed)
+	}
 	at := r.service(service)
 	if at == nil {
 		r.mu.Unlock()
-		return fmt.Errorf("%s of service %s, which has no instance: %w", clip(id), clip(service), ErrNotFound)
+		return nil, fmt.Errorf("%s of service %s, which has no instance: %w", clip(id), clip(service), ErrNotFound)
 	}
 	in := at.snapshot.Load().Instance(id)
 	switch {
@@ -177,17 +213,20 @@ func (r *Registry) edit(service, id, addr string, f func(*slot, *Instance)) erro
 	}
 	if err != nil {
 		r.mu.Unlock()
-		return fmt.Errorf("%s of service %s: %w", clip(id), clip(service), err)
+		return nil, fmt.Errorf("%s of service %s: %w", clip(id), clip(service), err)
 	}
 	f(at, in)
-	hear := r.onChange
+	hear, saved := r.onChange, r.store.pending(service, id)
 	r.mu.Unlock()
 
 	for _, f := range hear {
 		f(service)
 	}
-	return nil
+	return saved, nil
 }
+
+// sealed says that the file takes no change any more. The caller holds mu.
+func (r *Registry) sealed() bool { return r.closed && r.store != nil }
 
 // meaning tells of an instance whether it is one that an addr means: any if that is empty.
 func meaning(addr string) (func(*Instance) bool, error) {
@@ -206,6 +245,7 @@ func (r *Registry) remove(at *slot, in *Instance) {
 	r.generation++
 	before := at.snapshot.Load()
 	r.publish(before.service, at, before.without(in.ID, r.generation))
+	r.store.mark(before.service, in, nil, r.generation)
 }
 
 // spawn runs f in a goroutine that Close waits for. The caller holds mu.
@@ -272,11 +312,16 @@ func (r *Registry) publish(name string, at *slot, next *Snapshot) {
 
 // check refuses what must not be registered, and fills in.target.
 func (r *Registry) check(service string, in *Instance) error {
-	if err := validNames(service, in.ID); err != nil {
+	if err := validate(service, in); err != nil {
 		return err
 	}
-	if slices.Contains(r.cfg.Reserved, service) {
-		return &FieldError{"service", fmt.Sprintf("%s is reserved: the API answers at /%[1]s; choose another name", service)}
+	return r.allow(service, in)
+}
+
+// validate refuses what no instance is, and fills in.target.
+func validate(service string, in *Instance) error {
+	if err := validNames(service, in.ID); err != nil {
+		return err
 	}
 	if in.TTL != 0 && (in.TTL < MinTTL || in.TTL > MaxTTL) {
 		return &FieldError{"ttl", ttlRule + ", not " + in.TTL.String()}
@@ -301,10 +346,18 @@ func (r *Registry) check(service string, in *Instance) error {
 	if err != nil {
 		return &FieldError{"addr", err.Error()}
 	}
-	if err := r.cfg.Addrs.checkTarget(target, in.remote); err != nil {
+	in.target = target
+	return nil
+}
+
+// allow refuses what is well formed and must not be here.
+func (r *Registry) allow(service string, in *Instance) error {
+	if slices.Contains(r.cfg.Reserved, service) {
+		return &FieldError{"service", fmt.Sprintf("%s is reserved: the API answers at /%[1]s; choose another name", service)}
+	}
+	if err := r.cfg.Addrs.checkTarget(in.target, in.remote); err != nil {
 		return &FieldError{"addr", err.Error()}
 	}
-	in.target = target
 	return nil
 }
 

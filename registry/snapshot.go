@@ -26,8 +26,10 @@ type Instance struct {
 	remote     bool       // registered by a peer that is not loopback; set by http.go, judged by AddrPolicy
 	target     Target     // the parsed Addr
 	hold       *hold      // nil: no connection keeps it registered
+	restored   bool       // it comes from a file, and was not registered again since
 	stale      bool       // its lease has ended, with those of too many others to be believed
 	suspect    bool       // that connection was lost, and nobody knows yet whether it lives
+	unreached  bool       // it was in the file when the gateway started, and nobody has heard of it since
 	lease      *lease     // nil: none
 }
 
@@ -36,6 +38,9 @@ type registered struct {
 	weight   int
 	metadata map[string]string
 }
+
+// Restored says that the instance was registered before the gateway started, and not since.
+func (in *Instance) Restored() bool { return in.restored }
 
 // Target returns the parsed Addr.
 func (in *Instance) Target() Target { return in.target }

@@ -26,6 +26,8 @@ type Gateway struct {
 	DrainTimeout  time.Duration `default:"30s" min:"0s" group:"listeners" help:"How long requests in flight may take to end at a shutdown."`
 	ShutdownDelay time.Duration `default:"0s" min:"0s" group:"listeners" help:"How long the listeners stay open at a shutdown, with /readyz failing."`
 
+	Data string `type:"directory" placeholder:"DIR" group:"registry" help:"Keep registrations in DIR, so that they are there again after a restart; without it they end with the process."`
+
 	API            API            `default:"both" group:"access" help:"Which listeners serve the API: data (--listen), admin or both."`
 	APIAllow       Allow          `placeholder:"loopback" group:"access" help:"Who may use the API while there is no --token: networks, loopback (the default), or none."`
 	Token          string         `type:"token" placeholder:"SECRET" group:"access" help:"Whoever uses the API must send it as a bearer token."`

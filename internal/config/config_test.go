@@ -62,6 +62,8 @@ func TestValues(t *testing.T) {
 	}{
 		{"nothing", "", nil, func(*Gateway) {}},
 		{"run by its name", "run --listen :0", nil, func(g *Gateway) { g.Listen = ":0" }},
+		{"a directory that is there", "--data .", nil, func(g *Gateway) { g.Data = "." }},
+		{"a directory that is not there", "", map[string]string{"KERBEROS_DATA": "a/b"}, func(g *Gateway) { g.Data = "a/b" }},
 		{"listeners", "--listen [::1]:80 --admin off --health-path /up", nil, func(g *Gateway) {
 			g.Listen, g.Admin, g.HealthPath = "[::1]:80", "off", "/up"
 		}},
@@ -176,6 +178,9 @@ func TestRefused(t *testing.T) {
 		{"--listen :http", nil, []string{"--listen", `":http"`, "65535"}},
 		{"--listen :65536", nil, []string{"--listen", `":65536"`, "65535"}},
 		{"--admin on", nil, []string{"--admin", `"on"`, "HOST:PORT", "off"}},
+		{"--data=", nil, []string{"--data", "empty", "directory"}},
+		{"--data config.go", nil, []string{"--data", `"config.go" is a file`, "directory"}},
+		{"", map[string]string{"KERBEROS_DATA": "config.go"}, []string{"KERBEROS_DATA", "is a file"}},
 		{"--health-path up", nil, []string{"--health-path", `"up"`, "starts with /"}},
 		{"--health-path /up?x", nil, []string{"--health-path", `"/up?x"`, "visible ASCII without"}},
 		{"--health-path /%75p", nil, []string{"--health-path", `"/%75p"`, "visible ASCII without"}},

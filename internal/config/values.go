@@ -212,6 +212,17 @@ func parsePath(s string) (string, error) {
 	return s, nil
 }
 
+// parseDirectory takes the name of a directory that is there or may be made.
+func parseDirectory(s string) (string, error) {
+	if s == "" {
+		return "", errors.New("an empty value is no directory: it must be the name of one, which is made if it is not there")
+	}
+	if info, err := os.Stat(s); err == nil && !info.IsDir() {
+		return "", fmt.Errorf("%q is a file: it must be a directory, which is made if it is not there", s)
+	}
+	return s, nil
+}
+
 // plainPath refuses a path that no request has, or that could be read in another way: those requests are refused.
 func plainPath(s string) error {
 	const without = "?#%;*\\"

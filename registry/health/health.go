@@ -39,6 +39,7 @@ type Instance struct {
 	Target  registry.Target            // which path and Host to ask for
 	TLS     *tls.Config                // nil: plain TCP
 	Up      bool                       // it is taken to be up until checks say otherwise; else it is unknown until the first one has ended
+	Recent  bool                       // it was up not long ago, and is taken to be until the first check, whose word is enough
 	Addrs   func() []netip.AddrPort    // where it is now, in the order to try them; none: it is not checked until there is one (see Soon)
 	Allowed func(netip.AddrPort) error // judges each address a moment before it is dialled
 	Changed func(Status)               // is told each change of State, on the goroutine of all checks: it must not wait
@@ -152,7 +153,7 @@ func (c *Checker) Watch(in Instance) *Watch {
 	}
 	now := time.Now()
 	first := Status{State: Unknown, Since: now}
-	if in.Up {
+	if in.Up || in.Recent {
 		first.State = Up
 	}
 	w.status.Store(&first)
@@ -498,13 +499,14 @@ func (w *Watch) judge(state State, err error) State {
 	switch {
 	case err == nil:
 		w.passed, w.failed = w.passed+1, 0
-		if state != Up && (!w.been || w.passed >= w.Check.Rise) {
-			w.been = true
-			return Up
+		if state != Up && w.been && w.passed < w.Check.Rise {
+			return state
 		}
+		w.been = true
+		return Up
 	case !ours(err):
 		w.passed, w.failed = 0, w.failed+1
-		if state == Unknown || state == Up && w.failed >= w.Check.Fall {
+		if state != Down && (!w.been || w.failed >= w.Check.Fall) {
 			return Down
 		}
 	}

@@ -357,6 +357,8 @@ func TestFallAndRise(t *testing.T) {
 			{"down", "+--+---+-++", "uuuuuudddd" + "u"},
 			{"up", "--+---++", "uuuuudd" + "u"},
 			{"up", "+++", "uuu"},
+			{"recent", "-+--", "duuu"},
+			{"recent", "+---", "uuud"},
 		} {
 			var statuses []string
 			var at atomic.Int64
@@ -385,7 +387,12 @@ func TestFallAndRise(t *testing.T) {
 				}
 				return ""
 			}))
-			in := instance(t, b.addr, registry.Check{Path: "/", Interval: 100 * time.Millisecond, Timeout: 100 * time.Millisecond, Fall: 3, Rise: 2, Start: row.start})
+			start := row.start
+			if start == "recent" {
+				start = registry.StartDown
+			}
+			in := instance(t, b.addr, registry.Check{Path: "/", Interval: 100 * time.Millisecond, Timeout: 100 * time.Millisecond, Fall: 3, Rise: 2, Start: start})
+			in.Recent = row.start == "recent"
 			in.Check.Timeout = 20 * time.Second
 			var changes []State
 			in.Changed = func(s Status) { changes = append(changes, s.State) }
