@@ -29,7 +29,6 @@ const MaxBody = 64 << 10
 type Describer interface {
 	DescribeService(service string) ServiceStatus
 	DescribeInstance(service, id string) InstanceStatus
-	InstanceTraffic(service, id string) Traffic // nil: it is not published yet
 }
 
 // ServiceStatus is a service as requests see it.
@@ -302,11 +301,7 @@ func (a *api) drop(ctx *fasthttp.RequestCtx, service, id, addr string, limit tim
 
 // drain waits for the end of a drain, which it begins unless there is one.
 func (a *api) drain(ctx *fasthttp.RequestCtx, service, id, addr string, limit time.Duration) (drainedJSON, error) {
-	traffic := a.d.InstanceTraffic(service, id)
-	if traffic == nil {
-		traffic = noTraffic{}
-	}
-	d, first, err := a.reg.drain(service, id, addr, limit, traffic)
+	d, first, err := a.reg.drain(service, id, addr, limit)
 	if err != nil {
 		return drainedJSON{}, err
 	}
@@ -516,13 +511,6 @@ type noDescriber struct{}
 
 func (noDescriber) DescribeService(string) ServiceStatus           { return ServiceStatus{} }
 func (noDescriber) DescribeInstance(string, string) InstanceStatus { return InstanceStatus{} }
-func (noDescriber) InstanceTraffic(string, string) Traffic         { return nil }
-
-// noTraffic is that of an instance which requests do not know.
-type noTraffic struct{}
-
-func (noTraffic) Busy() int { return 0 }
-func (noTraffic) Cut()      {}
 
 // refusal is an error with the status it is answered with.
 type refusal struct {

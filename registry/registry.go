@@ -53,9 +53,10 @@ type Registry struct {
 	cfg      Config
 	services sync.Map // name -> *slot: a hash trie, so adding or dropping one copies no others
 
-	mu         sync.Mutex       // serializes writers; guards what follows
-	generation uint64           // of the last change; grows by one with each
-	onChange   []func(s string) // replaced, never appended in place: a change calls those it saw under mu
+	mu         sync.Mutex                       // serializes writers; guards what follows
+	generation uint64                           // of the last change; grows by one with each
+	observed   func(service, id string) Traffic // nil: nobody knows any
+	onChange   []func(s string)                 // replaced, never appended in place: a change calls those it saw under mu
 	leases     leases
 	expired    []Expired
 	watching   bool // there is a watch

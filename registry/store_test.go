@@ -520,7 +520,7 @@ func TestDrainAndRestart(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, _, err := r.Drain("echo", "b", "", time.Minute, &underWay{}); err != nil {
+	if _, _, err := r.Drain("echo", "b", "", time.Minute); err != nil {
 		t.Fatal(err)
 	}
 	if got := onDisk(t, r); len(got) != 1 {
@@ -528,9 +528,10 @@ func TestDrainAndRestart(t *testing.T) {
 	}
 	busy := &underWay{}
 	busy.now.Store(1)
+	r.Observe(busy.of)
 	ended := make(chan error, 1)
 	go func() {
-		_, _, err := r.Drain("echo", "a", "", time.Hour, busy)
+		_, _, err := r.Drain("echo", "a", "", time.Hour)
 		ended <- err
 	}()
 	for r.Snapshot("echo").Instance("a").State() != Drain {

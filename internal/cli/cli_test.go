@@ -27,7 +27,6 @@ func (describer) DescribeService(string) registry.ServiceStatus {
 	return registry.ServiceStatus{Strategy: "weighted-random", InForce: "random", Why: "b has no weight"}
 }
 
-func (describer) InstanceTraffic(string, string) registry.Traffic { return nil }
 
 func (describer) DescribeInstance(_, id string) registry.InstanceStatus {
 	if id == "b" {
