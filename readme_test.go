@@ -104,7 +104,7 @@ func newSession(t *testing.T) *session {
 
 // here makes what the README says what is true in this test; there is the other way round, without what differs each time.
 func (s *session) here(text string) string {
-	text = strings.ReplaceAll(text, savedAs, s.file)
+	text = strings.ReplaceAll(text, "/tmp", filepath.Dir(s.file))
 	return portPattern.ReplaceAllStringFunc(text, func(port string) string { return s.ports[port] })
 }
 
@@ -166,7 +166,7 @@ func (s *session) serve(b block, want string) {
 		old.signal(os.Interrupt)
 		old.wait()
 	}
-	line = strings.Replace(line, "go run "+savedAs, "exec "+s.program, 1)
+	line = strings.Replace(line, "go run "+savedAs, "exec "+strings.TrimSuffix(savedAs, ".go"), 1) // which here makes s.program
 	line = strings.Replace(line, "go run .", `exec "$KERBEROS"`, 1)
 	cmd := exec.Command("bash", "-c", s.here(line))
 	cmd.Env = s.env()
@@ -211,7 +211,7 @@ func (s *session) save(b block) {
 
 // Every command of the README is run, and every output compared.
 func TestReadme(t *testing.T) {
-	for _, tool := range []string{"bash", "curl"} {
+	for _, tool := range []string{"bash", "curl", "openssl"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skipf("the README's commands need %s", tool)
 		}
@@ -481,6 +481,8 @@ func TestReadmeLimits(t *testing.T) {
 		"start line and fields of a request or a response, in bytes; 0 is 1 MiB": {"32KiB -> 431; 502 for a backend's", head(32 << 10), head(32<<10 + 1)},
 		"field lines of a request or a response":                                 {"200 -> 431; 502 for a backend's", fields(200), fields(201)},
 		"first line of a request":                                                {"16KiB -> 414", line(16 << 10), line(16<<10 + 1)},
+		"attempts on the API that failed, of one address (IPv6: of one /64)":     {"10 at once, then 1 a second -> 429 with `Retry-After`, but to those who have a right", 0, guess(t, 100)},
+		"file of `--tokens`, and those of certificates":                          {"1 MiB -> it is refused, or what it was stays in force", 0, 0}, // TestNewRefuses in internal/access
 	} {
 		if limits[what] != test.want {
 			t.Errorf("%s: README %q, real %q", what, limits[what], test.want)
@@ -535,6 +537,16 @@ func TestReadmeLimitsAtOnce(t *testing.T) {
 			t.Errorf("%v: %v at the limit", test.flags, err)
 		}
 	}
+}
+
+// guess is the status of the last of so many attempts with a wrong token.
+func guess(t *testing.T, n int) (status int) {
+	g := launch(t, nil, "--token=s3cret")
+	for range n {
+		response, _ := exchange(t, g.admin, strings.Replace(get("/services"), "\r\n\r\n", "\r\nAuthorization: Bearer wrong\r\n\r\n", 1))
+		status = response.StatusCode
+	}
+	return status
 }
 
 // upload sends a body to a backend that reads all of it: one that answers before could have the client find a reset.

@@ -250,6 +250,7 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 		}
 	}
 	p.addService(defaultService, true)
+	cfg.Registry.Observe(p.traffic)
 	for _, name := range cfg.Registry.Names() {
 		p.Update(name)
 	}

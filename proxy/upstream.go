@@ -341,6 +341,9 @@ func (u *upstream) opened(b *backendConn) {
 // Busy is how many requests and tunnels it has under way.
 func (u *upstream) Busy() int { return int(u.inFlight.Load() + u.tunnels.Load()) }
 
+// Succeeded is how many requests it has answered well.
+func (u *upstream) Succeeded() uint64 { return u.outcomes[success].Load() }
+
 // Cut breaks them off: whoever waits on one of the connections finds that it has ended.
 func (u *upstream) Cut() {
 	u.open.mu.Lock()

@@ -517,8 +517,8 @@ func (p *Proxy) DescribeInstance(name, id string) registry.InstanceStatus {
 	return status
 }
 
-// InstanceTraffic is what an instance has under way, also when it has left; nil if requests do not know it.
-func (p *Proxy) InstanceTraffic(name, id string) registry.Traffic {
+// traffic is what goes to an instance, also when it has left; nil if requests do not know it.
+func (p *Proxy) traffic(name, id string) registry.Traffic {
 	if s := p.service(name); s != nil {
 		if u := s.view.Load().upstream(id); u != nil {
 			return u

@@ -33,6 +33,8 @@ type Held struct {
 	registry    *Registry
 	service, id string
 	hold        *hold
+	now, before *Instance   // as it was registered, and what stood in its place
+	may         func() bool // whether who registered it still may; nil: yes
 }
 
 // errHolds refuses a connection too many.
@@ -45,7 +47,10 @@ func (r *Registry) Hold(service string, in Instance) (*Held, error) {
 	}
 	h := &Held{registry: r, service: service, id: in.ID, hold: new(hold)}
 	var err error
-	h.Generation, err = r.register(service, in, h.hold)
+	h.now, h.before, err = r.register(service, in, h.hold)
+	if h.now != nil {
+		h.Generation = h.now.Generation
+	}
 	if errors.Is(err, ErrNotSaved) {
 		h.Lost() // it is registered, and nobody would hold it
 	}
@@ -171,6 +176,10 @@ func (h *Held) serve(conn net.Conn) {
 		}
 		if !h.Current() {
 			say("{\"registered\":false,\"reason\":\"it was unregistered, or registered anew\"}\n")
+			return
+		}
+		if h.may != nil && !h.may() { // a line is a renewal: without the right there is none, as with a heartbeat
+			say("{\"registered\":false,\"reason\":\"who registered it may not do so any more\"}\n")
 			return
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"mime"
 	"net"
 	"net/url"
@@ -28,7 +29,6 @@ const MaxBody = 64 << 10
 type Describer interface {
 	DescribeService(service string) ServiceStatus
 	DescribeInstance(service, id string) InstanceStatus
-	InstanceTraffic(service, id string) Traffic // nil: it is not published yet
 }
 
 // ServiceStatus is a service as requests see it.
@@ -80,9 +80,10 @@ type HealthStatus struct {
 //	DELETE /services/{service}/{id}?addr=&drain=                                            204, 200, 404, 409
 //	POST   /services/{service}/{id}/heartbeat?addr=                                         204, 404, 409
 //
-// Every refusal is problem+json (see Problem), and nothing has changed then, unless a 503 says that it is in force and not on disk. An instance registered by a peer that is
-// not loopback is marked so for AddrPolicy. Who may call is decided before this handler (internal/access). d may be nil:
-// what it would say keeps its zero values.
+// Every refusal is problem+json (see Problem), and nothing has changed then, unless a 503 says that it is in force and not on
+// disk. An instance registered by a peer that is not loopback is marked so for AddrPolicy. Who may call is decided before this
+// handler (internal/access), which says who it is by SetCaller; what that Caller has no right to is answered 403. Each change is
+// logged. d may be nil: what it would say keeps its zero values.
 func NewHandler(reg *Registry, d Describer) fasthttp.RequestHandler {
 	a := &api{reg: reg, d: d}
 	if d == nil {
@@ -173,7 +174,15 @@ func (a *api) putInstance(ctx *fasthttp.RequestCtx) error {
 }
 
 func (a *api) put(ctx *fasthttp.RequestCtx, m members) error {
-	in := Instance{ID: m.id, Addr: m.addr, Weight: m.weight, TTL: m.ttl, Metadata: texts(m.metadata), Check: m.check, SlowStart: m.slowStart, remote: !ctx.RemoteIP().IsLoopback()}
+	if err := validNames(m.service, m.id); err != nil {
+		return err
+	}
+	if err := permit(ctx, RightRegister, m.service); err != nil {
+		return err
+	}
+	caller := callerOf(ctx)
+	in := Instance{ID: m.id, Addr: m.addr, Weight: m.weight, TTL: m.ttl, Metadata: texts(m.metadata), Check: m.check, SlowStart: m.slowStart,
+		remote: !ctx.RemoteIP().IsLoopback(), networks: caller.Networks()}
 	if ctx.QueryArgs().Has("hold") {
 		if value := ctx.QueryArgs().Peek("hold"); len(value) > 0 {
 			return &refusal{fasthttp.StatusBadRequest, "hold", "hold has no value"}
@@ -182,13 +191,17 @@ func (a *api) put(ctx *fasthttp.RequestCtx, m members) error {
 		if err == errHolds {
 			return &refusal{fasthttp.StatusServiceUnavailable, "", err.Error()}
 		}
+		a.auditChange(ctx, "register", m.service, held.before, held.now)
 		if err != nil {
 			return err
 		}
+		held.may = func() bool { return caller.Still(RightRegister, m.service) }
 		ctx.SetUserValue(streamKey{}, held.serve)
 		return nil
 	}
-	if err := a.reg.Register(m.service, in); err != nil {
+	now, before, err := a.reg.register(m.service, in, nil)
+	a.auditChange(ctx, "register", m.service, before, now)
+	if err != nil {
 		return err
 	}
 	ctx.SetStatusCode(fasthttp.StatusNoContent)
@@ -262,38 +275,51 @@ type drainedJSON struct {
 }
 
 // drop unregisters an instance; with a drain it answers when that is over.
-func (a *api) drop(ctx *fasthttp.RequestCtx, service, id, addr string, drain time.Duration) error {
+func (a *api) drop(ctx *fasthttp.RequestCtx, service, id, addr string, limit time.Duration) error {
 	if err := validNames(service, id); err != nil {
+		return err
+	}
+	if err := permit(ctx, RightRegister, service); err != nil {
 		return err
 	}
 	var err error
 	var drained drainedJSON
-	if drain > 0 {
-		traffic := a.d.InstanceTraffic(service, id)
-		if traffic == nil {
-			traffic = noTraffic{}
-		}
-		var waited time.Duration
-		drained.Cut, waited, err = a.reg.Drain(service, id, addr, drain, traffic)
-		drained.Waited = waited.Round(time.Millisecond).String()
+	if limit > 0 {
+		drained, err = a.drain(ctx, service, id, addr, limit)
 	} else {
-		err = a.reg.Unregister(service, id, addr)
+		var gone *Instance
+		if gone, err = a.reg.unregister(service, id, addr); gone != nil {
+			a.audit(ctx, "unregister", service, id, slog.String("addr", gone.Addr))
+		}
 	}
 	switch {
 	case errors.Is(err, ErrNotFound):
 		return notFound(a.reg.Snapshot(service), service, id)
 	case errors.Is(err, ErrConflict):
 		return conflict(service, id)
-	case errors.Is(err, ErrClosed) && drain > 0:
+	case errors.Is(err, ErrClosed) && limit > 0:
 		return &refusal{fasthttp.StatusServiceUnavailable, "", "the gateway stops: how much is under way at the instance is not known"}
 	case err != nil:
 		return err
-	case drain > 0:
+	case limit > 0:
 		writeJSON(ctx, drained)
 		return nil
 	}
 	ctx.SetStatusCode(fasthttp.StatusNoContent)
 	return nil
+}
+
+// drain waits for the end of a drain, which it begins unless there is one.
+func (a *api) drain(ctx *fasthttp.RequestCtx, service, id, addr string, limit time.Duration) (drainedJSON, error) {
+	d, first, err := a.reg.drain(service, id, addr, limit)
+	if err != nil {
+		return drainedJSON{}, err
+	}
+	if first != nil {
+		a.audit(ctx, "drain", service, id, slog.String("addr", first.Addr), slog.String("limit", limit.String()))
+	}
+	cut, waited, err := a.reg.await(service, id, d)
+	return drainedJSON{cut, waited.Round(time.Millisecond).String()}, err
 }
 
 func conflict(service, id string) error {
@@ -310,6 +336,9 @@ func (a *api) patchInstance(ctx *fasthttp.RequestCtx) error {
 	if err != nil {
 		return err
 	}
+	if err := permit(ctx, RightRegister, service); err != nil {
+		return err
+	}
 	p := Patch{SetWeight: m.seen.has("weight"), SetState: m.seen.has("state"), SetMetadata: m.seen.has("metadata") && (m.null.has("metadata") || len(m.metadata) > 0),
 		State: State(m.state), Pairs: m.metadata}
 	if !m.null.has("weight") {
@@ -318,7 +347,9 @@ func (a *api) patchInstance(ctx *fasthttp.RequestCtx) error {
 	if p.SetState && !m.null.has("state") && m.state == "" {
 		return &FieldError{"state", stateRule}
 	}
-	if err := a.reg.Patch(service, id, p); errors.Is(err, ErrNotFound) {
+	before, now, err := a.reg.patch(service, id, p)
+	a.auditChange(ctx, "patch", service, before, now)
+	if errors.Is(err, ErrNotFound) {
 		return notFound(a.reg.Snapshot(service), service, id)
 	} else if err != nil {
 		return err
@@ -335,6 +366,9 @@ func (a *api) heartbeat(ctx *fasthttp.RequestCtx) error {
 	}
 	addr, err := queryAddr(ctx)
 	if err != nil {
+		return err
+	}
+	if err := permit(ctx, RightRegister, service); err != nil {
 		return err
 	}
 	switch err := a.reg.Renew(service, id, addr); {
@@ -354,14 +388,20 @@ func (a *api) getServices(ctx *fasthttp.RequestCtx) error {
 	if err := noBody(ctx); err != nil {
 		return err
 	}
+	caller := callerOf(ctx)
 	list := servicesJSON{Services: []serviceJSON{}}
 	for _, name := range a.reg.Names() {
+		if !caller.May(RightRead, name) {
+			continue
+		}
 		if s := a.reg.Snapshot(name); s != nil { // nil: it left since
 			list.Services = append(list.Services, a.service(s))
 		}
 	}
 	for _, e := range a.reg.Expired() {
-		list.Expired = append(list.Expired, expiredJSON{e.Service, e.ID, e.Addr, seconds(e.At)})
+		if caller.May(RightRead, e.Service) {
+			list.Expired = append(list.Expired, expiredJSON{e.Service, e.ID, e.Addr, seconds(e.At)})
+		}
 	}
 	writeJSON(ctx, list)
 	return nil
@@ -376,6 +416,9 @@ func (a *api) getService(ctx *fasthttp.RequestCtx) error {
 	if err := noBody(ctx); err != nil {
 		return err
 	}
+	if err := permit(ctx, RightRead, service); err != nil {
+		return err
+	}
 	s := a.reg.Snapshot(service)
 	if s == nil {
 		return notFound(s, service, "")
@@ -388,6 +431,9 @@ func (a *api) getService(ctx *fasthttp.RequestCtx) error {
 func (a *api) getInstance(ctx *fasthttp.RequestCtx) error {
 	service, id, err := bareNames(ctx)
 	if err != nil {
+		return err
+	}
+	if err := permit(ctx, RightRead, service); err != nil {
 		return err
 	}
 	s := a.reg.Snapshot(service)
@@ -484,13 +530,6 @@ type noDescriber struct{}
 
 func (noDescriber) DescribeService(string) ServiceStatus           { return ServiceStatus{} }
 func (noDescriber) DescribeInstance(string, string) InstanceStatus { return InstanceStatus{} }
-func (noDescriber) InstanceTraffic(string, string) Traffic         { return nil }
-
-// noTraffic is that of an instance which requests do not know.
-type noTraffic struct{}
-
-func (noTraffic) Busy() int { return 0 }
-func (noTraffic) Cut()      {}
 
 // refusal is an error with the status it is answered with.
 type refusal struct {

@@ -262,8 +262,6 @@ func (fakeDescriber) DescribeService(service string) ServiceStatus {
 	return ServiceStatus{Strategy: "weighted-round-robin", InForce: "round-robin", Why: "inst-2 has no weight"}
 }
 
-func (fakeDescriber) InstanceTraffic(string, string) Traffic { return nil }
-
 func (fakeDescriber) DescribeInstance(service, id string) InstanceStatus {
 	if id == "inst-1" {
 		return InstanceStatus{Ready: true, Breaker: BreakerStatus{State: "closed", Since: described}}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"net/netip"
 	"reflect"
 	"time"
 )
@@ -26,6 +27,7 @@ type record struct {
 	Held         bool              `json:"held,omitempty"`  // by a connection
 	Drain        bool              `json:"drain,omitempty"` // it was about to leave
 	Override     *Override         `json:"override,omitempty"`
+	Networks     []netip.Prefix    `json:"networks,omitempty"` // to which who has registered it may point
 }
 
 func recordOf(in *Instance) record {
@@ -40,6 +42,7 @@ func recordOf(in *Instance) record {
 		Remote:       in.remote,
 		Held:         in.hold != nil,
 		Drain:        in.drain != nil,
+		Networks:     in.networks,
 	}
 	if !in.Override.none() {
 		rec.Override = &in.Override
@@ -58,7 +61,12 @@ func sameRecord(a, b *Instance) bool {
 // instance returns what a record was made of, as it is after a restart. The error says what no instance can have.
 func (rec *record) instance(service, id string) (*Instance, error) {
 	in := &Instance{ID: id, Addr: rec.Addr, Weight: rec.Weight, Metadata: rec.Metadata, TTL: rec.TTL, Check: rec.Check, SlowStart: rec.SlowStart,
-		RegisteredAt: rec.RegisteredAt, remote: rec.Remote, restored: true}
+		RegisteredAt: rec.RegisteredAt, remote: rec.Remote, networks: rec.Networks, restored: true}
+	for _, network := range rec.Networks {
+		if !network.IsValid() {
+			return nil, errors.New("networks: one is none")
+		}
+	}
 	if err := validate(service, in); err != nil {
 		return nil, err
 	}

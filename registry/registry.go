@@ -53,9 +53,10 @@ type Registry struct {
 	cfg      Config
 	services sync.Map // name -> *slot: a hash trie, so adding or dropping one copies no others
 
-	mu         sync.Mutex       // serializes writers; guards what follows
-	generation uint64           // of the last change; grows by one with each
-	onChange   []func(s string) // replaced, never appended in place: a change calls those it saw under mu
+	mu         sync.Mutex                       // serializes writers; guards what follows
+	generation uint64                           // of the last change; grows by one with each
+	observed   func(service, id string) Traffic // nil: nobody knows any
+	onChange   []func(s string)                 // replaced, never appended in place: a change calls those it saw under mu
 	leases     leases
 	expired    []Expired
 	watching   bool // there is a watch
@@ -117,21 +118,22 @@ func (r *Registry) Close() {
 // ignored. The error is a *FieldError, and then nothing has changed, or wraps ErrNotSaved or ErrClosed. When Register returns nil,
 // every function given to OnChange has returned, and if there is a file the change is on disk.
 func (r *Registry) Register(service string, in Instance) error {
-	_, err := r.register(service, in, nil)
+	_, _, err := r.register(service, in, nil)
 	return err
 }
 
-// register adds an instance that has a lease, unless a connection holds it.
-func (r *Registry) register(service string, in Instance, h *hold) (generation uint64, err error) {
+// register adds an instance that has a lease, unless a connection holds it. It returns it, and the one that stood in its
+// place, or nil.
+func (r *Registry) register(service string, in Instance, h *hold) (now, before *Instance, err error) {
 	if err := r.check(service, &in); err != nil {
-		return 0, err
+		return nil, nil, err
 	}
 	in.RegisteredAt = time.Now()
 
 	r.mu.Lock()
 	if r.sealed() {
 		r.mu.Unlock()
-		return 0, fmt.Errorf("register %s of service %s: %w", clip(in.ID), clip(service), ErrClosed)
+		return nil, nil, fmt.Errorf("register %s of service %s: %w", clip(in.ID), clip(service), ErrClosed)
 	}
 	r.generation++
 	in.Generation = r.generation
@@ -140,7 +142,7 @@ func (r *Registry) register(service string, in Instance, h *hold) (generation ui
 	if at != nil {
 		prev = at.snapshot.Load()
 	}
-	before := prev.Instance(in.ID)
+	before = prev.Instance(in.ID)
 	r.revoke(before)
 	in.lease, in.hold, in.suspect, in.stale, in.unreached = nil, h, false, false, false
 	in.inherit(before)
@@ -158,7 +160,7 @@ func (r *Registry) register(service string, in Instance, h *hold) (generation ui
 	for _, f := range hear {
 		f(service)
 	}
-	return in.Generation, saved.wait()
+	return &in, before, saved.wait()
 }
 
 // Unregister removes an instance, and the service with its last one. If addr is not empty, it does so only while the id
@@ -166,10 +168,18 @@ func (r *Registry) register(service string, in Instance, h *hold) (generation ui
 // *FieldError for an addr that is none. When Unregister returns nil, every function given to OnChange has returned. If there is a
 // file the change is on disk then, and the error may wrap ErrNotSaved or ErrClosed.
 func (r *Registry) Unregister(service, id, addr string) error {
-	return r.amend(service, id, addr, func(at *slot, in *Instance) {
+	_, err := r.unregister(service, id, addr)
+	return err
+}
+
+// unregister returns the instance that it removes.
+func (r *Registry) unregister(service, id, addr string) (gone *Instance, err error) {
+	err = r.amend(service, id, addr, func(at *slot, in *Instance) {
 		r.revoke(in)
 		r.remove(at, in)
+		gone = in
 	})
+	return gone, err
 }
 
 // edit has f change an instance, under the lock, and tells of it. It does not wait for the file. The errors are those of
@@ -355,7 +365,7 @@ func (r *Registry) allow(service string, in *Instance) error {
 	if slices.Contains(r.cfg.Reserved, service) {
 		return &FieldError{"service", fmt.Sprintf("%s is reserved: the API answers at /%[1]s; choose another name", service)}
 	}
-	if err := r.cfg.Addrs.checkTarget(in.target, in.remote); err != nil {
+	if err := r.cfg.Addrs.checkTarget(in.target, in); err != nil {
 		return &FieldError{"addr", err.Error()}
 	}
 	return nil

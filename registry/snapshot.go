@@ -2,6 +2,7 @@ package registry
 
 import (
 	"cmp"
+	"net/netip"
 	"slices"
 	"time"
 )
@@ -31,6 +32,8 @@ type Instance struct {
 	suspect    bool       // that connection was lost, and nobody knows yet whether it lives
 	unreached  bool       // it was in the file when the gateway started, and nobody has heard of it since
 	lease      *lease     // nil: none
+
+	networks []netip.Prefix // where it may point by the rights of who registered it; none: wherever AddrPolicy lets it
 }
 
 // registered is what an instance registers of that which an Override may cover.

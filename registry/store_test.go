@@ -102,6 +102,11 @@ func onDisk(t testing.TB, r *Registry) map[key]record {
 	return m
 }
 
+// difference is cmp.Diff for records.
+func difference(want, got any) string {
+	return cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.AllowUnexported(Check{}))
+}
+
 // What an instance registers and what an operator sets over it is there after a restart, as it was.
 func TestRestart(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "not", "there")
@@ -118,6 +123,7 @@ func TestRestart(t *testing.T) {
 		{ID: "moved", Addr: alive},
 		{ID: "gone", Addr: alive},
 		{ID: "remote", Addr: dead, remote: true},
+		{ID: "bound", Addr: alive, networks: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}},
 	} {
 		if err := r.Register("echo", in); err != nil {
 			t.Fatal(err)
@@ -137,7 +143,7 @@ func TestRestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	before, highest := all(r), r.generation
-	if diff := cmp.Diff(before, onDisk(t, r), cmp.AllowUnexported(Check{})); diff != "" {
+	if diff := difference(before, onDisk(t, r)); diff != "" {
 		t.Errorf("acknowledged and not on disk (-want +got):\n%s", diff)
 	}
 	r.Close()
@@ -150,7 +156,7 @@ func TestRestart(t *testing.T) {
 
 	began := time.Now()
 	r = reopen(t, dir)
-	if diff := cmp.Diff(before, all(r), cmp.AllowUnexported(Check{})); diff != "" {
+	if diff := difference(before, all(r)); diff != "" {
 		t.Errorf("after the restart (-want +got):\n%s", diff)
 	}
 	for id, want := range map[string]State{"plain": Up, "all": Up, "patched": Drain, "dead": Unreachable, "moved": Up, "remote": Unreachable} {
@@ -164,6 +170,9 @@ func TestRestart(t *testing.T) {
 		if in.Generation <= highest {
 			t.Errorf("%s has generation %d, and there was %d", id, in.Generation, highest)
 		}
+	}
+	if bound := r.Snapshot("echo").Instance("bound"); r.CheckAddr(bound, netip.MustParseAddrPort("127.0.0.1:1")) != nil || r.CheckAddr(bound, netip.MustParseAddrPort("10.0.0.1:1")) == nil {
+		t.Errorf("the networks of who registered it are lost: %+v", bound)
 	}
 	if patched := r.Snapshot("echo").Instance("patched"); patched.Weight != 5 || patched.Metadata["zone"] != "b" {
 		t.Errorf("%+v", patched)
@@ -523,7 +532,7 @@ func TestDrainAndRestart(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, _, err := r.Drain("echo", "b", "", time.Minute, &underWay{}); err != nil {
+	if _, _, err := r.Drain("echo", "b", "", time.Minute); err != nil {
 		t.Fatal(err)
 	}
 	if got := onDisk(t, r); len(got) != 1 {
@@ -531,9 +540,10 @@ func TestDrainAndRestart(t *testing.T) {
 	}
 	busy := &underWay{}
 	busy.now.Store(1)
+	r.Observe(busy.of)
 	ended := make(chan error, 1)
 	go func() {
-		_, _, err := r.Drain("echo", "a", "", time.Hour, busy)
+		_, _, err := r.Drain("echo", "a", "", time.Hour)
 		ended <- err
 	}()
 	for r.Snapshot("echo").Instance("a").State() != Drain {

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,10 +21,42 @@ import (
 // API is where the gateway's API is and how to be let in.
 type API struct {
 	Gateway string `default:"http://127.0.0.1:9901" type:"url" placeholder:"URL" help:"Where the API is served."`
-	Token   string `type:"token" placeholder:"SECRET" help:"The gateway's --token, where it has one."`
+	Token   string `type:"token" placeholder:"SECRET" help:"The gateway's --token, or one of its --tokens."`
+	TLS
 
 	flag string        // that gave Gateway; empty: --gateway
 	wait time.Duration // longer than usual, for an answer
+}
+
+// TLS is how to speak to a gateway that has --admin-cert.
+type TLS struct {
+	CA   *x509.CertPool `name:"ca" placeholder:"FILE" help:"PEM file of the authorities of an https gateway, instead of the system's."`
+	Cert string         `type:"file" placeholder:"FILE" help:"PEM file of the certificate that says who calls, for a gateway with --admin-client-ca."`
+	Key  string         `type:"file" placeholder:"FILE" help:"PEM file of its key."`
+}
+
+// AfterApply checks what no single flag can know.
+func (t *TLS) AfterApply() error {
+	if (t.Cert == "") != (t.Key == "") {
+		return errors.New("--cert and --key belong together: give both or none")
+	}
+	return nil
+}
+
+// client is one for a single call, or the one that all share.
+func (t *TLS) client() (*http.Client, error) {
+	if t.CA == nil && t.Cert == "" {
+		return http.DefaultClient, nil
+	}
+	config := &tls.Config{RootCAs: t.CA, MinVersion: tls.VersionTLS12}
+	if t.Cert != "" {
+		pair, err := tls.LoadX509KeyPair(t.Cert, t.Key)
+		if err != nil {
+			return nil, fmt.Errorf("--cert %s and --key %s: %w", t.Cert, t.Key, err)
+		}
+		config.Certificates = []tls.Certificate{pair}
+	}
+	return &http.Client{Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, TLSClientConfig: config, DisableKeepAlives: true}}, nil
 }
 
 // problem is a refusal of the API (RFC 9457). It names the field that is wrong, if one is.
@@ -72,7 +106,11 @@ func (a *API) call(ctx context.Context, method, path string, body any) ([]byte, 
 	if a.Token != "" {
 		request.Header.Set("Authorization", "Bearer "+a.Token)
 	}
-	response, err := http.DefaultClient.Do(request)
+	client, err := a.client()
+	if err != nil {
+		return nil, err
+	}
+	response, err := client.Do(request)
 	if errors.Is(err, syscall.ECONNREFUSED) {
 		return nil, fmt.Errorf("%w: is a gateway running there? see %s", err, cmp.Or(a.flag, "--gateway"))
 	}

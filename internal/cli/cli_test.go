@@ -27,8 +27,6 @@ func (describer) DescribeService(string) registry.ServiceStatus {
 	return registry.ServiceStatus{Strategy: "weighted-random", InForce: "random", Why: "b has no weight"}
 }
 
-func (describer) InstanceTraffic(string, string) registry.Traffic { return nil }
-
 func (describer) DescribeInstance(_, id string) registry.InstanceStatus {
 	if id == "b" {
 		return registry.InstanceStatus{Reason: "breaker open", Breaker: registry.BreakerStatus{State: "open"}, Failure: 5, LastError: "connection refused"}

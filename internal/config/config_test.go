@@ -116,6 +116,9 @@ func TestValues(t *testing.T) {
 			g.AllowUpgrades, g.TunnelIdleTimeout = []string{"websocket", "foo/2"}, 0
 		}},
 		{"no upgrades", "", map[string]string{"KERBEROS_ALLOW_UPGRADES": "none"}, func(g *Gateway) { g.AllowUpgrades = []string{} }},
+		{"access", "--tokens t --admin-cert a --admin-key b --admin-client-ca c", nil, func(g *Gateway) {
+			g.Tokens, g.AdminCert, g.AdminKey, g.AdminClientCA = "t", "a", "b", "c"
+		}},
 		{"no retries", "--retries 0", nil, func(g *Gateway) { g.Retries = 0 }},
 		{"environment", "", map[string]string{
 			"KERBEROS_ROUTE": "/a=a,/*", "KERBEROS_VIA": "off", "KERBEROS_LOG_REQUESTS": "1", "KERBEROS_API_ALLOW": "none",
@@ -192,6 +195,12 @@ func TestRefused(t *testing.T) {
 		{"--health-path /services --api data", nil, []string{"--health-path", `"/services"`, "API"}},
 		{"--health-path /services/up", nil, []string{"--health-path", `"/services/up"`, "API"}},
 		{"--api all", nil, []string{"--api", `"all"`, "data, admin, both"}},
+		{"--tokens=", nil, []string{"--tokens", "name of the file is empty"}},
+		{"--admin-cert a", nil, []string{"--admin-cert", "--admin-key", "belong together"}},
+		{"--admin-key a", nil, []string{"--admin-cert", "--admin-key", "belong together"}},
+		{"--admin-client-ca a", nil, []string{"--admin-client-ca", "give --admin-cert and --admin-key"}},
+		{"--admin-cert a --admin-key b --admin off", nil, []string{"--admin-cert", "--admin=off"}},
+		{"--admin-cert a --admin-key b --admin-client-ca c --api data", nil, []string{"--admin-client-ca", "--api=data"}},
 		{"--api admin --admin off", nil, []string{"--api=admin", "--admin=off"}},
 		{"--api-allow everyone", nil, []string{"--api-allow", `"everyone"`, "10.0.0.0/8", "loopback", "none"}},
 		{"--api-allow none --api-allow ::1", nil, []string{"--api-allow", "none stands alone"}},
@@ -388,7 +397,7 @@ func FuzzParse(f *testing.F) {
 	for _, seed := range []string{"/a=b", "loopback,::1", "10.0.0.0/8", ":0", "[::]:80", "none", "/*", "5s", "502,503", "off", ""} {
 		f.Add(seed)
 	}
-	flags := []string{"--listen", "--admin", "--health-path", "--api", "--api-allow", "--token", "--addr-allow", "--addr-deny",
+	flags := []string{"--listen", "--admin", "--health-path", "--api", "--api-allow", "--token", "--tokens", "--admin-cert", "--admin-key", "--admin-client-ca", "--addr-allow", "--addr-deny",
 		"--trusted-proxies", "--strategy", "--route", "--request-timeout", "--retries", "--breaker-statuses", "--via", "--allow-upgrades"}
 	f.Fuzz(func(t *testing.T, value string) {
 		for _, flag := range flags {

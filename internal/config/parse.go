@@ -43,6 +43,7 @@ func Parse(grammar any, args []string, env func(string) (string, bool), options 
 		kong.NamedMapper("listen-or-off", text(parseListenOrOff)),
 		kong.NamedMapper("path", text(parsePath)),
 		kong.NamedMapper("directory", text(parseDirectory)),
+		kong.NamedMapper("file", text(parseFile)),
 		kong.NamedMapper("name", text(parseName)),
 		kong.NamedMapper("url", text(parseURL)),
 		kong.NamedMapper("token", text(parseToken)),

@@ -202,6 +202,14 @@ func parseListenOrOff(s string) (string, error) {
 	return s, nil
 }
 
+// parseFile refuses the empty name: what was meant to be restricted by that file would not be.
+func parseFile(s string) (string, error) {
+	if s == "" {
+		return "", errors.New("the name of the file is empty")
+	}
+	return s, nil
+}
+
 func parsePath(s string) (string, error) {
 	if !strings.HasPrefix(s, "/") {
 		return "", fmt.Errorf("%q is not a path: it starts with /", s)
