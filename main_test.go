@@ -21,8 +21,8 @@ import (
 	"time"
 )
 
-// Who may import whom: main -> proxy -> lb, cb, registry, which import nothing of ours; internal is main's; nothing
-// imports bench; examples are as programs of others.
+// Who may import whom: main -> proxy -> lb, cb, registry, registry/health, which import nothing of ours above them; internal is
+// main's; nothing imports bench; examples are as programs of others.
 func TestArrows(t *testing.T) {
 	allowed := func(from, to string) bool {
 		switch {
@@ -33,7 +33,7 @@ func TestArrows(t *testing.T) {
 		case from == "bench" || strings.HasPrefix(from, "bench/"):
 			return !strings.HasPrefix(to, "internal/")
 		case from == "proxy" || strings.HasPrefix(from, "proxy/"):
-			return to == "lb" || to == "cb" || to == "registry" || strings.HasPrefix(to, "proxy/")
+			return to == "lb" || to == "cb" || to == "registry" || to == "registry/health" || strings.HasPrefix(to, "proxy/")
 		case from == "registry/client": // which is copied into other projects
 			return false
 		case strings.HasPrefix(from, "examples/"):

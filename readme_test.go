@@ -391,6 +391,18 @@ func TestReadmeLimits(t *testing.T) {
 		response, _ := exchange(t, g.admin, strings.Replace(post(fmt.Sprintf(`{"service":"echo","id":"drained","drain":%q}`, limit)), "POST", "DELETE", 1))
 		return response.StatusCode
 	}
+	checked := func(members string) int {
+		status, _ := g.post(`{"service":"echo","id":"k","addr":"http://127.0.0.1:1",` + members + `}`)
+		return status
+	}
+	interval := func(d string) int { return checked(`"check":{"tcp":true,"interval":"` + d + `"}`) }
+	timeout := func(d string) int { return checked(`"check":{"tcp":true,"interval":"1h","timeout":"` + d + `"}`) }
+	counts := func(n int) int { return checked(fmt.Sprintf(`"check":{"tcp":true,"fall":%d,"rise":%[1]d}`, n)) }
+	path := func(size int) int { return checked(`"check":{"path":"/` + strings.Repeat("x", size-1) + `"}`) }
+	ranges := func(n int) int {
+		return checked(`"check":{"path":"/","status":"200` + strings.Repeat(",200", n-1) + `"}`)
+	}
+	slow := func(d string) int { return checked(`"slow_start":"` + d + `"`) }
 	head := func(size int) int {
 		raw := get("/echo")
 		raw = strings.Replace(raw, "\r\n\r\n", "\r\nX: "+strings.Repeat("x", size-len(raw)-len("X: \r\n"))+"\r\n\r\n", 1)
@@ -459,6 +471,14 @@ func TestReadmeLimits(t *testing.T) {
 		"registrations without `--data`":                             {"in memory -> gone with the process", 0, 0},
 		"with it: a change waits for the disk":                       {"10 s -> 503; it is in force, and written later", 0, 0},           // TestNotSaved and TestLateWrite in registry
 		"instances wait at the start until one accepts a connection": {"2 s -> it is `unreachable` until it does, or is heard of", 0, 0}, // TestUnreachable in registry
+		"`interval` of a check, from 100 ms on":                      {"1 h -> 400", interval("1h"), interval("61m")},
+		"`timeout` of a check, from 100 ms on":                       {"1 m -> 400", timeout("1m"), timeout("61s")},
+		"`fall` and `rise` of a check":                               {"100 -> 400", counts(100), counts(101)},
+		"`path` of a check, in bytes":                                {"1024 -> 400", path(1024), path(1025)},
+		"ranges in `status` of a check":                              {"16 -> 400", ranges(16), ranges(17)},
+		"head of an answer to a check":                               {"16 KiB -> the check fails", 0, 0},                                                           // TestVerdicts in registry/health
+		"checks under way":                                           {"1024 -> they wait; 256 at most are of new instances, and 256 of such as have failed", 0, 0}, // TestHangingOnes there
+		"`slow_start`":                                               {"1 h -> 400", slow("1h"), slow("61m")},
 		"start line and fields of a request or a response, in bytes; 0 is 1 MiB": {"32KiB -> 431; 502 for a backend's", head(32 << 10), head(32<<10 + 1)},
 		"field lines of a request or a response":                                 {"200 -> 431; 502 for a backend's", fields(200), fields(201)},
 		"first line of a request":                                                {"16KiB -> 414", line(16 << 10), line(16<<10 + 1)},

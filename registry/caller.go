@@ -93,7 +93,7 @@ func (a *api) auditChange(ctx *fasthttp.RequestCtx, action, service string, befo
 }
 
 // settings are what of an instance a call can change.
-func (in *Instance) settings() [8]slog.Attr {
+func (in *Instance) settings() [10]slog.Attr {
 	override := 0
 	if in.Override.Weight != nil {
 		override = *in.Override.Weight
@@ -101,8 +101,21 @@ func (in *Instance) settings() [8]slog.Attr {
 	return [...]slog.Attr{
 		slog.String("addr", in.Addr), slog.Int("weight", in.registered.weight), slog.String("ttl", in.TTL.String()), slog.Bool("held", in.hold != nil),
 		slog.Int("override_weight", override), slog.String("override_state", string(in.Override.State)),
+		slog.String("check", checkText(in.Check)), slog.String("slow_start", in.SlowStart.String()),
 		slog.String("metadata", pairs(in.registered.metadata)), slog.String("override_metadata", pairs(in.Override.Metadata)),
 	}
+}
+
+// checkText is a check as one text.
+func checkText(c *Check) string {
+	if c == nil {
+		return ""
+	}
+	text, err := json.Marshal(c)
+	if err != nil {
+		panic(err) // texts and numbers, into memory
+	}
+	return string(text)
 }
 
 // pairs are metadata as one text, the same for the same.

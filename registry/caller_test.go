@@ -96,6 +96,11 @@ func TestAudit(t *testing.T) {
 		{"PUT", "/services/echo/a", `{` + one + `,"weight":3,"ttl":"1m"}`, 204, nil},
 		{"PUT", "/services/echo/a", `{"addr":"http://10.0.0.2","weight":3,"ttl":"1m"}`, 204,
 			[]string{`{"action":"register","addr":"http://10.0.0.2","instance":"echo/a","was":{"addr":"http://10.0.0.1"}}`}},
+		{"PUT", "/services/echo/a", `{"addr":"http://10.0.0.2","weight":3,"ttl":"1m","check":{"tcp":true},"slow_start":"9s"}`, 204,
+			[]string{`{"action":"register","check":"{\"tcp\":true,\"interval\":\"2s\",\"timeout\":\"1s\",\"fall\":3,\"rise\":2,\"start\":\"down\"}","instance":"echo/a","slow_start":"9s","was":{"check":"","slow_start":"0s"}}`}},
+		{"PUT", "/services/echo/a", `{"addr":"http://10.0.0.2","weight":3,"ttl":"1m","check":{"tcp":true},"slow_start":"9s"}`, 204, nil},
+		{"PUT", "/services/echo/a", `{"addr":"http://10.0.0.2","weight":3,"ttl":"1m"}`, 204,
+			[]string{`{"action":"register","check":"","instance":"echo/a","slow_start":"0s","was":{"check":"{\"tcp\":true,\"interval\":\"2s\",\"timeout\":\"1s\",\"fall\":3,\"rise\":2,\"start\":\"down\"}","slow_start":"9s"}}`}},
 		{"POST", "/services/echo/a/heartbeat", "", 204, nil},
 		{"POST", "/services/echo/b/heartbeat", "", 404, nil},
 		{"GET", "/services", "", 200, nil},
@@ -185,7 +190,8 @@ func TestAuditDrains(t *testing.T) {
 	defer reg.Close()
 	u := &underWay{}
 	u.now.Store(1)
-	h := named{}.calling(NewHandler(reg, traffic{u}))
+	reg.Observe(u.of)
+	h := named{}.calling(NewHandler(reg, nil))
 	wantNoContent(t, call(h, near, "POST", "/register", inst1))
 	log.take(t)
 	var both sync.WaitGroup
@@ -204,13 +210,6 @@ func TestAuditDrains(t *testing.T) {
 		t.Error(diff)
 	}
 }
-
-// traffic describes nothing but what all instances have under way.
-type traffic struct{ u *underWay }
-
-func (traffic) DescribeService(string) ServiceStatus           { return ServiceStatus{} }
-func (traffic) DescribeInstance(string, string) InstanceStatus { return InstanceStatus{} }
-func (d traffic) InstanceTraffic(string, string) Traffic       { return d.u }
 
 func eventually(t *testing.T, what string, condition func() bool) {
 	t.Helper()

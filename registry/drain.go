@@ -151,18 +151,45 @@ type drain struct {
 	err    error // it is not on disk that it is unregistered
 }
 
-// Traffic is what an instance has under way, also when it is registered no more.
+// Traffic is what goes to an instance, also when it is registered no more.
 type Traffic interface {
-	Busy() int // requests and tunnels now
-	Cut()      // breaks them off
+	Busy() int         // requests and tunnels under way
+	Cut()              // breaks them off
+	Succeeded() uint64 // requests that have ended well
 }
+
+// Observe says who knows the traffic of instances; nil for one that gets none. Without it all get none.
+func (r *Registry) Observe(traffic func(service, id string) Traffic) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.observed = traffic
+}
+
+// traffic is never nil.
+func (r *Registry) traffic(service, id string) Traffic {
+	r.mu.Lock()
+	observed := r.observed
+	r.mu.Unlock()
+	if observed != nil {
+		if t := observed(service, id); t != nil {
+			return t
+		}
+	}
+	return noTraffic{}
+}
+
+type noTraffic struct{}
+
+func (noTraffic) Busy() int         { return 0 }
+func (noTraffic) Cut()              {}
+func (noTraffic) Succeeded() uint64 { return 0 }
 
 // Drain takes an instance out of the balancers at once, and unregisters it when it has nothing under way any more, or after
 // limit, with how much was cut then. Meanwhile it needs no lease. Whoever drains it a second time waits for the first. If it is
 // unregistered meanwhile, or registers with another addr, what it had under way is waited for all the same. The errors are those
 // of Unregister, and ErrClosed. In a file it is gone when Drain returns; if the process ends before, it is gone after the restart.
-func (r *Registry) Drain(service, id, addr string, limit time.Duration, t Traffic) (cut int, waited time.Duration, err error) {
-	d, _, err := r.drain(service, id, addr, limit, t)
+func (r *Registry) Drain(service, id, addr string, limit time.Duration) (cut int, waited time.Duration, err error) {
+	d, _, err := r.drain(service, id, addr, limit)
 	if err != nil {
 		return 0, 0, err
 	}
@@ -170,7 +197,8 @@ func (r *Registry) Drain(service, id, addr string, limit time.Duration, t Traffi
 }
 
 // drain begins a drain, unless there is one, which it returns. first is the instance that it drains, or nil.
-func (r *Registry) drain(service, id, addr string, limit time.Duration, t Traffic) (d *drain, first *Instance, err error) {
+func (r *Registry) drain(service, id, addr string, limit time.Duration) (d *drain, first *Instance, err error) {
+	t := r.traffic(service, id)
 	err = r.amend(service, id, addr, func(at *slot, in *Instance) {
 		if d = in.drain; d != nil {
 			return

@@ -29,7 +29,6 @@ const MaxBody = 64 << 10
 type Describer interface {
 	DescribeService(service string) ServiceStatus
 	DescribeInstance(service, id string) InstanceStatus
-	InstanceTraffic(service, id string) Traffic // nil: it is not published yet
 }
 
 // ServiceStatus is a service as requests see it.
@@ -44,6 +43,7 @@ type InstanceStatus struct {
 	Ready     bool          `json:"ready"`
 	Reason    string        `json:"reason"` // why it is not ready, else empty
 	Breaker   BreakerStatus `json:"breaker"`
+	Health    *HealthStatus `json:"health"`    // nil: it is not checked
 	InFlight  int64         `json:"in_flight"` // requests now
 	Tunnels   int64         `json:"tunnels"`   // open now: upgraded connections, which are no requests in flight any more
 	Success   uint64        `json:"success"`   // requests that ended, since the instance came
@@ -59,15 +59,23 @@ type BreakerStatus struct {
 	Until *time.Time `json:"until"` // when an open one will let probes through, else nil
 }
 
+// HealthStatus is what an instance's checks say.
+type HealthStatus struct {
+	State     string     `json:"state"`      // up, down, or unknown before the first
+	Since     time.Time  `json:"since"`      // when it came to that state
+	LastError string     `json:"last_error"` // why the latest check failed; empty if it passed
+	CheckedAt *time.Time `json:"checked_at"` // when that ended; nil if there was none yet
+}
+
 // NewHandler returns the registration API:
 //
-//	POST   /register                           {"service", "id", "addr", "weight", "ttl", "metadata"}   204
-//	POST   /register?hold                      {"service", "id", "addr", "weight", "ttl", "metadata"}   200
+//	POST   /register                           {"service", "id", "addr", "weight", "ttl", "metadata", "check", "slow_start"}   204
+//	POST   /register?hold                      {"service", "id", "addr", "weight", "ttl", "metadata", "check", "slow_start"}   200
 //	DELETE /register                           {"service", "id", "addr", "drain"}           204, 200, 404, 409
 //	GET    /services                                                                        200
 //	GET    /services/{service}                                                              200, 404
 //	GET    /services/{service}/{id}                                                         200, 404
-//	PUT    /services/{service}/{id}            {"addr", "weight", "ttl", "metadata"}                    204
+//	PUT    /services/{service}/{id}            {"addr", "weight", "ttl", "metadata", "check", "slow_start"}                    204
 //	PATCH  /services/{service}/{id}            {"weight", "state", "metadata"}                          204, 404
 //	DELETE /services/{service}/{id}?addr=&drain=                                            204, 200, 404, 409
 //	POST   /services/{service}/{id}/heartbeat?addr=                                         204, 404, 409
@@ -144,7 +152,7 @@ type api struct {
 
 // POST /register
 func (a *api) register(ctx *fasthttp.RequestCtx) error {
-	m, err := readMembers(ctx, "service", "id", "addr", "weight", "ttl", "metadata")
+	m, err := readMembers(ctx, "service", "id", "addr", "weight", "ttl", "metadata", "check", "slow_start")
 	if err != nil {
 		return err
 	}
@@ -157,7 +165,7 @@ func (a *api) putInstance(ctx *fasthttp.RequestCtx) error {
 	if err != nil {
 		return err
 	}
-	m, err := readMembers(ctx, "addr", "weight", "ttl", "metadata")
+	m, err := readMembers(ctx, "addr", "weight", "ttl", "metadata", "check", "slow_start")
 	if err != nil {
 		return err
 	}
@@ -173,7 +181,8 @@ func (a *api) put(ctx *fasthttp.RequestCtx, m members) error {
 		return err
 	}
 	caller := callerOf(ctx)
-	in := Instance{ID: m.id, Addr: m.addr, Weight: m.weight, TTL: m.ttl, Metadata: texts(m.metadata), remote: !ctx.RemoteIP().IsLoopback(), networks: caller.Networks()}
+	in := Instance{ID: m.id, Addr: m.addr, Weight: m.weight, TTL: m.ttl, Metadata: texts(m.metadata), Check: m.check, SlowStart: m.slowStart,
+		remote: !ctx.RemoteIP().IsLoopback(), networks: caller.Networks()}
 	if ctx.QueryArgs().Has("hold") {
 		if value := ctx.QueryArgs().Peek("hold"); len(value) > 0 {
 			return &refusal{fasthttp.StatusBadRequest, "hold", "hold has no value"}
@@ -302,11 +311,7 @@ func (a *api) drop(ctx *fasthttp.RequestCtx, service, id, addr string, limit tim
 
 // drain waits for the end of a drain, which it begins unless there is one.
 func (a *api) drain(ctx *fasthttp.RequestCtx, service, id, addr string, limit time.Duration) (drainedJSON, error) {
-	traffic := a.d.InstanceTraffic(service, id)
-	if traffic == nil {
-		traffic = noTraffic{}
-	}
-	d, first, err := a.reg.drain(service, id, addr, limit, traffic)
+	d, first, err := a.reg.drain(service, id, addr, limit)
 	if err != nil {
 		return drainedJSON{}, err
 	}
@@ -470,6 +475,8 @@ type instanceJSON struct {
 	Override     *Override         `json:"override"`   // and what an operator has set; null: nothing
 	Metadata     map[string]string `json:"metadata"`   // in force
 	Generation   uint64            `json:"generation"` // of the registration
+	Check        *Check            `json:"check"`      // null: none
+	SlowStart    string            `json:"slow_start"` // 0s: none
 }
 
 type leaseJSON struct {
@@ -494,7 +501,14 @@ func (a *api) instance(service string, in *Instance) instanceJSON {
 		until := seconds(*st.Breaker.Until)
 		st.Breaker.Until = &until
 	}
-	out := instanceJSON{in.ID, in.Addr, in.Weight, st, seconds(in.RegisteredAt), nil, in.State(), nil, in.Metadata, in.Generation}
+	if h := st.Health; h != nil {
+		h.Since = seconds(h.Since)
+		if h.CheckedAt != nil {
+			at := seconds(*h.CheckedAt)
+			h.CheckedAt = &at
+		}
+	}
+	out := instanceJSON{in.ID, in.Addr, in.Weight, st, seconds(in.RegisteredAt), nil, in.State(), nil, in.Metadata, in.Generation, in.Check, in.SlowStart.String()}
 	if out.Metadata == nil {
 		out.Metadata = map[string]string{}
 	}
@@ -516,13 +530,6 @@ type noDescriber struct{}
 
 func (noDescriber) DescribeService(string) ServiceStatus           { return ServiceStatus{} }
 func (noDescriber) DescribeInstance(string, string) InstanceStatus { return InstanceStatus{} }
-func (noDescriber) InstanceTraffic(string, string) Traffic         { return nil }
-
-// noTraffic is that of an instance which requests do not know.
-type noTraffic struct{}
-
-func (noTraffic) Busy() int { return 0 }
-func (noTraffic) Cut()      {}
 
 // refusal is an error with the status it is answered with.
 type refusal struct {
@@ -684,13 +691,15 @@ type members struct {
 	weight            int
 	ttl, drain        time.Duration
 	metadata          map[string]*string // nil: null, in a patch
-	seen, null        memberSet          // which there were, and were null
+	check             *Check
+	slowStart         time.Duration
+	seen, null        memberSet // which there were, and were null
 }
 
 // memberSet is a set of memberNames.
 type memberSet uint16
 
-var memberNames = []string{"service", "id", "addr", "weight", "ttl", "drain", "state", "metadata"}
+var memberNames = []string{"service", "id", "addr", "weight", "ttl", "drain", "state", "metadata", "check", "slow_start"}
 
 func (s memberSet) has(name string) bool { return s&member(name) != 0 }
 
@@ -795,6 +804,12 @@ func decodeMembers(body []byte, allowed ...string) (members, error) {
 			}
 			continue
 		}
+		if name == "check" {
+			if m.check, err = decodeCheck(dec, value); err != nil {
+				return members{}, err
+			}
+			continue
+		}
 		text, ok := value.(string)
 		if !ok {
 			return bad(name, "%s must be a string, not %s", name, describe(value))
@@ -811,6 +826,10 @@ func decodeMembers(body []byte, allowed ...string) (members, error) {
 		case "drain":
 			if m.drain, err = parseDrain(text); err != nil {
 				return members{}, err
+			}
+		case "slow_start":
+			if m.slowStart, err = time.ParseDuration(text); err != nil {
+				return bad(name, "%s %s, not %s", name, slowStartRule, clip(text))
 			}
 		case "ttl":
 			if m.ttl, err = time.ParseDuration(text); err != nil {

@@ -34,9 +34,10 @@ type lease struct {
 	ttl         time.Duration
 	until       atomic.Int64 // of the registry's clock; leaseOver
 
-	due       int64 // when it is looked at; guarded by Registry.mu, as what follows is
-	place     int   // in Registry.leases
-	verifying bool  // a probe of its instance is under way
+	due       int64  // when it is looked at; guarded by Registry.mu, as what follows is
+	place     int    // in Registry.leases
+	verifying bool   // a probe of its instance is under way
+	succeeded uint64 // requests to its instance, when that was last looked at
 }
 
 // renew has the lease last for another ttl from now on. It reports false if it is over.
@@ -299,8 +300,8 @@ func (at *slot) judge(now, resumed int64) {
 	at.doubted = silent > s.n/2 && s.n >= fewest || at.doubted && silent > 0
 }
 
-// verify looks whether a stale instance accepts connections, and removes it if it does not and has not renewed its lease, which
-// lasts until then. The caller holds mu.
+// verify looks whether a stale instance accepts connections, or has answered requests since it was last looked at. If it has done
+// neither, nor renewed its lease, which lasts until then, it is removed. The caller holds mu.
 func (r *Registry) verify(l *lease, in *Instance, until int64) {
 	if l.verifying {
 		return
@@ -308,8 +309,10 @@ func (r *Registry) verify(l *lease, in *Instance, until int64) {
 	l.verifying = true
 	r.spawn(func() {
 		alive := r.probe(in, r.probes[0])
+		succeeded := r.traffic(l.service, l.id).Succeeded()
 		_ = r.edit(l.service, l.id, "", func(at *slot, now *Instance) {
-			l.verifying = false
+			alive = alive || succeeded > l.succeeded
+			l.verifying, l.succeeded = false, succeeded
 			if !alive && now.lease == l && l.until.CompareAndSwap(until, leaseOver) {
 				heap.Remove(&r.leases, l.place)
 				r.lose(at, now)

@@ -20,6 +20,8 @@ type record struct {
 	Weight       int               `json:"weight,omitempty"` // that it registers, as its metadata
 	Metadata     map[string]string `json:"metadata,omitempty"`
 	TTL          time.Duration     `json:"ttl,omitempty"` // nanoseconds
+	Check        *Check            `json:"check,omitempty"`
+	SlowStart    time.Duration     `json:"slow_start,omitempty"` // nanoseconds
 	RegisteredAt time.Time         `json:"registered_at"`
 	Remote       bool              `json:"remote,omitempty"`
 	Held         bool              `json:"held,omitempty"`  // by a connection
@@ -34,6 +36,8 @@ func recordOf(in *Instance) record {
 		Weight:       in.registered.weight,
 		Metadata:     in.registered.metadata,
 		TTL:          in.TTL,
+		Check:        in.Check,
+		SlowStart:    in.SlowStart,
 		RegisteredAt: in.RegisteredAt.UTC().Round(0),
 		Remote:       in.remote,
 		Held:         in.hold != nil,
@@ -56,7 +60,8 @@ func sameRecord(a, b *Instance) bool {
 
 // instance returns what a record was made of, as it is after a restart. The error says what no instance can have.
 func (rec *record) instance(service, id string) (*Instance, error) {
-	in := &Instance{ID: id, Addr: rec.Addr, Weight: rec.Weight, Metadata: rec.Metadata, TTL: rec.TTL, RegisteredAt: rec.RegisteredAt, remote: rec.Remote, networks: rec.Networks}
+	in := &Instance{ID: id, Addr: rec.Addr, Weight: rec.Weight, Metadata: rec.Metadata, TTL: rec.TTL, Check: rec.Check, SlowStart: rec.SlowStart,
+		RegisteredAt: rec.RegisteredAt, remote: rec.Remote, networks: rec.Networks, restored: true}
 	for _, network := range rec.Networks {
 		if !network.IsValid() {
 			return nil, errors.New("networks: one is none")

@@ -31,7 +31,7 @@ var (
 
 // FieldError refuses one field of a registration. Its texts are meant for the client that sent it.
 type FieldError struct {
-	Field  string // service, id, addr, weight, ttl, metadata, state or drain
+	Field  string // service, id, addr, weight, ttl, metadata, check and its members (check.path), slow_start, state or drain
 	Detail string // what is wrong, and what would be right
 }
 
@@ -53,9 +53,10 @@ type Registry struct {
 	cfg      Config
 	services sync.Map // name -> *slot: a hash trie, so adding or dropping one copies no others
 
-	mu         sync.Mutex       // serializes writers; guards what follows
-	generation uint64           // of the last change; grows by one with each
-	onChange   []func(s string) // replaced, never appended in place: a change calls those it saw under mu
+	mu         sync.Mutex                       // serializes writers; guards what follows
+	generation uint64                           // of the last change; grows by one with each
+	observed   func(service, id string) Traffic // nil: nobody knows any
+	onChange   []func(s string)                 // replaced, never appended in place: a change calls those it saw under mu
 	leases     leases
 	expired    []Expired
 	watching   bool // there is a watch
@@ -340,6 +341,16 @@ func validate(service string, in *Instance) error {
 	}
 	if err := checkMetadata(in.Metadata); err != nil {
 		return err
+	}
+	if in.SlowStart < 0 || in.SlowStart > MaxSlowStart {
+		return &FieldError{"slow_start", slowStartRule + ", not " + in.SlowStart.String()}
+	}
+	if in.Check != nil {
+		check, err := in.Check.filled()
+		if err != nil {
+			return err
+		}
+		in.Check = check
 	}
 	target, err := ParseAddr(in.Addr)
 	if err != nil {

@@ -104,7 +104,7 @@ func onDisk(t testing.TB, r *Registry) map[key]record {
 
 // difference is cmp.Diff for records.
 func difference(want, got any) string {
-	return cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }))
+	return cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.AllowUnexported(Check{}))
 }
 
 // What an instance registers and what an operator sets over it is there after a restart, as it was.
@@ -115,7 +115,8 @@ func TestRestart(t *testing.T) {
 	five := 5
 	for _, in := range []Instance{
 		{ID: "plain", Addr: alive},
-		{ID: "all", Addr: alive + "/base", Weight: 3, TTL: time.Minute, Metadata: map[string]string{"zone": "a", "x": "<&\u00e4>"}},
+		{ID: "all", Addr: alive + "/base", Weight: 3, TTL: time.Minute, Metadata: map[string]string{"zone": "a", "x": "<&\u00e4>"},
+			Check: &Check{Path: "/health", Interval: time.Minute, KeepAlive: true}, SlowStart: 30 * time.Second},
 		{ID: "patched", Addr: alive, Weight: 2, Metadata: map[string]string{"zone": "a"}},
 		{ID: "dead", Addr: dead, TTL: time.Hour},
 		{ID: "moved", Addr: "http://10.9.9.9"},
@@ -181,6 +182,9 @@ func TestRestart(t *testing.T) {
 	}
 	if patched := r.Snapshot("echo").Instance("patched"); patched.Weight != 2 || patched.Metadata["zone"] != "a" || patched.State() != Up {
 		t.Errorf("%+v", patched)
+	}
+	if all := r.Snapshot("echo").Instance("all"); all.Check == nil || !all.Check.Accepts(399) || !all.Restored() {
+		t.Errorf("%+v", all)
 	}
 	if held := r.Snapshot("held").Instance("b"); held.TTL != time.Minute || held.lease == nil || held.hold != nil {
 		t.Errorf("%+v", held)
@@ -379,6 +383,14 @@ func TestNothingToWrite(t *testing.T) {
 	if after := transaction(); after != before {
 		t.Errorf("%d transactions", after-before)
 	}
+	in.Check = &Check{TCP: true}
+	if err := r.Register("echo", in); err != nil {
+		t.Fatal(err)
+	}
+	if after := transaction(); after == before {
+		t.Error("a check is not written")
+	}
+	before = transaction()
 	in.Weight = 4
 	if err := r.Register("echo", in); err != nil {
 		t.Fatal(err)
@@ -520,7 +532,7 @@ func TestDrainAndRestart(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, _, err := r.Drain("echo", "b", "", time.Minute, &underWay{}); err != nil {
+	if _, _, err := r.Drain("echo", "b", "", time.Minute); err != nil {
 		t.Fatal(err)
 	}
 	if got := onDisk(t, r); len(got) != 1 {
@@ -528,9 +540,10 @@ func TestDrainAndRestart(t *testing.T) {
 	}
 	busy := &underWay{}
 	busy.now.Store(1)
+	r.Observe(busy.of)
 	ended := make(chan error, 1)
 	go func() {
-		_, _, err := r.Drain("echo", "a", "", time.Hour, busy)
+		_, _, err := r.Drain("echo", "a", "", time.Hour)
 		ended <- err
 	}()
 	for r.Snapshot("echo").Instance("a").State() != Drain {

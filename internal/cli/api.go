@@ -143,6 +143,46 @@ type Register struct {
 	TTL     time.Duration `name:"ttl" default:"0s" min:"0s" noenv:"" help:"A lease of 1s to 24h: unless it is registered again or sends a heartbeat, the instance leaves after that time. 0s is none."`
 
 	Metadata map[string]string `mapsep:"none" placeholder:"NAME=VALUE" noenv:"" help:"What others should know about it; repeatable."`
+
+	Check     Check         `embed:"" prefix:"check-"`
+	SlowStart time.Duration `default:"0s" min:"0s" noenv:"" help:"How long its share grows whenever it comes into balance, up to 1h. 0s is none."`
+}
+
+// Check is how the gateway asks an instance whether it can serve. What is not said is for the gateway to fill.
+type Check struct {
+	Path      string        `placeholder:"PATH" noenv:"" help:"The gateway asks for this, over and over; while the answer is not one of --check-status, the instance gets no requests."`
+	TCP       bool          `name:"tcp" noenv:"" help:"The same, but it only connects."`
+	Interval  time.Duration `default:"2s" min:"100ms" noenv:"" help:"From one check to the next, up to 1h."`
+	Timeout   time.Duration `default:"0s" min:"0s" noenv:"" help:"For the whole of one, 100ms to 1m. 0s is 1s, or the interval if that is shorter."`
+	Fall      int           `default:"3" min:"1" noenv:"" help:"So many in a row that fail take it out."`
+	Rise      int           `default:"2" min:"1" noenv:"" help:"So many in a row that pass bring it back."`
+	Status    string        `placeholder:"LIST" noenv:"" help:"Statuses and ranges that pass, such as 200-299,404; else 200-399."`
+	KeepAlive bool          `noenv:"" help:"One connection for many checks."`
+	Start     string        `default:"down" enum:"down,up" noenv:"" help:"A new instance waits for its first check (down) or does not (up)."`
+}
+
+// body is what /register takes; nil: none.
+func (c *Check) body() map[string]any {
+	if c.Path == "" && !c.TCP {
+		return nil
+	}
+	body := map[string]any{"interval": c.Interval.String(), "fall": c.Fall, "rise": c.Rise, "start": c.Start}
+	if c.Path != "" {
+		body["path"] = c.Path
+	}
+	if c.TCP {
+		body["tcp"] = true
+	}
+	if c.Timeout > 0 {
+		body["timeout"] = c.Timeout.String()
+	}
+	if c.Status != "" {
+		body["status"] = c.Status
+	}
+	if c.KeepAlive {
+		body["keep_alive"] = true
+	}
+	return body
 }
 
 // registration is the body of /register.
@@ -155,11 +195,17 @@ type registration struct {
 	Drain   string `json:"drain,omitempty"`
 
 	Metadata map[string]string `json:"metadata,omitempty"`
+
+	Check     map[string]any `json:"check,omitempty"`
+	SlowStart string         `json:"slow_start,omitempty"`
 }
 
 // Run registers the instance.
 func (c *Register) Run(p *Process) error {
-	in := registration{Service: c.Service, ID: c.ID, Addr: c.Addr, Weight: c.Weight, Metadata: c.Metadata}
+	in := registration{Service: c.Service, ID: c.ID, Addr: c.Addr, Weight: c.Weight, Metadata: c.Metadata, Check: c.Check.body()}
+	if c.SlowStart > 0 {
+		in.SlowStart = c.SlowStart.String()
+	}
 	if c.TTL > 0 {
 		in.TTL = c.TTL.String()
 	}
