@@ -78,3 +78,28 @@ func TestConfigDefault(t *testing.T) {
 		t.Errorf("the token: %s", out)
 	}
 }
+
+func TestConfigServices(t *testing.T) {
+	file := settings(t, "services:", "  users:", "    instances:", "    - {id: a, addr: "+named(t, "a")+"}")
+	g := launch(t, nil, "--config", file)
+	if status, body := g.get("/users"); status != 200 || body != "a" {
+		t.Errorf("the instance of the file: %d %q", status, body)
+	}
+	g.register("users", "b", named(t, "b"))
+	seen := map[string]bool{}
+	for range 4 {
+		_, body := g.get("/users")
+		seen[body] = true
+	}
+	if !seen["a"] || !seen["b"] {
+		t.Errorf("answers of %v, want a and b", seen)
+	}
+	if status, body := g.post(`{"service":"users","id":"a","addr":"http://127.0.0.1:1"}`); status != 409 || !strings.Contains(body, file) {
+		t.Errorf("registering what the file holds: %d %s", status, body)
+	}
+	// Where an instance may point is known to the gateway only.
+	file = settings(t, "services:", "  users:", "    instances:", "    - {id: a, addr: http://169.254.1.1}")
+	if _, errs, code := command(t, nil, "--config", file, "--listen=127.0.0.1:0", "--admin=off"); code != exitUsage || !strings.Contains(errs, file) || !strings.Contains(errs, "169.254.1.1") {
+		t.Errorf("an address that is refused: %d %s", code, errs)
+	}
+}

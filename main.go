@@ -50,7 +50,7 @@ func run(args []string) int {
 		Unregister cli.Unregister `cmd:"" help:"Unregister an instance."`
 		Services   cli.Services   `cmd:"" help:"List services and their instances."`
 		Config     cli.Config     `cmd:"" help:"Print every setting with where its value comes from."`
-		Check      cli.Check      `cmd:"" help:"Judge a file of settings."`
+		Check      cli.CheckFile  `cmd:"" help:"Judge a file of settings."`
 		Version    cli.Version    `cmd:"" help:"Print the version."`
 	}
 	command, err := config.Parse(&commands, args, os.LookupEnv,
@@ -103,13 +103,10 @@ type gatewayCommand struct {
 
 // Run serves until a signal. Then /readyz fails at once, the listeners stay open for --shutdown-delay, and requests in
 // flight have --drain-timeout to end. A second signal ends the process where it is.
-func (c *gatewayCommand) Run(sources *config.Sources) error {
+func (c *gatewayCommand) Run() error {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	log := slog.New(logHandler(os.Stderr))
-	if file := sources.File(); file != "" {
-		log.Info("settings are read from a file", "file", file)
-	}
 	memory.Tune()
 	g, err := start(c.Gateway, log)
 	if err != nil {
@@ -159,6 +156,9 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 			g.close()
 		}
 	}()
+	if cfg.File != "" {
+		log.Info("settings are read from a file", "file", cfg.File)
+	}
 	var own []netip.AddrPort
 	if g.data, err = net.Listen("tcp", cfg.Listen); err != nil {
 		return nil, fmt.Errorf("--listen: %w", err)
@@ -251,6 +251,9 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		log.Info("registrations end with this process; --data keeps them")
 	} else if g.registry, err = registry.Open(registration, cfg.Data); err != nil {
 		return nil, fmt.Errorf("--data: %w", err)
+	}
+	if err = g.registry.Pin(cfg.File, cfg.Pinned()); err != nil {
+		return nil, usageError{fmt.Errorf("%s: %w", cfg.File, err)}
 	}
 	forwarding.Registry = g.registry
 	if g.proxy, err = proxy.New(forwarding, nil); err != nil {

@@ -61,7 +61,8 @@ type Registry struct {
 	expired    []Expired
 	watching   bool // there is a watch
 	closed     bool
-	store      *store // nil: there is no file
+	store      *store            // nil: there is no file
+	pins       map[key]*Instance // those that the configuration holds
 
 	began    time.Time    // of the registry's clock
 	resumed  atomic.Int64 // on it: no lease ends less than its ttl after this
@@ -135,14 +136,18 @@ func (r *Registry) register(service string, in Instance, h *hold) (now, before *
 		r.mu.Unlock()
 		return nil, nil, fmt.Errorf("register %s of service %s: %w", clip(in.ID), clip(service), ErrClosed)
 	}
-	r.generation++
-	in.Generation = r.generation
 	at := r.service(service)
 	var prev *Snapshot
 	if at != nil {
 		prev = at.snapshot.Load()
 	}
 	before = prev.Instance(in.ID)
+	if before != nil && before.pinned != "" {
+		r.mu.Unlock()
+		return nil, nil, &pinnedError{service, in.ID, before.pinned}
+	}
+	r.generation++
+	in.Generation = r.generation
 	r.revoke(before)
 	in.lease, in.hold, in.suspect, in.stale, in.unreached = nil, h, false, false, false
 	in.inherit(before)
@@ -218,6 +223,9 @@ func (r *Registry) change(service, id, addr string, f func(*slot, *Instance)) (*
 	switch {
 	case in == nil:
 		err = ErrNotFound
+	case in.pinned != "":
+		r.mu.Unlock()
+		return nil, &pinnedError{service, id, in.pinned}
 	case !meant(in):
 		err = ErrConflict
 	}

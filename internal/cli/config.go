@@ -31,13 +31,13 @@ func (c *Config) Run(p *Process, sources *config.Sources) error {
 	return w.Flush()
 }
 
-// Check judges a file of settings as a gateway without flags and variables would.
-type Check struct {
+// CheckFile judges a file of settings as a gateway without flags and variables would.
+type CheckFile struct {
 	File string `arg:"" type:"file" placeholder:"FILE" help:"The file."`
 }
 
 // Run says that the file can be used, or why not.
-func (c *Check) Run(p *Process) error {
+func (c *CheckFile) Run(p *Process) error {
 	if _, _, err := config.Load([]string{"--config=" + c.File}, func(string) (string, bool) { return "", false }); err != nil {
 		return err
 	}

@@ -85,6 +85,26 @@ type Gateway struct {
 	MaxInFlightPerInstance  int           `default:"0" min:"0" group:"limits" help:"Requests at one instance at once."`
 	MaxInFlightPerService   int           `default:"0" min:"0" group:"limits" help:"Requests of one service at once."`
 	QueueTimeout            time.Duration `default:"1s" min:"0s" group:"limits" help:"How long a request may wait for a place below the limits of requests; 0s is not at all."`
+
+	File     string    `kong:"-"` // that was read; empty: none
+	Services []Service `kong:"-"` // of it
+}
+
+// Service is what a file says of one service.
+type Service struct {
+	Name      string
+	Instances []registry.Instance // that the file holds
+}
+
+// Pinned are the instances that the file holds.
+func (g *Gateway) Pinned() []registry.Pinned {
+	var all []registry.Pinned
+	for _, s := range g.Services {
+		for _, in := range s.Instances {
+			all = append(all, registry.Pinned{Service: s.Name, Instance: in})
+		}
+	}
+	return all
 }
 
 // BeforeResolve reads the file.
@@ -92,8 +112,11 @@ func (g *Gateway) BeforeResolve(ctx *kong.Context, sources *Sources) error { ret
 
 // AfterApply takes over what only a file can say, and checks what no single flag can know.
 func (g *Gateway) AfterApply(sources *Sources) error {
-	if f := sources.file; f != nil && len(g.Route) == 0 {
-		g.Route = f.routes
+	if f := sources.file; f != nil {
+		if len(g.Route) == 0 {
+			g.Route = f.routes
+		}
+		g.File, g.Services = f.name, f.services
 	}
 	if g.API == APIAdmin && g.Admin == Off {
 		return errors.New("--api=admin with --admin=off would leave the API nowhere: give --admin an address")
@@ -120,6 +143,11 @@ func (g *Gateway) AfterApply(sources *Sources) error {
 	const why = "which the API answers on --listen: choose another, or --api=admin"
 	if registry.Serves(g.HealthPath) {
 		return fmt.Errorf("--health-path: %q is a path %s", g.HealthPath, why)
+	}
+	for _, s := range g.Services {
+		if slices.Contains(registry.ServedNames(), s.Name) {
+			return fmt.Errorf("services: %q cannot be a service: its name is that of a path %s", s.Name, why)
+		}
 	}
 	for _, route := range g.Route {
 		if registry.Serves(strings.TrimSuffix(route.Prefix, "/")) {

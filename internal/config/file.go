@@ -28,6 +28,7 @@ type file struct {
 
 	routes   []Route
 	routesAt int // the line; 0: it has none
+	services []Service
 }
 
 // setting is what a file says of one flag.
@@ -87,6 +88,7 @@ func parseSettings(name string, data []byte, flags []*kong.Flag) (*file, error) 
 		}
 	}
 	keys["routes"] = f.readRoutes
+	keys["services"] = f.readServices
 	return f, f.mapping(doc, "the file", "setting", keys)
 }
 

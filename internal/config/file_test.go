@@ -55,6 +55,7 @@ routes: [/a=b, /*]
 	if err != nil {
 		t.Fatal(err)
 	}
+	want.File = got.Config
 	want.Config, want.Listen, want.Retries, want.BreakerFailures, want.RequestTimeout = got.Config, "127.0.0.1:0", 4, 9, 90*time.Second
 	want.LogRequests, want.Via, want.Strategy, want.TrustedProxies = true, false, lb.IPHash, prefixes("10.0.0.0/8", "::1/128")
 	want.BreakerStatuses, want.AllowMethods, want.MaxBody = []int{500, 503}, []string{"TRACE", "CONNECT"}, 2<<20
@@ -138,6 +139,17 @@ func TestFileRefused(t *testing.T) {
 		{"word", ":1:1: the file must have keys and values\n"},
 		{"retries: 1\n---\nretries: 2", ":3:1: there is a second document: the file must be one\n"},
 		{"retries: 1\n  via: on", ":1:10: not YAML: "},
+		{"services: [a]", ":1:11: services must have the names of services as keys\n"},
+		{"services: {a/b: {}}", ":1:12: the name of a service \"a/b\" has a character that is not allowed"},
+		{"services:\n  a:", ":2:3: service a has nothing in it"},
+		{"services:\n  a: {speed: 1}", ":2:7: \"speed\" is no key of a service; allowed are instances"},
+		{"services:\n  a:\n    instances: []", ":3:16: instances must be a list of at least one"},
+		{"services:\n  a:\n    instances: [x]", ":3:17: an instance must have keys and values"},
+		{"services:\n  a: {instances: [{id: x, addr: x}]}", ":2:33: addr: \"x\" is not an http or https URL"},
+		{"services:\n  a: {instances: [{id: x, id: y}]}", ":2:27: id is there twice\n"},
+		{"services:\n  a: {instances: [{id: x, addr: http://h, ttl: 5s}]}", ":2:48: ttl: unknown member \"ttl\"; allowed here: id, addr, weight, metadata, check, slow_start"},
+		{"services:\n  a: {instances: [{id: x, addr: http://h, check: {path: /, fall: 0}}]}", ":2:66: check.fall: must be an integer from 1 to 100, not 0"},
+		{"services:\n  a: {instances: [{id: x, addr: http://h}, {id: x, addr: http://i}]}", ":2:45: instance x of service a is there twice\n"},
 		{"routes: /a=b", ":1:9: routes must be a list of at least one, such as [/api=echo, /*]\n"},
 		{"routes:\n- a=b", ":2:3: routes: \"a=b\" is not PREFIX=SERVICE"},
 	} {
@@ -190,7 +202,7 @@ func TestWriteDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want.Config = got.Config
+	want.Config, want.File = got.Config, got.File
 	if diff := cmp.Diff(want, got, cmpopts.EquateEmpty()); diff != "" {
 		t.Errorf("defaults -, file +:\n%s", diff)
 	}
@@ -227,7 +239,7 @@ func TestWriteSchema(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	keys := 1 // routes
+	keys := 2 // routes and services
 	for _, flag := range flags {
 		if key := Key(flag); key != "" {
 			keys++
@@ -242,7 +254,7 @@ func TestWriteSchema(t *testing.T) {
 }
 
 func FuzzFile(f *testing.F) {
-	for _, seed := range []string{"retries: 3", "routes: [/a=b, /*]", "a: &b\n  c: *b", "? [a]: b", "token: >\n  x", "- {", "retries: !!int 3", "\"\\u0000\": |\n  x"} {
+	for _, seed := range []string{"retries: 3", "routes: [/a=b, /*]", "services:\n  a: {instances: [{id: x, addr: http://h, check: {tcp: true}}]}", "a: &b\n  c: *b", "? [a]: b", "token: >\n  x", "- {", "retries: !!int 3", "\"\\u0000\": |\n  x"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
@@ -251,4 +263,38 @@ func FuzzFile(f *testing.F) {
 			t.Errorf("%q is let through: %+v", text, g)
 		}
 	})
+}
+
+func TestFileServices(t *testing.T) {
+	got, _, err := load(t, `
+services:
+  users:
+    instances:
+    - id: a
+      addr: http://10.0.0.5:8080
+      weight: 3
+      metadata: {zone: rack-2}
+      check: {path: /health, interval: 5s}
+      slow_start: 30s
+    - {id: b, addr: "https://users.example.org"}
+  orders:
+    instances: [{id: a, addr: "http://10.0.0.6"}]
+`, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, p := range got.Pinned() {
+		names = append(names, p.Service+"/"+p.Instance.ID+" "+p.Instance.Addr)
+	}
+	if want := []string{"users/a http://10.0.0.5:8080", "users/b https://users.example.org", "orders/a http://10.0.0.6"}; !cmp.Equal(names, want) {
+		t.Errorf("instances: %v, want %v", names, want)
+	}
+	a := got.Services[0].Instances[0]
+	if a.Weight != 3 || a.Metadata["zone"] != "rack-2" || a.Check.Path != "/health" || a.Check.Interval != 5*time.Second || a.Check.Fall != 3 || a.SlowStart != 30*time.Second {
+		t.Errorf("users/a: %+v %+v", a, a.Check)
+	}
+	if _, _, err := load(t, "services: {register: {instances: [{id: a, addr: http://h}]}}", nil); err == nil || !strings.Contains(err.Error(), `services: "register" cannot be a service`) {
+		t.Errorf("a name of the API: %v", err)
+	}
 }

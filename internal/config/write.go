@@ -50,6 +50,7 @@ func WriteDefaults(w io.Writer) error {
 		}
 	}
 	b.WriteString("\n##### Routes\n\n# " + routesHelp + "\n# routes: [PREFIX=SERVICE, /*]\n")
+	b.WriteString("\n##### Services\n\n# " + servicesHelp + "\n# services:\n#   NAME:\n#     instances: [{id: ID, addr: http://HOST:PORT}]\n")
 	_, err = io.WriteString(w, strings.TrimPrefix(b.String(), "\n"))
 	return err
 }
@@ -81,6 +82,11 @@ func WriteSchema(w io.Writer) error {
 		}
 	}
 	properties["routes"] = map[string]any{"description": routesHelp, "type": "array", "minItems": 1, "items": map[string]any{"type": "string"}}
+	properties["services"] = map[string]any{"description": servicesHelp, "type": "object", "additionalProperties": map[string]any{
+		"type": "object", "additionalProperties": false, "properties": map[string]any{
+			"instances": map[string]any{"type": "array", "minItems": 1, "items": instanceSchema()},
+		},
+	}}
 	out := json.NewEncoder(w)
 	out.SetEscapeHTML(false)
 	out.SetIndent("", "  ")
