@@ -238,7 +238,7 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		Log:              log,
 	}
 	for _, route := range cfg.Route {
-		forwarding.Routes = append(forwarding.Routes, proxy.RoutePrefix(route))
+		forwarding.Routes = append(forwarding.Routes, proxy.Route{Prefix: route.Prefix, Service: route.Service})
 	}
 	if cfg.API.OnData() {
 		registration.Reserved = registry.ServedNames()

@@ -93,7 +93,7 @@ func (c *conn) vacate() {
 		w.in.next()
 		w.putScratch(c.p)
 		w.head = nil
-		w.x.c, w.x.service, w.x.view, w.x.upstream, w.x.backend, w.x.tunnel, w.x.err = nil, nil, nil, nil, nil, nil, nil
+		w.x.c, w.x.route, w.x.service, w.x.view, w.x.upstream, w.x.backend, w.x.tunnel, w.x.err = nil, nil, nil, nil, nil, nil, nil, nil
 		w.x.asked = asked{}
 		c.p.workspaces.Put(w)
 	}
@@ -280,7 +280,7 @@ func (c *conn) serve(s stage) {
 		head, err := c.readHead(first)
 		if err == nil && head != nil {
 			c.head = head
-			err = c.req.parse(head, c.p.pseudonym, c.trusted, &c.p.cfg.Limits)
+			err = c.req.parse(head, c.p.cfg().via, c.trusted, &c.p.cfg().Limits)
 		} else {
 			c.req = Request{} // not the one before: the answer would be made for its method
 		}
@@ -304,7 +304,7 @@ func (c *conn) unreadable(err *refusal) {
 
 // after ends a request, and reports whether the connection can serve another one.
 func (c *conn) after(keep bool) bool {
-	if c.p.cfg.LogRequests && c.x.tunnel == nil {
+	if c.p.cfg().LogRequests && c.x.tunnel == nil {
 		c.logRequest()
 	}
 	c.x.leave()
@@ -342,7 +342,7 @@ func (c *conn) afterPanic() {
 // readHead waits for a request head and returns it whole; it stays in the buffer until the request is done. nil without
 // an error: the connection is over.
 func (c *conn) readHead(first bool) ([]byte, *refusal) {
-	b, limits := &c.in, &c.p.cfg.Limits
+	b, limits := &c.in, &c.p.cfg().Limits
 	scanned := 0
 	var begin, deadline time.Time // for the first byte of a head, and for its end
 	for {
@@ -548,7 +548,7 @@ func (c *conn) send(data []byte) error {
 // What the system takes from us is not yet taken by the client, so at each quarter of the time it is asked what was
 // acknowledged.
 func (c *conn) push(all int, write func(done int) (int, error)) error {
-	limits := &c.p.cfg.Limits
+	limits := &c.p.cfg().Limits
 	patience := limits.WriteTimeout / 4
 	if limits.MinDownload > 0 {
 		patience = min(patience, paceWindow)
@@ -611,13 +611,13 @@ func (c *conn) takesTooLittle() bool {
 	if c.sock != nil {
 		taken.bytes -= int64(c.sock.Queued())
 	}
-	return taken.below(c.p.cfg.Limits.MinDownload)
+	return taken.below(c.p.cfg().Limits.MinDownload)
 }
 
 // receive calls read, which takes more of the request body, for patience or the limits at most. It returns errClientGone,
 // errBodyTimeout, errBodySlow or errOverTime.
 func (c *conn) receive(patience time.Duration, read func() (int, error)) (int, error) {
-	limits, x := &c.p.cfg.Limits, &c.x
+	limits, x := &c.p.cfg().Limits, &c.x
 	first := time.Now()
 	for began := first; ; began = time.Now() {
 		d := x.within(began, patience-began.Sub(first))

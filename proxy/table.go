@@ -1,0 +1,430 @@
+package proxy
+
+import (
+	"bytes"
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+
+	"kerberos/registry"
+)
+
+// Route sends the requests that match it to Service. All of what is set must match.
+//
+// Of several that match the first one counts in this order: an exact Host before one with *, a longer one of those before a
+// shorter one, and last those without; then an exact Path before a Prefix, and a longer Prefix before a shorter one; then who has
+// more conditions (Methods is one, each of Headers is one); then who comes first in the list.
+type Route struct {
+	Host    string   // example.com, without a port; or *.example.com for all names that end so; empty: any
+	Path    string   // all of it; or
+	Prefix  string   // whole segments of it: /echo is not /echoes, and / is all; empty, with Path: /
+	Methods []string // one of these, in upper case; none: any
+	Headers []Field  // the first field line of each name has this value, or any if it is empty
+
+	Service string // where they go
+
+	StripPrefix   bool   // the part of the path that Prefix or Path matched is not sent
+	ReplacePrefix string // but this in its place
+	Request       Edits  // of what the instance gets
+	Response      Edits  // of what the client gets, but not of what the gateway itself answers, nor of 1xx
+
+	Policy
+}
+
+// A Route whose Prefix is FirstSegmentRule has nothing else: the first segment of the path names the service, where no other route
+// matches.
+const FirstSegmentRule = "/*"
+
+// Field is a field of a head.
+type Field struct{ Name, Value string }
+
+// Edits change the fields of a head: Remove takes all lines of a name away, Set too and puts one in their place, Add puts one
+// beside. None may be about framing, the connection, or what the gateway itself says (X-Forwarded-*, Forwarded, X-Real-IP, Via).
+type Edits struct {
+	Set, Add []Field
+	Remove   []string
+}
+
+// String is what the route matches: example.com/api, /api or =/api for an exact path, with its conditions.
+func (r *Route) String() string {
+	text := r.Host
+	switch {
+	case r.Path != "":
+		text += "=" + r.Path
+	case r.Prefix == "":
+		text += "/"
+	default:
+		text += r.Prefix
+	}
+	if len(r.Methods) > 0 {
+		text = strings.Join(r.Methods, ",") + " " + text
+	}
+	for _, h := range r.Headers {
+		text += " " + h.Name
+		if h.Value != "" {
+			text += "=" + h.Value
+		}
+	}
+	return text
+}
+
+// route is a Route as requests use it, with what it does not set itself. It never changes.
+type route struct {
+	Route                    // as it was given; empty for what serves a service without a route
+	service           string // empty: the caller knows it
+	cut               int    // bytes of the path that are not sent
+	put               []byte // what is sent instead; not nil if anything is cut
+	request, response *edits
+	policy
+}
+
+// edits are Edits of one head; nil: none.
+type edits struct {
+	drop  []string // names of lines that do not go on
+	lines []byte   // lines that go besides, each with its CRLF
+	host  bool     // one of them is Host
+}
+
+// table is an immutable table of routes. A match probes one map for each label of the host, if any route has one, and one for each
+// segment of the path, however many routes there are; only those with the same host and path are looked at in turn.
+type table struct {
+	hosts  map[string]*paths // by name; by what follows the * of a wildcard
+	any    *paths            // of those without a host
+	first  bool              // FirstSegmentRule
+	routes []*route          // in the order of precedence
+}
+
+// paths are the routes of one host.
+type paths struct {
+	exact    map[string][]*route // by path
+	prefixes map[string][]*route // by prefix, without its last /
+	longest  int                 // of the prefixes
+}
+
+// newTable makes the table; none at all is the rule of the first segment. of is how requests to a service are served.
+func newTable(all []Route, of func(service string) *route) (*table, error) {
+	t := &table{hosts: map[string]*paths{}, any: newPaths(), first: len(all) == 0}
+	taken := map[[3]string]string{} // by host, path and prefix
+	for i := range all {
+		r := all[i]
+		if r.Prefix == FirstSegmentRule {
+			if r.String() != FirstSegmentRule || r.Service != "" || r.StripPrefix || r.ReplacePrefix != "" || r.Policy != (Policy{}) ||
+				r.Request.resolve() != nil || r.Response.resolve() != nil {
+				return nil, fmt.Errorf("route %s: %s stands alone", &r, FirstSegmentRule)
+			}
+			t.first = true
+			continue
+		}
+		if r.Prefix == "" && r.Path == "" {
+			r.Prefix = "/"
+		}
+		if err := r.check(); err != nil {
+			return nil, fmt.Errorf("route %s: %w", &r, err)
+		}
+		if r.conditions() == 0 {
+			place := [3]string{r.Host, r.Path, strings.TrimSuffix(r.Prefix, "/")}
+			if other, ok := taken[place]; ok {
+				return nil, fmt.Errorf("route %s: the same leads to %s already", &r, other)
+			}
+			taken[place] = r.Service
+		}
+		t.routes = append(t.routes, r.resolve(of(r.Service)))
+	}
+	slices.SortStableFunc(t.routes, compareRoutes)
+	for _, r := range t.routes {
+		at := t.any
+		if r.Host != "" {
+			key := strings.TrimPrefix(r.Host, "*")
+			if t.hosts[key] == nil {
+				t.hosts[key] = newPaths()
+			}
+			at = t.hosts[key]
+		}
+		if r.Path != "" {
+			at.exact[r.Path] = append(at.exact[r.Path], r)
+			continue
+		}
+		prefix := strings.TrimSuffix(r.Prefix, "/")
+		at.prefixes[prefix] = append(at.prefixes[prefix], r)
+		at.longest = max(at.longest, len(prefix))
+	}
+	return t, nil
+}
+
+func newPaths() *paths { return &paths{exact: map[string][]*route{}, prefixes: map[string][]*route{}} }
+
+// compareRoutes is the order of precedence.
+func compareRoutes(a, b *route) int {
+	rank := func(r *route) int {
+		switch {
+		case r.Host == "":
+			return 2
+		case r.Host[0] == '*':
+			return 1
+		}
+		return 0
+	}
+	wildcard := 0
+	if rank(a) == 1 && rank(b) == 1 {
+		wildcard = cmp.Compare(len(b.Host), len(a.Host))
+	}
+	exact := func(r *route) int {
+		if r.Path != "" {
+			return 0
+		}
+		return 1
+	}
+	return cmp.Or(cmp.Compare(rank(a), rank(b)), wildcard, cmp.Compare(exact(a), exact(b)),
+		cmp.Compare(len(strings.TrimSuffix(b.Prefix, "/")), len(strings.TrimSuffix(a.Prefix, "/"))),
+		cmp.Compare(b.conditions(), a.conditions()))
+}
+
+func (r *Route) conditions() int { return min(len(r.Methods), 1) + len(r.Headers) }
+
+// check refuses what no route may have, and writes its host as requests are compared with it.
+func (r *Route) check() error {
+	r.Host = strings.ToLower(r.Host)
+	name := strings.TrimPrefix(r.Host, "*.")
+	if r.Host != "" && (!validHost([]byte(name)) || strings.ContainsAny(name, "*") || strings.HasSuffix(name, ".") || string(hostName(nil, []byte(name))) != name) {
+		return fmt.Errorf("the host %q is neither a name such as example.com, without a port, nor *.example.com", r.Host)
+	}
+	if r.Path != "" && r.Prefix != "" {
+		return fmt.Errorf("it has a path and a prefix, and must have one of them")
+	}
+	for _, path := range []string{r.Path, r.Prefix, r.ReplacePrefix} {
+		if path != "" && (!strings.HasPrefix(path, "/") || strings.ContainsAny(path, "?#*% \\") || !all([]byte(path), isTarget)) {
+			return fmt.Errorf("%q is no path such as /api", path)
+		}
+	}
+	if r.StripPrefix && r.ReplacePrefix != "" {
+		return fmt.Errorf("its prefix is stripped and replaced, and must be one of them")
+	}
+	for _, method := range r.Methods {
+		if !all([]byte(method), isToken) {
+			return fmt.Errorf("%q is no method", method)
+		}
+	}
+	for _, h := range r.Headers {
+		if err := h.check(); err != nil {
+			return err
+		}
+	}
+	if err := registry.ValidName(r.Service); err != nil {
+		return fmt.Errorf("its service %w", err)
+	}
+	if err := r.Request.check(false); err != nil {
+		return fmt.Errorf("request: %w", err)
+	}
+	if err := r.Response.check(true); err != nil {
+		return fmt.Errorf("response: %w", err)
+	}
+	return nil
+}
+
+func (f *Field) check() error {
+	if !all([]byte(f.Name), isToken) {
+		return fmt.Errorf("%q is no name of a header field", f.Name)
+	}
+	if !visible([]byte(f.Value)) || string(trim([]byte(f.Value))) != f.Value {
+		return fmt.Errorf("the value of %s has characters that a header field cannot have, or spaces around it", f.Name)
+	}
+	return nil
+}
+
+func (e *Edits) check(response bool) error {
+	for _, f := range slices.Concat(e.Set, e.Add) {
+		if err := f.check(); err != nil {
+			return err
+		}
+		if err := mayEdit(f.Name, response); err != nil {
+			return err
+		}
+	}
+	for _, f := range e.Add {
+		if identify([]byte(f.Name)) == fieldHost {
+			return fmt.Errorf("Host cannot be added: there is one; set it")
+		}
+	}
+	for _, name := range e.Remove {
+		if err := (&Field{Name: name}).check(); err != nil {
+			return err
+		}
+		if identify([]byte(name)) == fieldHost {
+			return fmt.Errorf("Host cannot be removed: set it")
+		}
+		if err := mayEdit(name, response); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// mayEdit says why a field is left to the gateway.
+func mayEdit(name string, response bool) error {
+	switch id := identify([]byte(name)); {
+	case id == fieldOther, id == fieldHost && !response, id == fieldDate && !response:
+		return nil
+	case id >= fieldForwarded && response: // a backend may say such things
+		return nil
+	}
+	return fmt.Errorf("%s is left to the gateway", name)
+}
+
+// resolve makes what requests use of a route, over how its service is served.
+func (r *Route) resolve(service *route) *route {
+	n := &route{Route: *r, service: r.Service, request: r.Request.resolve(), response: r.Response.resolve(), policy: service.policy.with(r.Policy)}
+	if r.StripPrefix || r.ReplacePrefix != "" {
+		n.cut = len(r.Path) + len(strings.TrimSuffix(r.Prefix, "/"))
+		n.put = []byte(strings.TrimSuffix(r.ReplacePrefix, "/"))
+	}
+	return n
+}
+
+func (e *Edits) resolve() *edits {
+	if len(e.Set) == 0 && len(e.Add) == 0 && len(e.Remove) == 0 {
+		return nil
+	}
+	n := &edits{drop: slices.Clone(e.Remove)}
+	for _, f := range e.Set {
+		n.drop = append(n.drop, f.Name)
+		n.host = n.host || identify([]byte(f.Name)) == fieldHost
+	}
+	for _, f := range slices.Concat(e.Set, e.Add) {
+		n.lines = append(n.lines, f.Name+": "+f.Value+"\r\n"...)
+	}
+	return n
+}
+
+// drops says that lines of a name do not go on.
+func (e *edits) drops(name []byte) bool {
+	for _, other := range e.drop {
+		if len(other) == len(name) && strings.EqualFold(other, text(name)) {
+			return true
+		}
+	}
+	return false
+}
+
+// match returns the route of a request, or nil.
+func (t *table) match(r *Request) *route {
+	if len(t.hosts) > 0 {
+		var room [256]byte
+		if host := hostName(room[:0], r.Host); len(host) > 0 {
+			if m := t.hosts[string(host)].match(r); m != nil {
+				return m
+			}
+			for dot := bytes.IndexByte(host, '.'); dot >= 0; {
+				if m := t.hosts[string(host[dot:])].match(r); m != nil {
+					return m
+				}
+				next := bytes.IndexByte(host[dot+1:], '.')
+				if next < 0 {
+					break
+				}
+				dot += 1 + next
+			}
+		}
+	}
+	return t.any.match(r)
+}
+
+// match of nil is nil.
+func (p *paths) match(r *Request) *route {
+	if p == nil {
+		return nil
+	}
+	if len(p.exact) > 0 {
+		if m := fitting(p.exact[string(r.Path)], r); m != nil {
+			return m
+		}
+	}
+	if len(p.prefixes) == 0 {
+		return nil
+	}
+	end := len(r.Path)
+	if end > p.longest {
+		end = bytes.LastIndexByte(r.Path[:p.longest+1], '/')
+	}
+	for ; end >= 0; end = bytes.LastIndexByte(r.Path[:end], '/') {
+		if m := fitting(p.prefixes[string(r.Path[:end])], r); m != nil {
+			return m
+		}
+	}
+	return nil
+}
+
+// fitting returns the first route whose conditions are met.
+func fitting(routes []*route, r *Request) *route {
+next:
+	for _, m := range routes {
+		if len(m.Methods) > 0 && !slices.Contains(m.Methods, text(r.Method)) {
+			continue
+		}
+		for i := range m.Headers {
+			h := &m.Headers[i]
+			if value := r.Header(h.Name); value == nil || h.Value != "" && string(value) != h.Value {
+				continue next
+			}
+		}
+		return m
+	}
+	return nil
+}
+
+// hostName appends the name of a host in lower case, without a port and the dot of the root. One that is too long to be a name is
+// empty.
+func hostName(dst, host []byte) []byte {
+	if end := bytes.IndexByte(host, ']'); end >= 0 {
+		host = host[:end+1]
+	} else if end := bytes.IndexByte(host, ':'); end >= 0 {
+		host = host[:end]
+	}
+	host = bytes.TrimSuffix(host, []byte("."))
+	if len(host) > 255 {
+		return dst
+	}
+	for _, c := range host {
+		if c >= 'A' && c <= 'Z' {
+			c += 'a' - 'A'
+		}
+		dst = append(dst, c)
+	}
+	return dst
+}
+
+// appendTarget appends the path and query that are sent.
+func (r *route) appendTarget(dst []byte, req *Request) []byte {
+	if r.put == nil || req.authority {
+		return append(dst, req.target...)
+	}
+	dst = append(dst, r.put...)
+	rest := req.target[r.cut:]
+	if len(r.put) == 0 && (len(rest) == 0 || rest[0] != '/') {
+		dst = append(dst, '/')
+	}
+	return append(dst, rest...)
+}
+
+// appendEdited appends lines without drops, and as the edits say.
+func appendEdited(dst, lines []byte, drops []span, e *edits) []byte {
+	if e == nil {
+		return appendLines(dst, lines, drops)
+	}
+	for at := 0; at < len(lines); {
+		if len(drops) > 0 && at == drops[0].from {
+			at = drops[0].to
+			drops = drops[1:]
+			continue
+		}
+		f, n, err := readField(lines[at:])
+		if err != nil { // it was read before
+			break
+		}
+		if !e.drops(f.name) {
+			dst = append(dst, lines[at:at+n]...)
+		}
+		at += n
+	}
+	return append(dst, e.lines...)
+}
