@@ -90,6 +90,7 @@ type edits struct {
 // segment of the path, however many routes there are; only those with the same host and path are looked at in turn.
 type table struct {
 	hosts  map[string]*paths // by name; by what follows the * of a wildcard
+	sizes  lengths           // of their keys
 	any    *paths            // of those without a host
 	first  bool              // FirstSegmentRule
 	routes []*route          // in the order of precedence
@@ -99,7 +100,20 @@ type table struct {
 type paths struct {
 	exact    map[string][]*route // by path
 	prefixes map[string][]*route // by prefix, without its last /
-	longest  int                 // of the prefixes
+	sizes    lengths             // of the prefixes
+	longest  int
+}
+
+// lengths is a set of lengths. What has none of them need not be looked up.
+type lengths []uint64
+
+func (l lengths) has(n int) bool { return n>>6 < len(l) && l[n>>6]>>(n&63)&1 != 0 }
+
+func (l *lengths) add(n int) {
+	for n>>6 >= len(*l) {
+		*l = append(*l, 0)
+	}
+	(*l)[n>>6] |= 1 << (n & 63)
 }
 
 // newTable makes the table; none at all is the rule of the first segment. of is how requests to a service are served.
@@ -138,6 +152,7 @@ func newTable(all []Route, of func(service string) *route) (*table, error) {
 			key := strings.TrimPrefix(r.Host, "*")
 			if t.hosts[key] == nil {
 				t.hosts[key] = newPaths()
+				t.sizes.add(len(key))
 			}
 			at = t.hosts[key]
 		}
@@ -148,6 +163,7 @@ func newTable(all []Route, of func(service string) *route) (*table, error) {
 		prefix := strings.TrimSuffix(r.Prefix, "/")
 		at.prefixes[prefix] = append(at.prefixes[prefix], r)
 		at.longest = max(at.longest, len(prefix))
+		at.sizes.add(len(prefix))
 	}
 	return t, nil
 }
@@ -311,42 +327,43 @@ func (t *table) match(r *Request) *route {
 	if len(t.hosts) > 0 {
 		var room [256]byte
 		if host := hostName(room[:0], r.Host); len(host) > 0 {
-			if m := t.hosts[string(host)].match(r); m != nil {
+			if m := t.onHost(host, r); m != nil {
 				return m
 			}
-			for dot := bytes.IndexByte(host, '.'); dot >= 0; {
-				if m := t.hosts[string(host[dot:])].match(r); m != nil {
+			for dot, c := range host {
+				if c != '.' {
+					continue
+				}
+				if m := t.onHost(host[dot:], r); m != nil {
 					return m
 				}
-				next := bytes.IndexByte(host[dot+1:], '.')
-				if next < 0 {
-					break
-				}
-				dot += 1 + next
 			}
 		}
 	}
 	return t.any.match(r)
 }
 
-// match of nil is nil.
-func (p *paths) match(r *Request) *route {
-	if p == nil {
+// onHost returns the route of a request among those of a host, or nil.
+func (t *table) onHost(key []byte, r *Request) *route {
+	if !t.sizes.has(len(key)) {
 		return nil
 	}
+	if p := t.hosts[string(key)]; p != nil {
+		return p.match(r)
+	}
+	return nil
+}
+
+func (p *paths) match(r *Request) *route {
 	if len(p.exact) > 0 {
 		if m := fitting(p.exact[string(r.Path)], r); m != nil {
 			return m
 		}
 	}
-	if len(p.prefixes) == 0 {
-		return nil
-	}
-	end := len(r.Path)
-	if end > p.longest {
-		end = bytes.LastIndexByte(r.Path[:p.longest+1], '/')
-	}
-	for ; end >= 0; end = bytes.LastIndexByte(r.Path[:end], '/') {
+	for end := min(len(r.Path), p.longest); end >= 0; end-- {
+		if !p.sizes.has(end) || end < len(r.Path) && r.Path[end] != '/' {
+			continue
+		}
 		if m := fitting(p.prefixes[string(r.Path[:end])], r); m != nil {
 			return m
 		}
