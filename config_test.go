@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -101,5 +102,52 @@ func TestConfigServices(t *testing.T) {
 	file = settings(t, "services:", "  users:", "    instances:", "    - {id: a, addr: http://169.254.1.1}")
 	if _, errs, code := command(t, nil, "--config", file, "--listen=127.0.0.1:0", "--admin=off"); code != exitUsage || !strings.Contains(errs, file) || !strings.Contains(errs, "169.254.1.1") {
 		t.Errorf("an address that is refused: %d %s", code, errs)
+	}
+}
+
+func TestConfigRoutes(t *testing.T) {
+	seen := func(t *testing.T) string {
+		return backend(t, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("X-Secret", "1")
+			fmt.Fprintf(w, "%s %s %s %s", r.Method, r.Host, r.URL, r.Header.Get("X-Env"))
+		})
+	}
+	file := settings(t,
+		"routes:",
+		"- {host: api.example.com, prefix: /v1, service: users, strip-prefix: on, request-headers: {set: {X-Env: test}}, response-headers: {remove: [X-Secret]}}",
+		"- {host: api.example.com, prefix: /v1, methods: [POST], service: users, max-body: 3}",
+		"- /*",
+		"services:",
+		"  users:",
+		"    strategy: ip-hash",
+		"    instances: [{id: a, addr: "+seen(t)+"}]",
+	)
+	g := launch(t, nil, "--config", file)
+	ask := func(method, path, body string) (*http.Response, string) {
+		return exchange(t, g.data, fmt.Sprintf("%s %s HTTP/1.1\r\nHost: API.example.com:80\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", method, path, len(body), body))
+	}
+	if response, body := ask("GET", "/v1/a?x=1", ""); body != "GET API.example.com:80 /a?x=1 test" || response.Header.Get("X-Secret") != "" {
+		t.Errorf("GET: %q, %v", body, response.Header)
+	}
+	if response, body := ask("POST", "/v1/a", "123"); body != "POST API.example.com:80 /v1/a " || response.Header.Get("X-Secret") != "1" {
+		t.Errorf("POST: %q, %v", body, response.Header)
+	}
+	if response, _ := ask("POST", "/v1/a", "1234"); response.StatusCode != 413 {
+		t.Errorf("a body that is too large for the route: %d", response.StatusCode)
+	}
+	if status, body := g.get("/users"); status != 200 || !strings.HasPrefix(body, "GET localhost /users") {
+		t.Errorf("the first segment: %d %q", status, body)
+	}
+	if _, body := exchange(t, g.admin, get("/services/users")); !strings.Contains(body, `"in_force":"ip-hash"`) {
+		t.Errorf("the service: %s", body)
+	}
+	out, errs, code := command(t, nil, "routes", "--config", file)
+	want := `HOST             PATH   METHODS  HEADERS  SERVICE              SENT AS
+api.example.com  /v1/*  POST     *        users                as it came
+api.example.com  /v1/*  *        *        users                /*
+*                /*     *        *        (the first segment)  as it came
+`
+	if out != want || code != 0 {
+		t.Errorf("routes: %d %s\n%s", code, errs, out)
 	}
 }

@@ -50,6 +50,7 @@ func run(args []string) int {
 		Unregister cli.Unregister `cmd:"" help:"Unregister an instance."`
 		Services   cli.Services   `cmd:"" help:"List services and their instances."`
 		Config     cli.Config     `cmd:"" help:"Print every setting with where its value comes from."`
+		Routes     cli.Routes     `cmd:"" help:"Print the routes in the order in which they count."`
 		Check      cli.CheckFile  `cmd:"" help:"Judge a file of settings."`
 		Version    cli.Version    `cmd:"" help:"Print the version."`
 	}
@@ -196,6 +197,8 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 	registration := registry.Config{Addrs: registry.AddrPolicy{Allow: cfg.AddrAllow, Deny: cfg.AddrDeny, Own: own}, Log: log}
 	forwarding := proxy.Config{
 		Strategy:       cfg.Strategy,
+		Routes:         cfg.Route,
+		Services:       cfg.ServiceSettings(),
 		RequestTimeout: limit(cfg.RequestTimeout),
 		ConnectTimeout: limit(cfg.ConnectTimeout),
 		UpstreamIdle:   limit(cfg.UpstreamIdleTimeout),
@@ -236,9 +239,6 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		AmbiguousPaths:   proxy.PathPolicy(cfg.AmbiguousPaths),
 		AllowMethods:     cfg.AllowMethods,
 		Log:              log,
-	}
-	for _, route := range cfg.Route {
-		forwarding.Routes = append(forwarding.Routes, proxy.Route{Prefix: route.Prefix, Service: route.Service})
 	}
 	if cfg.API.OnData() {
 		registration.Reserved = registry.ServedNames()

@@ -46,7 +46,8 @@ type Edits struct {
 	Remove   []string
 }
 
-// String is what the route matches: example.com/api, /api or =/api for an exact path, with its conditions.
+// String is what the route matches: example.com/api, /api or =/api for an exact path, with its methods and the names of its header
+// fields, whose values may be secrets.
 func (r *Route) String() string {
 	text := r.Host
 	switch {
@@ -62,9 +63,6 @@ func (r *Route) String() string {
 	}
 	for _, h := range r.Headers {
 		text += " " + h.Name
-		if h.Value != "" {
-			text += "=" + h.Value
-		}
 	}
 	return text
 }
@@ -133,9 +131,10 @@ func newTable(all []Route, of func(service string) *route) (*table, error) {
 		if r.Prefix == "" && r.Path == "" {
 			r.Prefix = "/"
 		}
-		if err := r.check(); err != nil {
+		if err := r.Check(); err != nil {
 			return nil, fmt.Errorf("route %s: %w", &r, err)
 		}
+		r.Host = strings.ToLower(r.Host)
 		if r.conditions() == 0 {
 			place := [3]string{r.Host, r.Path, strings.TrimSuffix(r.Prefix, "/")}
 			if other, ok := taken[place]; ok {
@@ -145,7 +144,7 @@ func newTable(all []Route, of func(service string) *route) (*table, error) {
 		}
 		t.routes = append(t.routes, r.resolve(of(r.Service)))
 	}
-	slices.SortStableFunc(t.routes, compareRoutes)
+	slices.SortStableFunc(t.routes, func(a, b *route) int { return compareRoutes(&a.Route, &b.Route) })
 	for _, r := range t.routes {
 		at := t.any
 		if r.Host != "" {
@@ -171,9 +170,11 @@ func newTable(all []Route, of func(service string) *route) (*table, error) {
 func newPaths() *paths { return &paths{exact: map[string][]*route{}, prefixes: map[string][]*route{}} }
 
 // compareRoutes is the order of precedence.
-func compareRoutes(a, b *route) int {
-	rank := func(r *route) int {
+func compareRoutes(a, b *Route) int {
+	rank := func(r *Route) int {
 		switch {
+		case r.Prefix == FirstSegmentRule:
+			return 3
 		case r.Host == "":
 			return 2
 		case r.Host[0] == '*':
@@ -185,7 +186,7 @@ func compareRoutes(a, b *route) int {
 	if rank(a) == 1 && rank(b) == 1 {
 		wildcard = cmp.Compare(len(b.Host), len(a.Host))
 	}
-	exact := func(r *route) int {
+	exact := func(r *Route) int {
 		if r.Path != "" {
 			return 0
 		}
@@ -198,44 +199,62 @@ func compareRoutes(a, b *route) int {
 
 func (r *Route) conditions() int { return min(len(r.Methods), 1) + len(r.Headers) }
 
-// check refuses what no route may have, and writes its host as requests are compared with it.
-func (r *Route) check() error {
-	r.Host = strings.ToLower(r.Host)
+// RouteError says which field of a Route is wrong, and why.
+type RouteError struct {
+	Field string // host, path, prefix, replace-prefix, strip-prefix, methods, headers, service, request-headers or response-headers
+	Err   error
+}
+
+func (e *RouteError) Error() string { return e.Field + ": " + e.Err.Error() }
+func (e *RouteError) Unwrap() error { return e.Err }
+
+// Check refuses what no route may have. The error is a *RouteError.
+func (r *Route) Check() error {
+	bad := func(field, format string, args ...any) error {
+		return &RouteError{field, fmt.Errorf(format, args...)}
+	}
 	name := strings.TrimPrefix(r.Host, "*.")
-	if r.Host != "" && (!validHost([]byte(name)) || strings.ContainsAny(name, "*") || strings.HasSuffix(name, ".") || string(hostName(nil, []byte(name))) != name) {
-		return fmt.Errorf("the host %q is neither a name such as example.com, without a port, nor *.example.com", r.Host)
+	if r.Host != "" && (!validHost([]byte(name)) || strings.Contains(name, "*") || string(hostName(nil, []byte(name))) != strings.ToLower(name)) {
+		return bad("host", "%q is neither a name such as example.com, without a port, nor *.example.com", r.Host)
 	}
 	if r.Path != "" && r.Prefix != "" {
-		return fmt.Errorf("it has a path and a prefix, and must have one of them")
+		return bad("path", "there is a prefix too, and must be one of them")
 	}
-	for _, path := range []string{r.Path, r.Prefix, r.ReplacePrefix} {
-		if path != "" && (!strings.HasPrefix(path, "/") || strings.ContainsAny(path, "?#*% \\") || !all([]byte(path), isTarget)) {
-			return fmt.Errorf("%q is no path such as /api", path)
+	for _, p := range []struct{ field, path string }{{"path", r.Path}, {"prefix", r.Prefix}, {"replace-prefix", r.ReplacePrefix}} {
+		if p.path != "" && (p.path[0] != '/' || strings.ContainsAny(p.path, "?#*% \\") || !all([]byte(p.path), isTarget)) {
+			return bad(p.field, "%q is no path such as /api", p.path)
 		}
 	}
 	if r.StripPrefix && r.ReplacePrefix != "" {
-		return fmt.Errorf("its prefix is stripped and replaced, and must be one of them")
+		return bad("replace-prefix", "the prefix is stripped too, and must be one of them")
 	}
 	for _, method := range r.Methods {
 		if !all([]byte(method), isToken) {
-			return fmt.Errorf("%q is no method", method)
+			return bad("methods", "%q is no method", method)
 		}
 	}
 	for _, h := range r.Headers {
 		if err := h.check(); err != nil {
-			return err
+			return bad("headers", "%w", err)
 		}
 	}
 	if err := registry.ValidName(r.Service); err != nil {
-		return fmt.Errorf("its service %w", err)
+		return bad("service", "%w", err)
 	}
 	if err := r.Request.check(false); err != nil {
-		return fmt.Errorf("request: %w", err)
+		return bad("request-headers", "%w", err)
 	}
 	if err := r.Response.check(true); err != nil {
-		return fmt.Errorf("response: %w", err)
+		return bad("response-headers", "%w", err)
 	}
 	return nil
+}
+
+// Order returns routes in the order in which they count; FirstSegmentRule is the last one.
+func Order(all []Route) []Route {
+	ordered := slices.Clone(all)
+	slices.SortStableFunc(ordered, func(a, b Route) int { return compareRoutes(&a, &b) })
+	return ordered
 }
 
 func (f *Field) check() error {

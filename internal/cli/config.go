@@ -1,10 +1,13 @@
 package cli
 
 import (
+	"cmp"
 	"fmt"
+	"strings"
 	"text/tabwriter"
 
 	"kerberos/internal/config"
+	"kerberos/proxy"
 )
 
 // Config prints settings: those that a gateway with the same flags, environment and file would have.
@@ -43,4 +46,42 @@ func (c *CheckFile) Run(p *Process) error {
 	}
 	_, err := fmt.Fprintf(p.Out, "%s: fine\n", c.File)
 	return err
+}
+
+// Routes prints the routes that a gateway with the same flags, environment and file would have, in the order in which they count.
+type Routes struct {
+	config.Gateway `embed:""`
+}
+
+// Run prints a line for each. Values of header fields are not shown.
+func (c *Routes) Run(p *Process) error {
+	w := tabwriter.NewWriter(p.Out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "HOST\tPATH\tMETHODS\tHEADERS\tSERVICE\tSENT AS")
+	routes := c.Gateway.Route
+	if len(routes) == 0 {
+		routes = []config.Route{{Prefix: proxy.FirstSegmentRule}}
+	}
+	for _, r := range proxy.Order(routes) {
+		path, service := cmp.Or(r.Path, r.Prefix, "/"), r.Service
+		switch {
+		case r.Prefix == proxy.FirstSegmentRule:
+			service = "(the first segment)"
+		case r.Path == "":
+			path = strings.TrimSuffix(path, "/") + "/*"
+		}
+		var headers []string
+		for _, h := range r.Headers {
+			headers = append(headers, h.Name)
+		}
+		sent := ""
+		if r.StripPrefix || r.ReplacePrefix != "" {
+			sent = strings.TrimSuffix(r.ReplacePrefix, "/")
+			if r.Path == "" {
+				sent += "/*"
+			}
+			sent = cmp.Or(sent, "/")
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", cmp.Or(r.Host, "*"), path, cmp.Or(strings.Join(r.Methods, ","), "*"), cmp.Or(strings.Join(headers, ","), "*"), service, cmp.Or(sent, "as it came"))
+	}
+	return w.Flush()
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/alecthomas/kong"
 
 	"kerberos/lb"
+	"kerberos/proxy"
 	"kerberos/registry"
 )
 
@@ -94,6 +95,16 @@ type Gateway struct {
 type Service struct {
 	Name      string
 	Instances []registry.Instance // that the file holds
+	Settings  proxy.Service
+}
+
+// ServiceSettings is what the file sets for services, by name.
+func (g *Gateway) ServiceSettings() map[string]proxy.Service {
+	all := map[string]proxy.Service{}
+	for _, s := range g.Services {
+		all[s.Name] = s.Settings
+	}
+	return all
 }
 
 // Pinned are the instances that the file holds.
@@ -134,8 +145,8 @@ func (g *Gateway) AfterApply(sources *Sources) error {
 	if g.UpstreamCA.Pool != nil && g.UpstreamInsecure {
 		return errors.New("--upstream-ca and --upstream-insecure exclude each other: drop one of them")
 	}
-	if slices.ContainsFunc(g.Route, Route.isAll) && slices.Contains(g.Route, Route{Prefix: FirstSegment}) {
-		return fmt.Errorf("--route: beside / nothing is left for %s: drop one of them", FirstSegment)
+	if slices.ContainsFunc(g.Route, isAll) && slices.ContainsFunc(g.Route, isFirstSegment) {
+		return fmt.Errorf("--route: beside / nothing is left for %s: drop one of them", proxy.FirstSegmentRule)
 	}
 	if !g.API.OnData() {
 		return nil
@@ -152,6 +163,9 @@ func (g *Gateway) AfterApply(sources *Sources) error {
 	for _, route := range g.Route {
 		if registry.Serves(strings.TrimSuffix(route.Prefix, "/")) {
 			return fmt.Errorf("--route: %q is a prefix of paths %s", route.Prefix, why)
+		}
+		if registry.Serves(route.Path) {
+			return fmt.Errorf("--route: %q is a path %s", route.Path, why)
 		}
 		if slices.Contains(registry.ServedNames(), route.Service) {
 			return fmt.Errorf("--route: %q cannot be a service: its name is that of a path %s", route.Service, why)

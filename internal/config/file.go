@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"slices"
 	"strings"
@@ -24,6 +25,7 @@ const maxFile = 16 << 20
 type file struct {
 	name   string // as it was given
 	lines  []string
+	flags  map[string]*kong.Flag // by key
 	values map[string]setting
 
 	routes   []Route
@@ -76,7 +78,7 @@ func readFile(name string) ([]byte, error) {
 
 // parseSettings judges all of a file: a setting that a flag or a variable covers must be right too.
 func parseSettings(name string, data []byte, flags []*kong.Flag) (*file, error) {
-	f := &file{name: name, lines: strings.Split(string(data), "\n"), values: map[string]setting{}}
+	f := &file{name: name, lines: strings.Split(string(data), "\n"), flags: map[string]*kong.Flag{}, values: map[string]setting{}}
 	doc, err := f.document(data)
 	if err != nil || doc == nil {
 		return f, err
@@ -84,6 +86,7 @@ func parseSettings(name string, data []byte, flags []*kong.Flag) (*file, error) 
 	keys := map[string]func(ast.Node) error{}
 	for _, flag := range flags {
 		if key := Key(flag); key != "" {
+			f.flags[key] = flag
 			keys[key] = func(node ast.Node) error { return f.setting(flag, key, node) }
 		}
 	}
@@ -151,14 +154,19 @@ func (f *file) wrongAt(line, column int, message string) error {
 	return e
 }
 
-// secret says that a line may be part of a token.
+// secret says that a line may be part of a token, or of the value of a header field: those below which it stands tell.
 func (f *file) secret(line int) bool {
-	for ; line > 0; line-- {
-		text := f.lines[line-1]
-		if text == "" || strings.ContainsRune(" \t\r#", rune(text[0])) {
+	for indent := math.MaxInt; line > 0 && indent > 0; line-- {
+		text := strings.TrimLeft(f.lines[line-1], " -")
+		own := len(f.lines[line-1]) - len(text)
+		if own >= indent || strings.TrimSpace(text) == "" || text[0] == '#' {
 			continue
 		}
-		return strings.HasPrefix(strings.TrimLeft(text, `"'`), "token") || strings.ContainsRune("{?", rune(text[0]))
+		indent = own
+		text = strings.TrimLeft(text, `"'`)
+		if own == 0 && (strings.HasPrefix(text, "token") || strings.ContainsRune("{?", rune(text[0]))) || strings.Contains(text, "headers") {
+			return true
+		}
 	}
 	return false
 }
@@ -257,12 +265,9 @@ func (f *file) setting(flag *kong.Flag, key string, node ast.Node) error {
 	}
 	words := make([]string, len(items))
 	for i, item := range items {
-		text, err := f.scalar(key, item)
+		text, err := f.judged(flag, key, item)
 		if err != nil {
 			return err
-		}
-		if err := judge(flag.Value, text); err != nil {
-			return f.wrong(item, "%s: %v", key, err)
 		}
 		words[i] = text
 	}
@@ -277,6 +282,18 @@ func (f *file) setting(flag *kong.Flag, key string, node ast.Node) error {
 	return nil
 }
 
+// judged reads one value as a flag takes it.
+func (f *file) judged(flag *kong.Flag, key string, node ast.Node) (string, error) {
+	text, err := f.scalar(key, node)
+	if err != nil {
+		return "", err
+	}
+	if err := judge(flag.Value, text); err != nil {
+		return "", f.wrong(node, "%s: %v", key, err)
+	}
+	return text, nil
+}
+
 // scalar reads a value that is one word. What YAML takes for a number or a switch is one too.
 func (f *file) scalar(key string, node ast.Node) (string, error) {
 	switch n := node.(type) {
@@ -288,25 +305,4 @@ func (f *file) scalar(key string, node ast.Node) (string, error) {
 		return n.GetToken().Value, nil
 	}
 	return "", f.wrong(node, "%s must be one word or a string in quotes", key)
-}
-
-// readRoutes reads the list of routes.
-func (f *file) readRoutes(node ast.Node) error {
-	list, ok := node.(*ast.SequenceNode)
-	if !ok || len(list.Values) == 0 {
-		return f.wrong(node, "routes must be a list of at least one, such as [/api=echo, /*]")
-	}
-	f.routesAt, _ = place(list.Values[0])
-	for _, item := range list.Values {
-		text, err := f.scalar("a route", item)
-		if err != nil {
-			return err
-		}
-		route, err := parseRoute(text)
-		if err != nil {
-			return f.wrong(item, "routes: %v", err)
-		}
-		f.routes = append(f.routes, route)
-	}
-	return nil
 }

@@ -11,7 +11,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
+	"kerberos/cb"
 	"kerberos/lb"
+	"kerberos/proxy"
 )
 
 // written writes a file of settings and returns its name.
@@ -59,7 +61,7 @@ routes: [/a=b, /*]
 	want.Config, want.Listen, want.Retries, want.BreakerFailures, want.RequestTimeout = got.Config, "127.0.0.1:0", 4, 9, 90*time.Second
 	want.LogRequests, want.Via, want.Strategy, want.TrustedProxies = true, false, lb.IPHash, prefixes("10.0.0.0/8", "::1/128")
 	want.BreakerStatuses, want.AllowMethods, want.MaxBody = []int{500, 503}, []string{"TRACE", "CONNECT"}, 2<<20
-	want.Route = []Route{{"/a", "b"}, {"/*", ""}}
+	want.Route = []Route{{Prefix: "/a", Service: "b"}, {Prefix: "/*", Service: ""}}
 	if diff := cmp.Diff(want, got, cmpopts.EquateEmpty(), cmpopts.EquateComparable(prefixes("::/0")[0])); diff != "" {
 		t.Errorf("want -, got +:\n%s", diff)
 	}
@@ -80,7 +82,7 @@ routes: [/a=b, /*]
 
 func TestFileRoutesAndFlags(t *testing.T) {
 	got, _, err := load(t, "routes: [/a=b]", nil, "--route", "/c=d")
-	if err != nil || !cmp.Equal(got.Route, []Route{{"/c", "d"}}) {
+	if err != nil || !cmp.Equal(got.Route, []Route{{Prefix: "/c", Service: "d"}}) {
 		t.Errorf("%v, %v, want the route of the flag", got.Route, err)
 	}
 }
@@ -139,10 +141,26 @@ func TestFileRefused(t *testing.T) {
 		{"word", ":1:1: the file must have keys and values\n"},
 		{"retries: 1\n---\nretries: 2", ":3:1: there is a second document: the file must be one\n"},
 		{"retries: 1\n  via: on", ":1:10: not YAML: "},
+		{"routes: [{}]", ":1:10: service: is missing"},
+		{"routes: [{service: a, speed: 1}]", ":1:23: \"speed\" is no key of a route; allowed are headers, host, max-body, methods, path, prefix, replace-prefix, request-headers, request-timeout, response-headers, retries, service, strip-prefix, total-timeout\n"},
+		{"routes:\n- prefix: api\n  service: a", ":2:11: prefix: \"api\" is not a path: it starts with /\n  2 | - prefix: api\n    |           ^"},
+		{"routes: [{service: a, path: /a/../b}]", ":1:29: path: \"/a/../b\" has the segment .."},
+		{"routes: [{service: a, path: /a, prefix: /a}]", ":1:29: path: there is a prefix too"},
+		{"routes: [{service: a, host: \"a:80\"}]", ":1:29: host: \"a:80\" is neither a name"},
+		{"routes: [{service: a, methods: GET}]", ":1:32: methods must be a list"},
+		{"routes: [{service: a, retries: -1}]", ":1:32: retries: \"-1\" is not a whole number of at least 0"},
+		{"routes: [{service: a, strip-prefix: maybe}]", ":1:37: strip-prefix: \"maybe\" is neither on nor off"},
+		{"routes: [{service: a, headers: [x]}]", ":1:32: headers must have names and values"},
+		{"routes: [{service: a, headers: {x: 1, X: 2}}]", ":1:39: X is there twice"},
+		{"routes: [{service: a, request-headers: {drop: [x]}}]", ":1:41: \"drop\" is no key of request-headers; allowed are add, remove, set"},
+		{"routes: [{service: a, request-headers: {remove: [Via]}}]", ":1:41: request-headers: Via is left to the gateway"},
+		{"routes: [{service: a/b}]", ":1:20: service: \"a/b\" has a character"},
+		{"services: {a: {strategy: fastest}}", ":1:26: strategy: "},
+		{"services: {a: {breaker-probes: 0}}", ":1:32: breaker-probes: \"0\" is not a whole number of at least 1"},
 		{"services: [a]", ":1:11: services must have the names of services as keys\n"},
 		{"services: {a/b: {}}", ":1:12: the name of a service \"a/b\" has a character that is not allowed"},
 		{"services:\n  a:", ":2:3: service a has nothing in it"},
-		{"services:\n  a: {speed: 1}", ":2:7: \"speed\" is no key of a service; allowed are instances"},
+		{"services:\n  a: {speed: 1}", ":2:7: \"speed\" is no key of a service; allowed are breaker-failures, breaker-open, breaker-probes, instances, max-body, request-timeout, retries, strategy, total-timeout"},
 		{"services:\n  a:\n    instances: []", ":3:16: instances must be a list of at least one"},
 		{"services:\n  a:\n    instances: [x]", ":3:17: an instance must have keys and values"},
 		{"services:\n  a: {instances: [{id: x, addr: x}]}", ":2:33: addr: \"x\" is not an http or https URL"},
@@ -296,5 +314,72 @@ services:
 	}
 	if _, _, err := load(t, "services: {register: {instances: [{id: a, addr: http://h}]}}", nil); err == nil || !strings.Contains(err.Error(), `services: "register" cannot be a service`) {
 		t.Errorf("a name of the API: %v", err)
+	}
+}
+
+func TestFileRoutes(t *testing.T) {
+	got, _, err := load(t, `
+routes:
+- /api=echo
+- host: "*.example.com"
+  prefix: /v1
+  methods: [GET, POST]
+  headers: {X-Env: test, X-Any: "*", X-Number: 1}
+  service: users
+  replace-prefix: /v2
+  request-headers:
+    set: {X-A: a, Host: inner}
+    add: {X-B: "b c"}
+    remove: [Cookie]
+  response-headers: {remove: [Server]}
+  request-timeout: 5s
+  total-timeout: 0
+  retries: 0
+  max-body: 1MiB
+- {path: /exact, strip-prefix: true, service: users}
+- /*
+services:
+  users:
+    strategy: ip-hash
+    breaker-failures: 7
+    breaker-open: 5s
+    breaker-probes: 1
+    request-timeout: 0s
+    retries: 5
+`, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Route{
+		{Prefix: "/api", Service: "echo"},
+		{
+			Host: "*.example.com", Prefix: "/v1", Methods: []string{"GET", "POST"}, Headers: []proxy.Field{{Name: "X-Env", Value: "test"}, {Name: "X-Any"}, {Name: "X-Number", Value: "1"}},
+			Service: "users", ReplacePrefix: "/v2",
+			Request:  proxy.Edits{Set: []proxy.Field{{Name: "X-A", Value: "a"}, {Name: "Host", Value: "inner"}}, Add: []proxy.Field{{Name: "X-B", Value: "b c"}}, Remove: []string{"Cookie"}},
+			Response: proxy.Edits{Remove: []string{"Server"}}, Policy: proxy.Policy{RequestTimeout: 5 * time.Second, TotalTimeout: -1, Retries: -1, MaxBody: 1 << 20},
+		},
+		{Path: "/exact", StripPrefix: true, Service: "users"},
+		{Prefix: "/*"},
+	}
+	if diff := cmp.Diff(want, got.Route); diff != "" {
+		t.Errorf("routes: want -, got +:\n%s", diff)
+	}
+	users := proxy.Service{Policy: proxy.Policy{RequestTimeout: -1, Retries: 5}, Strategy: lb.IPHash, Breaker: cb.Config{Failures: 7, OpenFor: 5 * time.Second, Probes: 1}}
+	if diff := cmp.Diff(map[string]proxy.Service{"users": users}, got.ServiceSettings()); diff != "" {
+		t.Errorf("services: want -, got +:\n%s", diff)
+	}
+}
+
+// The value of a header field may be a secret.
+func TestFileShowsNoHeader(t *testing.T) {
+	for _, text := range []string{
+		"routes:\n- service: a\n  request-headers:\n    set:\n      X-Key: \"s3cret\\n\"",
+		"routes:\n- {service: a, request-headers: {set: {X-Key: \"s3cret\\n\"}}}",
+		"routes:\n- service: a\n  headers:\n    X-Key: [s3cret]",
+		"routes:\n- service: a\n  headers: {X-Key: s3cret\n  via",
+	} {
+		if _, _, err := load(t, text, nil); err == nil || strings.Contains(err.Error(), "s3cret") {
+			t.Errorf("%q: %v", text, err)
+		}
 	}
 }

@@ -11,7 +11,8 @@ import (
 	"kerberos/registry"
 )
 
-const servicesHelp = "Services by name. Their instances are as the body of PUT /services/{service}/{id} has them, with the id: " +
+const servicesHelp = "Services by name, each with settings of its own (strategy, breaker-failures, breaker-open, breaker-probes, request-timeout, " +
+	"total-timeout, retries, max-body) and instances that nobody registers. These are as the body of PUT /services/{service}/{id} has them, with the id: " +
 	"id, addr, weight, metadata, check, slow_start. They stand beside those that register, and the API does not change them."
 
 // readServices reads the mapping of services.
@@ -33,9 +34,13 @@ func (f *file) readServices(node ast.Node) error {
 		if _, null := at.Value().(*ast.NullNode); null {
 			return f.wrong(at.Key(), "service %s has nothing in it: give it instances, or leave it out", s.Name)
 		}
-		err := f.mapping(at.Value(), "a service", "key of a service", map[string]func(ast.Node) error{
-			"instances": func(node ast.Node) error { return f.readInstances(&s, node) },
-		})
+		keys := f.policy(&s.Settings.Policy)
+		keys["instances"] = func(node ast.Node) error { return f.readInstances(&s, node) }
+		keys["strategy"] = override(f, "strategy", &s.Settings.Strategy)
+		keys["breaker-failures"] = override(f, "breaker-failures", &s.Settings.Breaker.Failures)
+		keys["breaker-open"] = override(f, "breaker-open", &s.Settings.Breaker.OpenFor)
+		keys["breaker-probes"] = override(f, "breaker-probes", &s.Settings.Breaker.Probes)
+		err := f.mapping(at.Value(), "a service", "key of a service", keys)
 		if err != nil {
 			return err
 		}

@@ -170,6 +170,12 @@ func valueText(v *kong.Value) string {
 	switch {
 	case v.Tag.Type == "size":
 		return sizeText(v.Target.Int())
+	case v.Target.Type() == reflect.TypeFor[[]Route]():
+		var words []string
+		for _, r := range v.Target.Interface().([]Route) {
+			words = append(words, routeText(r))
+		}
+		return strings.Join(words, ",")
 	case v.Target.Kind() == reflect.Slice:
 		if v.Target.Len() == 0 {
 			return "none"

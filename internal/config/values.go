@@ -16,6 +16,7 @@ import (
 
 	"github.com/alecthomas/kong"
 
+	"kerberos/proxy"
 	"kerberos/registry"
 )
 
@@ -153,31 +154,31 @@ func parseShare(s string) (Share, error) {
 	return Share{Number: int(n)}, nil
 }
 
-// Route sends the paths under Prefix to Service. Service is empty for the prefix "/*", which stands for the rule that the
-// first path segment names the service.
-type Route struct{ Prefix, Service string }
-
-// String is as --route has it.
-func (r Route) String() string {
-	if r.Service == "" {
-		return r.Prefix
-	}
-	return strings.ReplaceAll(r.Prefix, ",", `\,`) + "=" + r.Service
-}
-
-// FirstSegment is the prefix of the route without a service.
-const FirstSegment = "/*"
+// Route is one route of the table.
+type Route = proxy.Route
 
 // isAll tells whether no path is left for another prefix.
-func (r Route) isAll() bool { return r.Prefix == "/" }
+func isAll(r Route) bool {
+	return r.Prefix == "/" && r.Host == "" && len(r.Methods)+len(r.Headers) == 0
+}
+
+func isFirstSegment(r Route) bool { return r.Prefix == proxy.FirstSegmentRule }
+
+// routeText is a route as --route has it, or what it matches and where it leads.
+func routeText(r Route) string {
+	if isFirstSegment(r) {
+		return r.Prefix
+	}
+	return strings.ReplaceAll(r.String(), ",", `\,`) + "=" + r.Service
+}
 
 func parseRoute(s string) (Route, error) {
-	if s == FirstSegment {
+	if s == proxy.FirstSegmentRule {
 		return Route{Prefix: s}, nil
 	}
 	i := strings.LastIndexByte(s, '=') // a service's name has none
 	if i < 0 || !strings.HasPrefix(s, "/") {
-		return Route{}, fmt.Errorf("%q is not PREFIX=SERVICE with a PREFIX that starts with /, nor %s", s, FirstSegment)
+		return Route{}, fmt.Errorf("%q is not PREFIX=SERVICE with a PREFIX that starts with /, nor %s", s, proxy.FirstSegmentRule)
 	}
 	route := Route{Prefix: s[:i], Service: s[i+1:]}
 	if err := plainPath(route.Prefix); err != nil {

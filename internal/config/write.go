@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"reflect"
 	"slices"
 	"strconv"
@@ -49,13 +50,11 @@ func WriteDefaults(w io.Writer) error {
 			fmt.Fprintf(&b, "# %s: %s\n", key, flag.FormatPlaceHolder())
 		}
 	}
-	b.WriteString("\n##### Routes\n\n# " + routesHelp + "\n# routes: [PREFIX=SERVICE, /*]\n")
+	b.WriteString("\n##### Routes\n\n# " + routesHelp + "\n# routes: [PREFIX=SERVICE, {host: HOST, prefix: /PREFIX, service: SERVICE}, /*]\n")
 	b.WriteString("\n##### Services\n\n# " + servicesHelp + "\n# services:\n#   NAME:\n#     instances: [{id: ID, addr: http://HOST:PORT}]\n")
 	_, err = io.WriteString(w, strings.TrimPrefix(b.String(), "\n"))
 	return err
 }
-
-const routesHelp = "Where requests go, each as --route has it; without any the first path segment names the service."
 
 // yamlValue writes a default.
 func yamlValue(v *kong.Value) string {
@@ -81,11 +80,13 @@ func WriteSchema(w io.Writer) error {
 			properties[key] = schemaOf(flag)
 		}
 	}
-	properties["routes"] = map[string]any{"description": routesHelp, "type": "array", "minItems": 1, "items": map[string]any{"type": "string"}}
+	properties["routes"] = map[string]any{"description": routesHelp, "type": "array", "minItems": 1, "items": map[string]any{"anyOf": []any{
+		map[string]any{"type": "string"}, routeSchema(overrides(properties, policyKeys...)),
+	}}}
+	service := overrides(properties, append([]string{"strategy", "breaker-failures", "breaker-open", "breaker-probes"}, policyKeys...)...)
+	service["instances"] = map[string]any{"type": "array", "minItems": 1, "items": instanceSchema()}
 	properties["services"] = map[string]any{"description": servicesHelp, "type": "object", "additionalProperties": map[string]any{
-		"type": "object", "additionalProperties": false, "properties": map[string]any{
-			"instances": map[string]any{"type": "array", "minItems": 1, "items": instanceSchema()},
-		},
+		"type": "object", "additionalProperties": false, "properties": service,
 	}}
 	out := json.NewEncoder(w)
 	out.SetEscapeHTML(false)
@@ -143,4 +144,32 @@ func defaultOf(v *kong.Value) any {
 		return n
 	}
 	return v.Default
+}
+
+// policyKeys are those that services and routes have in common.
+var policyKeys = []string{"request-timeout", "total-timeout", "retries", "max-body"}
+
+// overrides are the schemas of settings without their defaults, for where they are set for a part of the traffic.
+func overrides(properties map[string]any, names ...string) map[string]any {
+	all := map[string]any{}
+	for _, name := range names {
+		one := maps.Clone(properties[name].(map[string]any))
+		delete(one, "default")
+		all[name] = one
+	}
+	return all
+}
+
+// routeSchema is the JSON schema of a route that is no text; keys are those that it has in common with services.
+func routeSchema(keys map[string]any) map[string]any {
+	text := map[string]any{"type": "string"}
+	texts := map[string]any{"type": "array", "minItems": 1, "items": text}
+	fields := map[string]any{"type": "object", "additionalProperties": map[string]any{"type": []string{"string", "number", "boolean"}}}
+	edits := map[string]any{"type": "object", "additionalProperties": false, "properties": map[string]any{"set": fields, "add": fields, "remove": texts}}
+	for _, name := range []string{"host", "path", "prefix", "service", "replace-prefix"} {
+		keys[name] = text
+	}
+	keys["strip-prefix"] = map[string]any{"enum": []any{true, false, "on", "off"}}
+	keys["methods"], keys["headers"], keys["request-headers"], keys["response-headers"] = texts, fields, edits, edits
+	return map[string]any{"type": "object", "additionalProperties": false, "properties": keys, "required": []string{"service"}}
 }
