@@ -253,7 +253,7 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 	}
 	api = registry.NewHandler(g.registry, g.proxy)
 	g.registry.OnChange(g.proxy.Update)
-	for _, name := range g.registry.Names() { // that were registered before
+	for _, name := range g.registry.Names() { // what has changed since proxy.New looked, a lease's end for example
 		g.proxy.Update(name)
 	}
 	if g.admin != nil {

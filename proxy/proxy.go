@@ -11,8 +11,8 @@
 // that streams, forward.go what is sent, response.go and body.go what comes back, tunnel.go what an Upgrade leads to;
 // upstream.go is an instance, slowstart.go its share when it has just come, backend.go a connection to it, budget.go the bound on
 // retries; limits.go has the limits, queue.go those on requests in flight, connections.go those on connections; errors.go says
-// whose fault it was, answer.go answers where no backend does, prefer.go in the form that the client wants. The package loop below
-// this one knows sockets and epoll, and no HTTP; registry/health asks instances whether they can serve.
+// whose fault it was, answer.go answers where no backend does, prefer.go in the form that the client wants. The package loop
+// below this one knows sockets and epoll, and no HTTP; registry/health asks instances whether they can serve.
 package proxy
 
 import (

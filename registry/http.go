@@ -739,8 +739,9 @@ func readBody(ctx *fasthttp.RequestCtx) ([]byte, error) {
 	return body, nil
 }
 
-// decodeMembers reads one JSON object strictly; a name with a ? behind it may be null: a member that is unknown, comes twice or has the wrong type is refused by
-// its name, and so is anything after the object. encoding/json alone lets all of that pass, and names in other case.
+// decodeMembers reads one JSON object strictly; a name with a ? behind it may be null: a member that is unknown, comes twice or
+// has the wrong type is refused by its name, and so is anything after the object. encoding/json alone lets all of that pass, and
+// names in other case.
 func decodeMembers(body []byte, allowed ...string) (members, error) {
 	bad := func(field, format string, args ...any) (members, error) {
 		return members{}, &refusal{fasthttp.StatusBadRequest, field, fmt.Sprintf(format, args...)}

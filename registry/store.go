@@ -47,9 +47,9 @@ var (
 	errDamaged = errors.New("damaged")
 )
 
-// store keeps the file. Nothing is written to it but what instances are now: a change marks its instance, and whoever writes takes
-// all that are marked, with the state that they have by then, in one transaction. So all who came while one was written share the
-// next one, and the file cannot but end up with what is in force.
+// store keeps the file. Nothing is written to it but what instances are now: a change marks its instance, and whoever writes
+// takes all that are marked, with the state that they have by then, in one transaction. So all who came while one was written
+// share the next one, and the file cannot but end up with what is in force.
 type store struct {
 	path string
 	db   *bbolt.DB
@@ -236,7 +236,7 @@ func (r *Registry) put(tx *bbolt.Tx, b *batch, reserved uint64) error {
 	return nil
 }
 
-// guard makes errors of the panics of bbolt and of faults in its map of the file: somebody has cut it, or the disk has lost a part.
+// guard makes errors of bbolt's panics and of faults in its map of the file: somebody has cut it, or the disk has lost a part.
 func guard(f func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {

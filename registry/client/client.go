@@ -42,8 +42,8 @@ type Config struct {
 	Check     map[string]any // none: how the gateways ask the program whether it can serve, such as {"path": "/health"}
 	SlowStart time.Duration  // none: how long its share grows when it comes
 
-	// For the calls; its Timeout must leave room for Drain. The default has none, each call has its own. Gateways with an authority
-	// or client certificates of your own need one with a Transport that has these in its TLSClientConfig.
+	// For the calls; its Timeout must leave room for Drain. The default has none, each call has its own. Gateways with an
+	// authority or client certificates of your own need one with a Transport that has these in its TLSClientConfig.
 	HTTP *http.Client
 	Log  *slog.Logger // what goes wrong while the program runs; default: nothing
 }
