@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"text/tabwriter"
 	"time"
+
+	"github.com/alecthomas/kong"
 )
 
 // API is where the gateway's API is and how to be let in.
@@ -147,7 +149,8 @@ type Register struct {
 	SlowStart time.Duration `default:"0s" min:"0s" noenv:"" help:"How long its share grows whenever it comes into balance, up to 1h. 0s is none."`
 }
 
-// Check is how the gateway asks an instance whether it can serve. What is not said is for the gateway to fill.
+// Check is how the gateway asks an instance whether it can serve; without a Path and TCP it does not. The defaults are those of
+// the API.
 type Check struct {
 	Path      string        `placeholder:"PATH" noenv:"" help:"The gateway asks for this, over and over; while the answer is not one of --check-status, the instance gets no requests."`
 	TCP       bool          `name:"tcp" noenv:"" help:"The same, but it only connects."`
@@ -158,6 +161,16 @@ type Check struct {
 	Status    string        `placeholder:"LIST" noenv:"" help:"Statuses and ranges that pass, such as 200-299,404; else 200-399."`
 	KeepAlive bool          `noenv:"" help:"One connection for many checks."`
 	Start     string        `default:"down" enum:"down,up" noenv:"" help:"A new instance waits for its first check (down) or does not (up)."`
+}
+
+// AfterApply refuses what says how to check where nothing is to be checked.
+func (c *Check) AfterApply(ctx *kong.Context) error {
+	for _, given := range ctx.Path {
+		if given.Flag != nil && strings.HasPrefix(given.Flag.Name, "check-") && c.Path == "" && !c.TCP {
+			return fmt.Errorf("--%s: there is nothing to check without a --check-path, or --check-tcp", given.Flag.Name)
+		}
+	}
+	return nil
 }
 
 // body is what /register takes; nil: none.
