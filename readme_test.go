@@ -136,10 +136,16 @@ go() {
 }
 `
 
+// unchanged is behind each block: its reader goes on in the same shell, in this folder.
+const unchanged = `
+after=$(export -p)
+[ "$before" = "$after" ] || { echo "the block changes the shell of its reader: $(diff <(echo "$before") <(echo "$after"))" >&2; exit 1; }
+`
+
 // run executes a block and returns what it printed.
 func (s *session) run(b block) string {
 	s.t.Helper()
-	cmd := exec.CommandContext(s.t.Context(), "bash", "-c", functions+s.here(b.text))
+	cmd := exec.CommandContext(s.t.Context(), "bash", "-c", functions+"before=$(export -p)\n"+s.here(b.text)+unchanged)
 	cmd.Env = s.env()
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -334,6 +340,34 @@ func TestReadmeFlags(t *testing.T) {
 	slices.Sort(got)
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("flags and defaults: real -, README +:\n%s", diff)
+	}
+}
+
+// The table of calls has those of the API, each with the status that it has where it is obeyed.
+func TestReadmeAPI(t *testing.T) {
+	g := launch(t, nil)
+	bodies := map[string]string{
+		"POST /register":                 `{"service":"echo","id":"a","addr":"http://127.0.0.1:1"}`,
+		"DELETE /register":               `{"service":"echo","id":"a"}`,
+		"PUT /services/{service}/{id}":   `{"addr":"http://127.0.0.1:1"}`,
+		"PATCH /services/{service}/{id}": `{"state":"down"}`,
+	}
+	names := strings.NewReplacer("{service}", "echo", "{id}", "a")
+	calls := 0
+	for _, row := range rows(t, "The API") {
+		call := strings.Trim(row[0], "`")
+		if len(row) == 2 || strings.HasSuffix(call, "?hold") { // the table of refusals; what TestReadme does
+			continue
+		}
+		calls++
+		g.register("echo", "a", "http://127.0.0.1:1")
+		response, body := exchange(t, g.admin, strings.Replace(post(bodies[call]), "POST /register", names.Replace(call), 1))
+		if status := strconv.Itoa(response.StatusCode); !strings.HasPrefix(row[2], status) {
+			t.Errorf("%s: README %q, real %s %s", call, row[2], status, body)
+		}
+	}
+	if calls != 9 {
+		t.Errorf("%d calls", calls)
 	}
 }
 
