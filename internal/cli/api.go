@@ -116,6 +116,9 @@ func (a *API) call(ctx context.Context, method, path string, body any) ([]byte, 
 	if errors.Is(err, syscall.ECONNREFUSED) {
 		return nil, fmt.Errorf("%w: is a gateway running there? see %s", err, cmp.Or(a.flag, "--gateway"))
 	}
+	if errors.Is(err, io.EOF) && strings.HasPrefix(a.Gateway, "http:") {
+		return nil, fmt.Errorf("%w: a gateway with --admin-cert wants https there; see %s", err, cmp.Or(a.flag, "--gateway"))
+	}
 	if err != nil {
 		return nil, err // names method and URL
 	}

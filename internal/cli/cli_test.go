@@ -157,6 +157,20 @@ func TestNotTheAPI(t *testing.T) {
 	if _, err := do(t, &Services{API: API{Gateway: garbage.URL}}); !errors.Is(err, errNotTheAPI) {
 		t.Errorf("an answer that is no JSON: %v", err)
 	}
+	mute, err := net.Listen("tcp", "127.0.0.1:0") // as one that waits for a TLS handshake
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mute.Close()
+	go func() {
+		for conn, err := mute.Accept(); err == nil; conn, err = mute.Accept() {
+			_, _ = conn.Read(make([]byte, 4096))
+			conn.Close()
+		}
+	}()
+	if _, err := do(t, &Services{API: API{Gateway: "http://" + mute.Addr().String()}}); err == nil || !strings.HasSuffix(err.Error(), "wants https there; see --gateway") {
+		t.Errorf("without TLS: %v", err)
+	}
 	other.Close()
 	if _, err := do(t, &Services{API: API{Gateway: other.URL}}); err == nil || !strings.Contains(err.Error(), "refused") || !strings.HasSuffix(err.Error(), "is a gateway running there? see --gateway") {
 		t.Errorf("nobody there: %v", err)
