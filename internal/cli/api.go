@@ -237,7 +237,7 @@ type Unregister struct {
 	Service string        `arg:"" help:"The service's name."`
 	ID      string        `arg:"" name:"id" help:"The instance's id."`
 	Addr    string        `placeholder:"URL" noenv:"" help:"Only while it is registered with this addr: a successor with the same id stays."`
-	Drain   time.Duration `default:"0s" min:"0s" noenv:"" help:"It gets no new requests at once, and leaves when its last one has ended, or after this time."`
+	Drain   time.Duration `default:"0s" min:"0s" noenv:"" help:"It gets no new requests at once, and leaves when its last one has ended, or after this time. 0s is at once."`
 }
 
 // Run unregisters the instance. One that is gone already is as it should be.
@@ -251,8 +251,7 @@ func (c *Unregister) Run(p *Process) error {
 		_, err = fmt.Fprintf(p.Out, "%s/%s was not registered\n", c.Service, c.ID)
 		return err
 	}
-	var refusal *problem
-	if c.Addr != "" && errors.As(err, &refusal) && refusal.Status == http.StatusConflict {
+	if taken(err) {
 		_, err = fmt.Fprintf(p.Out, "%s/%s is registered with another addr: it stays\n", c.Service, c.ID)
 		return err
 	}
@@ -278,6 +277,12 @@ func (c *Unregister) Run(p *Process) error {
 func gone(err error) bool {
 	var refusal *problem
 	return errors.As(err, &refusal) && refusal.Status == http.StatusNotFound && refusal.Field != ""
+}
+
+// taken tells whether the id stands with another addr than the one that was meant.
+func taken(err error) bool {
+	var refusal *problem
+	return errors.As(err, &refusal) && refusal.Status == http.StatusConflict && refusal.Field == "addr"
 }
 
 // Services lists who is registered and how they do.

@@ -261,6 +261,27 @@ func TestBackend(t *testing.T) {
 	}
 }
 
+// A backend that ends late leaves its successor alone.
+func TestBackendHasASuccessor(t *testing.T) {
+	reg, api := gateway(t, "")
+	ctx, end := context.WithCancel(t.Context())
+	defer end()
+	var out lines
+	done := make(chan error, 1)
+	go func() {
+		b := &Backend{Listen: "127.0.0.1:0", Name: "a", Register: api.Gateway, Service: "shop"}
+		done <- b.Run(&Process{Context: ctx, Out: &out})
+	}()
+	wait(t, "registered", func() bool { return reg.Snapshot("shop") != nil })
+	if err := reg.Register("shop", registry.Instance{ID: "a", Addr: "http://127.0.0.1:1"}); err != nil {
+		t.Fatal(err)
+	}
+	end()
+	if err := <-done; err != nil || reg.Snapshot("shop") == nil || !strings.HasSuffix(out.String(), "shop/a is registered with another addr: it stays\n") {
+		t.Errorf("%v, %q, left %v", err, out.String(), reg.Names())
+	}
+}
+
 func TestBackendRefused(t *testing.T) {
 	_, api := gateway(t, "s3cret")
 	_, err := do(t, &Backend{Listen: "127.0.0.1:0", Name: "a", Register: api.Gateway, Service: "echo"})
