@@ -392,14 +392,15 @@ func BenchmarkMetrics(b *testing.B) {
 			x.p().cfg.NoMetrics = metrics == "off"
 			x.c.head = []byte(smallGet)
 			x.status = 200
-			var err error
 			b.ReportAllocs()
 			for b.Loop() {
 				now := time.Now()
 				x.begin(now)
-				if x.service, err = x.p().find(&x.c.req); err != nil {
+				s, err := x.p().find(&x.c.req)
+				if err != nil {
 					b.Fatal(err)
 				}
+				x.service = s
 				if x.pick() == nil {
 					b.Fatal("nobody picked")
 				}

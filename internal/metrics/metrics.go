@@ -5,6 +5,7 @@ package metrics
 import (
 	"cmp"
 	"log/slog"
+	"maps"
 	"math"
 	"slices"
 	"strconv"
@@ -41,14 +42,13 @@ type Config struct {
 
 // Handler answers scrapes: in the text format, OpenMetrics or protobuf, which alone has native histograms.
 func Handler(cfg Config) fasthttp.RequestHandler {
-	reg := prometheus.NewRegistry()
-	reg.MustRegister(
+	process := prometheus.NewRegistry()
+	process.MustRegister(
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		collectors.NewBuildInfoCollector(),
-		&collector{cfg},
 	)
-	return fasthttp.CompressHandlerLevel(fasthttpadaptor.NewFastHTTPHandler(promhttp.HandlerFor(reg, promhttp.HandlerOpts{
+	return fasthttp.CompressHandlerLevel(fasthttpadaptor.NewFastHTTPHandler(promhttp.HandlerFor(&gateway{cfg, process}, promhttp.HandlerOpts{
 		ErrorLog:            slog.NewLogLogger(cfg.Log.Handler(), slog.LevelError),
 		MaxRequestsInFlight: maxScrapes,
 		EnableOpenMetrics:   true,
@@ -56,31 +56,31 @@ func Handler(cfg Config) fasthttp.RequestHandler {
 	})), fasthttp.CompressBestSpeed)
 }
 
-// collector reads a gateway.
-type collector struct{ cfg Config }
+// gateway reads what there is. Its own metrics do not go through a prometheus.Registry, which would look at each for what
+// cannot be, and sort them all: half of the time that a scrape takes.
+type gateway struct {
+	cfg     Config
+	process prometheus.Gatherer
+}
 
 // metric is one that the gateway has.
 type metric struct {
-	desc   *prometheus.Desc
-	kind   dto.MetricType
-	bounds []int // of the classic buckets of a histogram, as indices of native ones
+	name, help string
+	kind       dto.MetricType
+	bounds     []int // of the classic buckets of a histogram, as indices of native ones
 }
 
-func newMetric(kind dto.MetricType, name, help string, labels ...string) *metric {
-	return &metric{desc: prometheus.NewDesc("kerberos_"+name, help, labels, nil), kind: kind}
+func counter(name, help string) *metric {
+	return &metric{name: "kerberos_" + name, help: help, kind: dto.MetricType_COUNTER}
 }
 
-func counter(name, help string, labels ...string) *metric {
-	return newMetric(dto.MetricType_COUNTER, name, help, labels...)
-}
-
-func gauge(name, help string, labels ...string) *metric {
-	return newMetric(dto.MetricType_GAUGE, name, help, labels...)
+func gauge(name, help string) *metric {
+	return &metric{name: "kerberos_" + name, help: help, kind: dto.MetricType_GAUGE}
 }
 
 // histogram has the classic buckets that end at these powers of two seconds, so that they too are exact.
 func histogram(name, help string, powers ...int) *metric {
-	m := newMetric(dto.MetricType_HISTOGRAM, name, help, "service")
+	m := &metric{name: "kerberos_" + name, help: help, kind: dto.MetricType_HISTOGRAM}
 	for _, power := range powers {
 		m.bounds = append(m.bounds, power<<proxy.HistogramSchema)
 	}
@@ -90,88 +90,84 @@ func histogram(name, help string, powers ...int) *metric {
 // The metrics of the gateway.
 var (
 	ready       = gauge("ready", "Whether /readyz says so.")
-	unrouted    = counter("unrouted_requests_total", "Requests that ended without a service: calls of the API, and those that were refused before they had one.", "outcome")
-	refusals    = counter("refusals_total", "Answers of the gateway's own, by their status and the error type in Proxy-Status.", "status", "error")
+	unrouted    = counter("unrouted_requests_total", "Requests that ended without a service: calls of the API, and those that were refused before they had one.")
+	refusals    = counter("refusals_total", "Answers of the gateway's own, by their status and the error type in Proxy-Status.")
 	connections = gauge("client_connections", "Open connections of clients.")
 	accepted    = counter("client_connections_accepted_total", "Connections of clients that were let in.")
-	surplus     = counter("client_connections_refused_total", "Connections of clients that were refused, by the limit: of all connections, or of one client.", "limit")
-	socketless  = counter("socket_shortages_total", "How often the system had no socket for the gateway: to accept a client, to connect to an instance.", "when")
+	surplus     = counter("client_connections_refused_total", "Connections of clients that were refused, by the limit: of all connections, or of one client.")
+	socketless  = counter("socket_shortages_total", "How often the system had no socket for the gateway: to accept a client, to connect to an instance.")
 	services    = gauge("services", "Services that are known.")
 	leases      = gauge("leases", "Leases that are held.")
 	holds       = gauge("holds", "Connections that keep instances registered.")
 	expired     = counter("expired_instances_total", "Instances that left without a word: their lease ended, or the connection that held them.")
-	omitted     = gauge("metrics_omitted", "Services and instances that have no metrics because of --metrics-max-series.", "what")
+	omitted     = gauge("metrics_omitted", "Services and instances that have no metrics because of --metrics-max-series.")
 )
 
 // The metrics of a service.
 var (
-	requests      = counter("requests_total", "Requests that have ended, by the class of the status that an instance or (refused_) the gateway answered with, cut if the answer broke off, gone if the client had left.", "service", "outcome")
-	received      = counter("received_bytes_total", "Heads and bodies of requests, and what came through tunnels, from clients.", "service")
-	sent          = counter("sent_bytes_total", "Heads and bodies of responses, and what went through tunnels, to clients.", "service")
+	requests      = counter("requests_total", "Requests that have ended, by the class of the status that an instance or (refused_) the gateway answered with, cut if the answer broke off, gone if the client had left.")
+	received      = counter("received_bytes_total", "Heads and bodies of requests, and what came through tunnels, from clients.")
+	sent          = counter("sent_bytes_total", "Heads and bodies of responses, and what went through tunnels, to clients.")
 	whole         = histogram("request_duration_seconds", "From the end of a request's head to the end of its response.", -12, -10, -8, -6, -5, -4, -3, -2, 0, 2, 4)
 	own           = histogram("gateway_duration_seconds", "What the gateway itself took of a request, the queue included: not the pace of clients and instances.", -16, -15, -14, -13, -12, -11, -10, -8, -6, -4, 0)
 	backend       = histogram("backend_duration_seconds", "From the first attempt of a request to the head of the answer, which comes with a small body.", -12, -10, -8, -6, -5, -4, -3, -2, 0, 2, 4)
-	retries       = counter("retries_total", "Attempts beyond the first of a request.", "service")
-	retriesDenied = counter("retries_denied_total", "Attempts beyond the first that the retry budget did not allow.", "service")
-	retryBudget   = gauge("retry_budget", "Attempts beyond the first that the retry budget would allow now.", "service")
-	queue         = gauge("queue_requests", "Requests that wait for a place below the limits of requests in flight.", "service")
-	queueRefused  = counter("queue_refused_total", "Requests that found no place below these limits, at once or in time.", "service")
-	instances     = gauge("instances", "Instances, by what they are: ready for requests, or why not.", "service", "state")
-	stale         = gauge("stale_instances", "Instances that fell silent along with too many others to be believed: they stay while they accept connections.", "service")
+	retries       = counter("retries_total", "Attempts beyond the first of a request.")
+	retriesDenied = counter("retries_denied_total", "Attempts beyond the first that the retry budget did not allow.")
+	retryBudget   = gauge("retry_budget", "Attempts beyond the first that the retry budget would allow now.")
+	queue         = gauge("queue_requests", "Requests that wait for a place below the limits of requests in flight.")
+	queueRefused  = counter("queue_refused_total", "Requests that found no place below these limits, at once or in time.")
+	instances     = gauge("instances", "Instances, by what they are: ready for requests, or why not.")
+	stale         = gauge("stale_instances", "Instances that fell silent along with too many others to be believed: they stay while they accept connections.")
 )
 
 // The metrics of an instance.
 var (
-	instanceRequests = counter("instance_requests_total", "Attempts that have ended, by what they say of the instance; ignored is nobody's or the client's fault.", "service", "id", "outcome")
-	inFlight         = gauge("instance_requests_in_flight", "Requests at the instance now.", "service", "id")
-	tunnels          = gauge("instance_tunnels", "Upgraded connections to the instance.", "service", "id")
-	instanceReady    = gauge("instance_ready", "Whether requests may go to the instance.", "service", "id")
-	breaker          = gauge("instance_breaker_state", "1 for the state that the instance's breaker is in, 0 for the others.", "service", "id", "state")
-	breakerChanges   = counter("instance_breaker_changes_total", "How often the instance's breaker has changed, by the state that it came to.", "service", "id", "state")
-	pool             = gauge("instance_connections", "Open connections to the instance, idle or not.", "service", "id")
-	pooled           = counter("instance_connections_opened_total", "Connections to the instance that were made.", "service", "id")
+	instanceRequests = counter("instance_requests_total", "Attempts that have ended, by what they say of the instance; ignored is nobody's or the client's fault.")
+	inFlight         = gauge("instance_requests_in_flight", "Requests at the instance now.")
+	tunnels          = gauge("instance_tunnels", "Upgraded connections to the instance.")
+	instanceReady    = gauge("instance_ready", "Whether requests may go to the instance.")
+	breaker          = gauge("instance_breaker_state", "1 for the state that the instance's breaker is in, 0 for the others.")
+	breakerChanges   = counter("instance_breaker_changes_total", "How often the instance's breaker has changed, by the state that it came to.")
+	pool             = gauge("instance_connections", "Open connections to the instance, idle or not.")
+	pooled           = counter("instance_connections_opened_total", "Connections to the instance that were made.")
 )
 
-// all is what a scrape may have.
-var all = []*metric{
-	ready, unrouted, refusals, connections, accepted, surplus, socketless, services, leases, holds, expired, omitted,
-	requests, received, sent, whole, own, backend, retries, retriesDenied, retryBudget, queue, queueRefused, instances, stale,
-	instanceRequests, inFlight, tunnels, instanceReady, breaker, breakerChanges, pool, pooled,
+// Gather makes gateway a prometheus.Gatherer.
+func (g *gateway) Gather() ([]*dto.MetricFamily, error) {
+	out := families{}
+	proxied := g.cfg.Proxy.Stats()
+	out.add(ready, flag(g.cfg.Ready()), nil)
+	for _, n := range proxied.Unrouted {
+		out.add(unrouted, float64(n.Times), pairs("outcome", n.What))
+	}
+	for _, r := range proxied.Refusals {
+		out.add(refusals, float64(r.Times), pairs("status", strconv.Itoa(r.Status), "error", r.Error))
+	}
+	out.add(connections, float64(proxied.Connections), nil)
+	out.add(accepted, float64(proxied.Accepted), nil)
+	for _, n := range proxied.Surplus {
+		out.add(surplus, float64(n.Times), pairs("limit", n.What))
+	}
+	for _, n := range proxied.Socketless {
+		out.add(socketless, float64(n.Times), pairs("when", n.What))
+	}
+	registered := g.cfg.Registry.Stats()
+	out.add(leases, float64(registered.Leases), nil)
+	out.add(holds, float64(registered.Holds), nil)
+	out.add(expired, float64(registered.Expired), nil)
+	g.services(out)
+
+	all, err := g.process.Gather()
+	all = slices.AppendSeq(all, maps.Values(out))
+	slices.SortFunc(all, func(a, b *dto.MetricFamily) int { return cmp.Compare(a.GetName(), b.GetName()) })
+	return all, err
 }
 
-// Describe makes collector a prometheus.Collector, as Collect does.
-func (c *collector) Describe(out chan<- *prometheus.Desc) {
-	for _, m := range all {
-		out <- m.desc
-	}
-}
-
-func (c *collector) Collect(out chan<- prometheus.Metric) {
-	send := func(m *metric, value float64, labels []*dto.LabelPair) { out <- &sample{m, labels, value} }
-	gateway := c.cfg.Proxy.Stats()
-	send(ready, flag(c.cfg.Ready()), nil)
-	for _, n := range gateway.Unrouted {
-		send(unrouted, float64(n.Times), pairs("outcome", n.What))
-	}
-	for _, r := range gateway.Refusals {
-		send(refusals, float64(r.Times), pairs("error", r.Error, "status", strconv.Itoa(r.Status)))
-	}
-	send(connections, float64(gateway.Connections), nil)
-	send(accepted, float64(gateway.Accepted), nil)
-	for _, n := range gateway.Surplus {
-		send(surplus, float64(n.Times), pairs("limit", n.What))
-	}
-	for _, n := range gateway.Socketless {
-		send(socketless, float64(n.Times), pairs("when", n.What))
-	}
-	registered := c.cfg.Registry.Stats()
-	send(leases, float64(registered.Leases), nil)
-	send(holds, float64(registered.Holds), nil)
-	send(expired, float64(registered.Expired), nil)
-
-	known := slices.SortedFunc(c.cfg.Proxy.Services(), func(a, b proxy.ServiceStats) int { return cmp.Compare(a.Name, b.Name) })
-	send(services, float64(len(known)), nil)
-	left := c.cfg.MaxSeries
+// services adds the services in the order of their names, and then the instances of those whose instances all have room.
+func (g *gateway) services(out families) {
+	known := slices.SortedFunc(g.cfg.Proxy.Services(), func(a, b proxy.ServiceStats) int { return cmp.Compare(a.Name, b.Name) })
+	out.add(services, float64(len(known)), nil)
+	left := g.cfg.MaxSeries
 	if left < 1 {
 		left = math.MaxInt
 	}
@@ -181,15 +177,15 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	for i := range known {
 		s := &known[i]
 		if i < shown {
-			c.service(s, out)
+			out.service(s)
 		}
 		if cost := s.Instances * instanceSeries; i < shown && cost <= left {
 			left -= cost
-			c.instances(s, out)
+			out.instances(s)
 		} else {
 			without += s.Instances
 		}
 	}
-	send(omitted, float64(len(known)-shown), pairs("what", "services"))
-	send(omitted, float64(without), pairs("what", "instances"))
+	out.add(omitted, float64(len(known)-shown), pairs("what", "services"))
+	out.add(omitted, float64(without), pairs("what", "instances"))
 }
