@@ -75,8 +75,8 @@ type Gateway struct {
 	MaxConnectionsPerClient int           `default:"0" min:"0" group:"limits" help:"Connections of one client address at once, but for trusted proxies."`
 	MaxInFlightPerInstance  int           `default:"0" min:"0" group:"limits" help:"Requests at one instance at once."`
 	MaxInFlightPerService   int           `default:"0" min:"0" group:"limits" help:"Requests of one service at once."`
-	MetricsMaxSeries        int           `default:"100000" min:"0" group:"limits" help:"Series of services and instances in /metrics."`
 	QueueTimeout            time.Duration `default:"1s" min:"0s" group:"limits" help:"How long a request may wait for a place below the limits of requests; 0s is not at all."`
+	MetricsMaxSeries        int           `default:"100000" min:"0" group:"limits" help:"Series of services and instances in /metrics."`
 }
 
 // AfterApply checks what no single flag can know.
