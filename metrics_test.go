@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -125,6 +126,7 @@ func TestMetrics(t *testing.T) {
 		{0, "kerberos_instances", []string{"service=echo"}},
 		{2, "kerberos_instance_ready", []string{"service=users"}},
 		{0, "kerberos_instance_requests_in_flight", nil},
+		{0, "kerberos_instance_healthy", nil},
 		{3, "kerberos_services", nil}, // and echo
 		{1, "kerberos_ready", nil},
 		{3, "kerberos_instance_breaker_state", []string{"state=closed"}},
@@ -201,6 +203,15 @@ func TestMetricsAccess(t *testing.T) {
 	if response, text := exchange(t, g.admin, profile); response.StatusCode != 200 || !strings.Contains(text, "goroutine profile:") {
 		t.Errorf("a profile: %d %.200s", response.StatusCode, text)
 	}
+	tokens := filepath.Join(t.TempDir(), "tokens.yaml")
+	if err := os.WriteFile(tokens, []byte("- {name: all-services, token: all-services-token, register: ['*']}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	shared := launch(t, []string{"KERBEROS_TOKENS=" + tokens})
+	response, text := exchange(t, shared.admin, strings.Replace(profile, "s3cret", "all-services-token", 1))
+	if response.StatusCode != 403 || !strings.Contains(text, "the right admin") {
+		t.Errorf("a profile for who may only register: %d %s", response.StatusCode, text)
+	}
 	if status, _ := g.get("/metrics"); status != 404 {
 		t.Errorf("/metrics for clients: %d", status)
 	}
@@ -213,12 +224,14 @@ func TestMetricsAccess(t *testing.T) {
 // observed is a gateway in which each metric has a value.
 func observed(t *testing.T) (scraped, string) {
 	g := launch(t, nil)
-	g.register("users", "a", named(t, "a"))
-	g.get("/users")
+	if status, text := g.post(fmt.Sprintf(`{"service":"users","id":"a","addr":%q,"check":{"path":"/"}}`, named(t, "a"))); status != 204 {
+		t.Fatalf("%d %s", status, text)
+	}
+	eventually(t, "it is healthy", func() bool { status, _ := g.get("/users"); return status == 200 })
 	g.get("/nowhere")
 	eventually(t, "all is counted", func() bool {
 		s := g.scrape()
-		return s.value("kerberos_requests_total") == 1 && s.value("kerberos_refusals_total") == 1
+		return s.value("kerberos_requests_total", "outcome=2xx") == 1 && s.value("kerberos_refusals_total", "status=404") == 1
 	})
 	return g.scrapeText()
 }

@@ -12,6 +12,9 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"kerberos/cb"
+	"kerberos/registry"
 )
 
 // Each duration is in the bucket that Prometheus would put it into.
@@ -262,6 +265,46 @@ func TestRetriesAreCounted(t *testing.T) {
 	}
 	if s.RetryBudget < 99 {
 		t.Errorf("a budget of %v", s.RetryBudget)
+	}
+}
+
+// Each instance is counted by what it is.
+func TestInstancesAreCounted(t *testing.T) {
+	g := startGateway(t, func(cfg *Config) { cfg.Breaker = cb.Config{Failures: 1, OpenFor: time.Hour} }, nil)
+	ill := answering(t, "HTTP/1.1 500 Ill\r\nContent-Length: 0\r\n\r\n")
+	well := naming(t, "well")
+	for _, in := range []registry.Instance{
+		{ID: "open", Addr: refusedAddr(t)},
+		{ID: "ready", Addr: well.url()},
+		{ID: "checked", Addr: well.url(), Check: &registry.Check{Path: "/"}},
+		{ID: "ill", Addr: ill.url(), Check: &registry.Check{Path: "/"}},
+		{ID: "lost", Addr: "http://no-such-name.invalid"},
+		{ID: "down", Addr: well.url()},
+		{ID: "drain", Addr: well.url()},
+	} {
+		if err := g.reg.Register("echo", in); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, state := range []registry.State{registry.Down, registry.Drain} {
+		if err := g.reg.Patch("echo", string(state), registry.Patch{SetState: true, State: state}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := map[string]uint64{"ready": 2, "check_failing": 1, "no_address": 1, "down": 1, "drain": 1, "breaker_open": 1}
+	eventually(t, "all are what they are", func() bool {
+		g.do(t, smallGet).want(t, 200)
+		return cmp.Equal(nonzero(g.statsOf("echo").States), want)
+	})
+	for id, want := range map[string][3]bool{ // ready, checked, healthy
+		"ready": {true, false, false}, "checked": {true, true, true}, "ill": {false, true, false}, "open": {},
+	} {
+		if u := g.instanceStats("echo", id); [3]bool{u.Ready, u.Checked, u.Healthy} != want {
+			t.Errorf("%s: %+v", id, u)
+		}
+	}
+	if open := g.instanceStats("echo", "open").Breaker; !open[cb.Open].Now || open[cb.Open].Changes != 1 || open[cb.Closed].Now {
+		t.Errorf("%+v", open)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"kerberos/cb"
 	"kerberos/registry"
+	"kerberos/registry/health"
 )
 
 // Where the system had no socket for the gateway.
@@ -203,13 +204,16 @@ const (
 	isDraining
 	isDown
 	isSuspect
+	isUnreachable
 	isNowhere
+	isFailing
+	isUnchecked
 	isOpen
 	isHalfOpen
 )
 
 // stateNames are what Stats call them.
-var stateNames = [...]string{"ready", "drain", "down", "suspect", "no_address", "breaker_open", "breaker_half_open"}
+var stateNames = [...]string{"ready", "drain", "down", "suspect", "unreachable", "no_address", "check_failing", "unchecked", "breaker_open", "breaker_half_open"}
 
 func (u *upstream) condition() condition {
 	switch u.instance.Load().State() {
@@ -219,9 +223,19 @@ func (u *upstream) condition() condition {
 		return isDown
 	case registry.Suspect:
 		return isSuspect
+	case registry.Unreachable:
+		return isUnreachable
 	}
 	if len(u.addresses.Load().list) == 0 {
 		return isNowhere
+	}
+	if w := u.health.Load(); w != nil {
+		switch w.Status().State {
+		case health.Down:
+			return isFailing
+		case health.Unknown:
+			return isUnchecked
+		}
 	}
 	switch u.gate.State() {
 	case cb.Open:
@@ -239,6 +253,8 @@ type UpstreamStats struct {
 	InFlight    int64   // requests
 	Tunnels     int64   // open now
 	Ready       bool
+	Checked     bool // it has a health check,
+	Healthy     bool // which passes
 	Breaker     []BreakerState
 	Connections int    // open now
 	Connected   uint64 // connections that there ever were
@@ -268,6 +284,9 @@ func (u *upstream) stats() UpstreamStats {
 		Requests: []Count{{"success", u.outcomes[success].Load()}, {"failure", u.outcomes[failure].Load()}, {"ignored", u.outcomes[ignored].Load()}},
 	}
 	out.Ready, _ = u.ready()
+	if w := u.health.Load(); w != nil {
+		out.Checked, out.Healthy = true, w.Status().State == health.Up
+	}
 	now := u.gate.State()
 	for i := range u.changes {
 		state := cb.State(i)

@@ -26,6 +26,7 @@ func Parse(grammar any, args []string, env func(string) (string, bool), options 
 		kong.ValueFormatter(describe),
 		kong.ExplicitGroups([]kong.Group{
 			{Key: "listeners", Title: "Listening and stopping:"},
+			{Key: "registry", Title: "Registrations:"},
 			{Key: "access", Title: "Who may do what:"},
 			{Key: "traffic", Title: "Traffic:"},
 			{Key: "limits", Title: "Limits (0 is none):"},
@@ -41,6 +42,8 @@ func Parse(grammar any, args []string, env func(string) (string, bool), options 
 		kong.NamedMapper("listen", text(parseListen)),
 		kong.NamedMapper("listen-or-off", text(parseListenOrOff)),
 		kong.NamedMapper("path", text(parsePath)),
+		kong.NamedMapper("directory", text(parseDirectory)),
+		kong.NamedMapper("file", text(parseFile)),
 		kong.NamedMapper("name", text(parseName)),
 		kong.NamedMapper("url", text(parseURL)),
 		kong.NamedMapper("token", text(parseToken)),

@@ -67,6 +67,9 @@ func (f families) instances(s *proxy.ServiceStats) {
 		f.add(inFlight, float64(u.InFlight), names)
 		f.add(tunnels, float64(u.Tunnels), names)
 		f.add(instanceReady, flag(u.Ready), names)
+		if u.Checked {
+			f.add(healthy, flag(u.Healthy), names)
+		}
 		for _, b := range u.Breaker {
 			labels := with(names, "state", b.State)
 			f.add(breaker, flag(b.Now), labels)

@@ -27,7 +27,7 @@ const maxScrapes = 4
 // What a service and an instance cost of Config.MaxSeries: a little more than they have, so that it stays when they get
 // another one.
 const (
-	serviceSeries  = 70
+	serviceSeries  = 80
 	instanceSeries = 20
 )
 
@@ -100,6 +100,7 @@ var (
 	leases      = gauge("leases", "Leases that are held.")
 	holds       = gauge("holds", "Connections that keep instances registered.")
 	expired     = counter("expired_instances_total", "Instances that left without a word: their lease ended, or the connection that held them.")
+	unwritten   = counter("registry_write_failures_total", "How often registrations could not be written to --data.")
 	omitted     = gauge("metrics_omitted", "Services and instances that have no metrics because of --metrics-max-series.")
 )
 
@@ -126,6 +127,7 @@ var (
 	inFlight         = gauge("instance_requests_in_flight", "Requests at the instance now.")
 	tunnels          = gauge("instance_tunnels", "Upgraded connections to the instance.")
 	instanceReady    = gauge("instance_ready", "Whether requests may go to the instance.")
+	healthy          = gauge("instance_healthy", "Whether the instance's health check passes; there is none for one that is not checked.")
 	breaker          = gauge("instance_breaker_state", "1 for the state that the instance's breaker is in, 0 for the others.")
 	breakerChanges   = counter("instance_breaker_changes_total", "How often the instance's breaker has changed, by the state that it came to.")
 	pool             = gauge("instance_connections", "Open connections to the instance, idle or not.")
@@ -155,6 +157,7 @@ func (g *gateway) Gather() ([]*dto.MetricFamily, error) {
 	out.add(leases, float64(registered.Leases), nil)
 	out.add(holds, float64(registered.Holds), nil)
 	out.add(expired, float64(registered.Expired), nil)
+	out.add(unwritten, float64(registered.WriteFailures), nil)
 	g.services(out)
 
 	all, err := g.process.Gather()
