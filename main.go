@@ -19,6 +19,7 @@ import (
 
 	"github.com/alecthomas/kong"
 	"github.com/valyala/fasthttp"
+	"github.com/valyala/fasthttp/pprofhandler"
 	"golang.org/x/term"
 
 	"kerberos/cb"
@@ -27,6 +28,7 @@ import (
 	"kerberos/internal/cli"
 	"kerberos/internal/config"
 	"kerberos/internal/memory"
+	"kerberos/internal/metrics"
 	"kerberos/proxy"
 	"kerberos/registry"
 )
@@ -228,6 +230,7 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		HealthPath:       cfg.HealthPath,
 		Ready:            g.ready.Load,
 		LogRequests:      bool(cfg.LogRequests),
+		NoMetrics:        !bool(cfg.Metrics),
 		AmbiguousPaths:   proxy.PathPolicy(cfg.AmbiguousPaths),
 		AllowMethods:     cfg.AllowMethods,
 		Log:              log,
@@ -257,7 +260,12 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		g.proxy.Update(name)
 	}
 	if g.admin != nil {
-		operation := admin.Config{Ready: g.ready.Load, Log: log}
+		operation := admin.Config{Ready: g.ready.Load, Profiles: g.rule.WrapAdmin(pprofhandler.PprofHandler), Log: log}
+		if cfg.Metrics {
+			operation.Metrics = metrics.Handler(metrics.Config{
+				Proxy: g.proxy, Registry: g.registry, Ready: g.ready.Load, MaxSeries: cfg.MetricsMaxSeries, Log: log,
+			})
+		}
 		if cfg.API.OnAdmin() {
 			operation.API = guarded
 		}

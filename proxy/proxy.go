@@ -82,6 +82,7 @@ type Config struct {
 	Loops int // GOMAXPROCS: how many goroutines serve what needs no waiting; each has its own connections to instances
 
 	LogRequests bool         // one line a request
+	NoMetrics   bool         // requests are neither counted by service nor timed
 	Log         *slog.Logger // nil: slog.Default()
 }
 
@@ -176,7 +177,10 @@ type Proxy struct {
 	date       atomic.Pointer[dateLine]
 	workers    []*worker     // one for each loop
 	turns      atomic.Uint64 // the worker of the next connection
-	slowAfter  time.Duration // see the constant; less with a short request timeout
+	unrouted   [finales]atomic.Uint64
+	refusals   sync.Map                 // *refusal -> *atomic.Uint64: how many answers of ours
+	socketless [shortages]atomic.Uint64 // how often the system had no socket for us
+	slowAfter  time.Duration            // see the constant; less with a short request timeout
 
 	loops    sync.Once // starts what follows
 	group    *loop.Group
@@ -187,14 +191,16 @@ type Proxy struct {
 
 	mu         sync.Mutex // guards what follows
 	listeners  []io.Closer
-	conns      map[*conn]struct{} // open client connections
-	noConns    *sync.Cond         // conns has become empty
-	clients    map[netip.Addr]int // how many of them have that address; only counted where there is a limit
-	refused    int                // connections, since the last line in the log
-	refusedAt  time.Time          // of that line
-	departures []departure        // services that lost their last instance, the oldest first
-	cutting    bool               // Shutdown cuts what is left
-	stopped    bool               // Close has begun
+	conns      map[*conn]struct{}  // open client connections
+	noConns    *sync.Cond          // conns has become empty
+	clients    map[netip.Addr]int  // how many of them have that address; only counted where there is a limit
+	refused    int                 // connections, since the last line in the log
+	refusedAt  time.Time           // of that line
+	turnedAway map[*refusal]uint64 // connections
+	connected  uint64              // connections that were let in
+	departures []departure         // services that lost their last instance, the oldest first
+	cutting    bool                // Shutdown cuts what is left
+	stopped    bool                // Close has begun
 }
 
 // New makes a Proxy for a Registry; route nil means cfg.Routes, and if there are none FirstSegment.
@@ -234,7 +240,7 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 		p.workers[i] = &worker{}
 	}
 	p.slowAfter = min(slowAfter, cfg.RequestTimeout/8, cfg.Limits.TotalTimeout/8)
-	p.conns, p.clients = map[*conn]struct{}{}, map[netip.Addr]int{}
+	p.conns, p.clients, p.turnedAway = map[*conn]struct{}{}, map[netip.Addr]int{}, map[*refusal]uint64{}
 	p.noConns = sync.NewCond(&p.mu)
 	if route == nil {
 		p.route = FirstSegment
@@ -427,7 +433,10 @@ func (x *exchange) again(err error) bool {
 		return false
 	case x.covered:
 		return true
-	case x.retries == 0 || !x.service.budget.take(x.service, time.Now()):
+	case x.retries == 0:
+		return false
+	case !x.service.budget.take(x.service, time.Now()):
+		x.service.retriesDenied.Add(1)
 		return false
 	}
 	x.retries--

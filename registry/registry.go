@@ -60,7 +60,8 @@ type Registry struct {
 	onChange   []func(s string)                 // replaced, never appended in place: a change calls those it saw under mu
 	leases     leases
 	expired    []Expired
-	watching   bool // there is a watch
+	lost       uint64 // instances that left without a word
+	watching   bool   // there is a watch
 	closed     bool
 	store      *store // nil: there is no file
 

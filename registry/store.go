@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -58,6 +59,8 @@ type store struct {
 	wake chan struct{} // there may be something to write
 	stop chan struct{} // write what there is, and end
 	done chan struct{}
+
+	failures atomic.Uint64 // writes that failed
 
 	// Guarded by Registry.mu, which is not held while anything is written.
 	next     *batch
@@ -149,8 +152,10 @@ func (r *Registry) keep() {
 		case err == nil && failing:
 			s.log.Info("registrations are written again", slog.String("file", s.path))
 		}
-		failing = err != nil
-		return err == nil
+		if failing = err != nil; failing {
+			s.failures.Add(1)
+		}
+		return !failing
 	}
 	for {
 		select {
