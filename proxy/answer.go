@@ -41,6 +41,7 @@ func (c *conn) explain(err *refusal) string {
 // refuseWith is refuse with another text, and Retry-After (in seconds) if that is more than 0. Nobody may keep the answer:
 // the next one to the same request may be another.
 func (c *conn) refuseWith(err *refusal, last bool, text string, retryAfter int) (keep bool) {
+	c.p.noteRefusal(err)
 	contentType, body := c.explanation(err.status, text)
 	out := c.ownHead(err.status, contentType)
 	out = append(out, "Cache-Control: no-store\r\nProxy-Status: kerberos; error="...)
@@ -104,7 +105,7 @@ const plainText = "text/plain; charset=utf-8"
 
 // ownHead begins a response of the gateway's own.
 func (c *conn) ownHead(status int, contentType string) []byte {
-	c.x.status = status
+	c.x.status, c.x.tally.by = status, byGateway
 	return c.p.appendOwnHead(c.out[:0], status, contentType)
 }
 
@@ -148,6 +149,7 @@ func (c *conn) passBody() bool {
 			return false
 		}
 		c.in.r += int(r.length)
+		x.tally.received += r.length
 		x.bodyRead = true
 	}
 	return (r.minor == 1 || r.keepAlive) && !r.close && !c.p.closing.Load()
@@ -171,7 +173,10 @@ func (c *conn) fail(err error) (keep bool) {
 	switch {
 	case own == errNoInstance:
 		retryAfter = x.service.view.Load().retryAfter(time.Now())
-	case own == errNoSocket, isFull(own):
+	case isFull(own):
+		x.service.queueRefused.Add(1)
+		retryAfter = 1
+	case own == errNoSocket:
 		retryAfter = 1
 	}
 	return c.refuseWith(own, !c.passBody(), c.explain(own), retryAfter)
@@ -186,7 +191,7 @@ func (x *exchange) noteGone(err error) bool {
 	if slow {
 		x.c.reset() // what waits for it in the socket would wait there for minutes
 	}
-	x.status = statusClientGone
+	x.status, x.tally.by = statusClientGone, byNobody
 	return true
 }
 

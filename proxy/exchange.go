@@ -91,6 +91,7 @@ type exchange struct {
 	keep    bool      // the client connection goes on behind it
 	chunks  bool      // it is sent in chunks
 	status  int
+	tally   tally
 
 	buffers [3]*[]byte // pooled, by use; given back by giveBack
 }
@@ -135,6 +136,7 @@ func (x *exchange) begin(now time.Time) {
 	x.interim, x.finAt, x.begun = false, time.Time{}, false
 	x.uploadPace, x.download = pace{}, pace{}
 	x.counted, x.full, x.queued = false, false, false
+	x.tally = tally{}
 }
 
 // over is when the request has taken as long as it may in all.
@@ -266,6 +268,7 @@ func (x *exchange) hold(patient bool) error {
 	}
 	if !r.chunked && int64(len(b.waiting())) >= r.length { // it came with the head
 		x.held = b.b[b.r : b.r+int(r.length)]
+		x.tally.received = r.length
 		b.r += int(r.length)
 		b.base = b.r
 		x.bodyRead = true
@@ -285,7 +288,11 @@ func (x *exchange) hold(patient bool) error {
 	}
 	held := x.borrow(heldBuffer)[:0]
 	b.grow(b.base + firstBuffer)
-	slowest := time.Now().Add(chunkPatience)
+	from := time.Now()
+	slowest := from.Add(chunkPatience)
+	defer func() {
+		x.tally.held, x.tally.received = time.Since(from), int64(len(x.held))
+	}()
 	for {
 		data, done, err := x.body.next(b, maxHeld-len(held))
 		held = append(held, data...)
@@ -343,7 +350,9 @@ func (x *exchange) send(u *upstream, asked bool) error {
 			err = x.answer(err)
 		}
 	} else {
-		x.attempts++
+		if x.attempts++; x.attempts > 1 {
+			x.service.retries.Add(1)
+		}
 		err = x.attempt(u, false)
 	}
 	if errors.Is(err, errStale) && (!x.written || x.repeatable()) {
@@ -363,6 +372,7 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 	if x.attempts > 1 || !x.complete || len(x.held) > 0 || x.queued {
 		x.sent = time.Now()
 	}
+	x.noteAsked()
 	if x.c.req.switching {
 		x.reused = false
 		x.lease, x.backend, err = u.dialApart(x.c.pool(), x.timeLeft())
@@ -422,7 +432,10 @@ func (x *exchange) undialled(err error) error {
 	if x.late(now) {
 		return errOverTime
 	}
-	return dialFailure(err)
+	if err = dialFailure(err); err == error(errNoSocket) {
+		x.p().socketless[dialling].Add(1)
+	}
+	return err
 }
 
 // write sends a part of the request.
@@ -777,6 +790,8 @@ func (x *exchange) finish() (keep bool) {
 		x.noteFIN(time.Now())
 	}
 	x.started, x.status = true, x.res.status
+	x.tally.streamed = !x.resEnded
+	x.noteAnswered(time.Now())
 	if x.switches() {
 		x.openTunnel()
 		return false
@@ -796,9 +811,12 @@ func (x *exchange) finish() (keep bool) {
 		x.end(x.verdict())
 	case blame(err) == ignored: // the client left, or its upload broke off
 		x.end(ignored, err)
-		x.noteGone(err)
+		if !x.noteGone(err) {
+			x.tally.by = byHalf
+		}
 	default:
 		x.end(failure, err)
+		x.tally.by = byHalf
 		x.p().logCut(x, err)
 	}
 	if err != nil && !x.chunks && x.res.length < 0 {

@@ -11,8 +11,8 @@
 // that streams, forward.go what is sent, response.go and body.go what comes back, tunnel.go what an Upgrade leads to;
 // upstream.go is an instance, slowstart.go its share when it has just come, backend.go a connection to it, budget.go the bound on
 // retries; limits.go has the limits, queue.go those on requests in flight, connections.go those on connections; errors.go says
-// whose fault it was, answer.go answers where no backend does, prefer.go in the form that the client wants. The package loop below
-// this one knows sockets and epoll, and no HTTP; registry/health asks instances whether they can serve.
+// whose fault it was, answer.go answers where no backend does, prefer.go in the form that the client wants. The package loop
+// below this one knows sockets and epoll, and no HTTP; registry/health asks instances whether they can serve.
 package proxy
 
 import (
@@ -83,6 +83,7 @@ type Config struct {
 	Loops int // GOMAXPROCS: how many goroutines serve what needs no waiting; each has its own connections to instances
 
 	LogRequests bool         // one line a request
+	NoMetrics   bool         // requests are neither counted by service nor timed
 	Log         *slog.Logger // nil: slog.Default()
 }
 
@@ -171,6 +172,9 @@ type Proxy struct {
 	date       atomic.Pointer[dateLine]
 	workers    []*worker     // one for each loop
 	turns      atomic.Uint64 // the worker of the next connection
+	unrouted   [finales]atomic.Uint64
+	refusals   sync.Map                 // *refusal -> *atomic.Uint64: how many answers of ours
+	socketless [shortages]atomic.Uint64 // how often the system had no socket for us
 
 	loops    sync.Once // starts what follows
 	group    *loop.Group
@@ -181,14 +185,16 @@ type Proxy struct {
 
 	mu         sync.Mutex // guards what follows
 	listeners  []io.Closer
-	conns      map[*conn]struct{} // open client connections
-	noConns    *sync.Cond         // conns has become empty
-	clients    map[netip.Addr]int // how many of them have that address, but for trusted proxies
-	refused    int                // connections, since the last line in the log
-	refusedAt  time.Time          // of that line
-	departures []departure        // services that lost their last instance, the oldest first
-	cutting    bool               // Shutdown cuts what is left
-	stopped    bool               // Close has begun
+	conns      map[*conn]struct{}  // open client connections
+	noConns    *sync.Cond          // conns has become empty
+	clients    map[netip.Addr]int  // how many of them have that address; but for trusted proxies
+	refused    int                 // connections, since the last line in the log
+	refusedAt  time.Time           // of that line
+	turnedAway map[*refusal]uint64 // connections
+	connected  uint64              // connections that were let in
+	departures []departure         // services that lost their last instance, the oldest first
+	cutting    bool                // Shutdown cuts what is left
+	stopped    bool                // Close has begun
 }
 
 // New makes a Proxy for a Registry; route nil means cfg.Routes, and if there are none FirstSegment.
@@ -220,7 +226,7 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 	for i := range p.workers {
 		p.workers[i] = &worker{}
 	}
-	p.conns, p.clients = map[*conn]struct{}{}, map[netip.Addr]int{}
+	p.conns, p.clients, p.turnedAway = map[*conn]struct{}{}, map[netip.Addr]int{}, map[*refusal]uint64{}
 	p.noConns = sync.NewCond(&p.mu)
 	for name := range now.kept {
 		p.addService(name)
@@ -408,7 +414,10 @@ func (x *exchange) again(err error) bool {
 		return false
 	case x.covered:
 		return true
-	case x.retries == 0 || !x.service.budget.take(x.service, time.Now()):
+	case x.retries == 0:
+		return false
+	case !x.service.budget.take(x.service, time.Now()):
+		x.service.retriesDenied.Add(1)
 		return false
 	}
 	x.retries--

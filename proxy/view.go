@@ -31,6 +31,11 @@ type service struct {
 	counter lb.Counter
 	budget  retryBudget
 	crowd   crowd
+	counts  []atomic.Pointer[counts] // one for each loop, made when it is first needed
+
+	retries       atomic.Uint64 // attempts beyond the first
+	retriesDenied atomic.Uint64 // by the budget
+	queueRefused  atomic.Uint64 // requests that found no place
 
 	dirtyMu sync.Mutex           // guards what follows
 	dirty   map[string]*upstream // by id: those that may have become ready, or no longer are
@@ -393,7 +398,7 @@ func (p *Proxy) addService(name string) *service {
 	if s := p.service(name); s != nil {
 		return s
 	}
-	s := &service{name: name, proxy: p}
+	s := &service{name: name, proxy: p, counts: make([]atomic.Pointer[counts], len(p.workers))}
 	strategy := p.cfg().strategy(name)
 	s.view.Store(&view{strategy: strategy, inForce: strategy})
 	now := time.Now()

@@ -382,6 +382,7 @@ func (c *conn) put() bool {
 	} else if !onItsWay {
 		b.failed = err
 	}
+	x.noteAsked()
 	x.written = n > 0
 	if n < len(out) {
 		x.unsent = append([]byte(nil), out[max(n, 0):]...)
@@ -502,10 +503,12 @@ func (c *conn) answered(e loop.Events) {
 		return
 	}
 	w.done(c)
+	x.noteAnswered(w.loop.Now())
 	x.started, x.status = true, x.res.status
 	x.end(x.verdict())
 	x.release(rest == 0 && e&loop.HangUp == 0)
 	n, err := c.sock.TryWrite(out)
+	x.tally.sent = int64(max(n, 0))
 	switch {
 	case n == len(out):
 		if c.after(x.keep) {
@@ -518,7 +521,7 @@ func (c *conn) answered(e loop.Events) {
 		c.out = append(c.out[:0], out[max(n, 0):]...)
 		c.slow(stageAnswered)
 	default:
-		x.status = statusClientGone
+		x.status, x.tally.by = statusClientGone, byNobody
 		c.after(false)
 		c.close()
 	}
