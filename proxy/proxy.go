@@ -22,7 +22,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/netip"
 	"runtime"
@@ -184,7 +183,7 @@ type Proxy struct {
 	background sync.WaitGroup // what Close waits for
 
 	mu         sync.Mutex // guards what follows
-	listeners  []io.Closer
+	listeners  []listener
 	conns      map[*conn]struct{}  // open client connections
 	noConns    *sync.Cond          // conns has become empty
 	clients    map[netip.Addr]int  // how many of them have that address; but for trusted proxies

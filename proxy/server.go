@@ -122,7 +122,7 @@ func (w *workspace) putScratch(p *Proxy) {
 	w.scratch, w.x.back.b, w.x.backOut, w.out = nil, nil, nil, nil
 }
 
-// Serve accepts connections until Shutdown, which makes it return nil. It takes over the listener. Running out of file
+// Serve accepts connections until Shutdown or Leave, which make it return nil. It takes over the listener. Running out of file
 // descriptors pauses it.
 func (p *Proxy) Serve(ln net.Listener) error {
 	accept, closer, err := p.acceptor(ln)
@@ -139,7 +139,7 @@ func (p *Proxy) Serve(ln net.Listener) error {
 		closer.Close()
 		return nil
 	}
-	p.listeners = append(p.listeners, closer)
+	p.listeners = append(p.listeners, listener{ln, closer})
 	p.mu.Unlock()
 	const shortest, longest = 5 * time.Millisecond, time.Second
 	for pause := shortest; ; {
@@ -148,7 +148,7 @@ func (p *Proxy) Serve(ln net.Listener) error {
 			pause = shortest
 			continue
 		}
-		if p.closing.Load() {
+		if p.closing.Load() || !p.serves(ln) {
 			return nil
 		}
 		if ownLimit(err) {
@@ -455,7 +455,7 @@ func (p *Proxy) Shutdown(ctx context.Context) (cut int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, ln := range p.listeners {
-		ln.Close()
+		ln.closer.Close()
 	}
 	for c := range p.conns {
 		if c.worker == nil && c.state.CompareAndSwap(stateIdle, stateClosed) {
