@@ -22,6 +22,7 @@ type Config struct {
 	Ready    func() bool             // whether /readyz says so
 	Metrics  fasthttp.RequestHandler // /metrics; nil: not served
 	Profiles fasthttp.RequestHandler // /debug/pprof/, with its own rule of access; nil: not served
+	Reload   fasthttp.RequestHandler // POST /reload, with its own rule of access; nil: not served
 	API      fasthttp.RequestHandler // /register and /services, likewise
 	Log      *slog.Logger
 }
@@ -85,6 +86,13 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 		}
 	case strings.HasPrefix(path, "/debug/pprof/") && s.cfg.Profiles != nil:
 		s.cfg.Profiles(ctx)
+	case path == "/reload" && s.cfg.Reload != nil:
+		if !ctx.IsPost() {
+			ctx.Response.Header.Set(fasthttp.HeaderAllow, "POST")
+			registry.Problem(ctx, fasthttp.StatusMethodNotAllowed, "", "this path answers POST")
+			return
+		}
+		s.cfg.Reload(ctx)
 	case s.cfg.API != nil && registry.Serves(path):
 		s.cfg.API(ctx)
 		if stream := registry.Stream(ctx); stream != nil {
@@ -135,6 +143,9 @@ func (s *Server) paths() string {
 	}
 	if s.cfg.Profiles != nil {
 		paths = append(paths, "/debug/pprof/")
+	}
+	if s.cfg.Reload != nil {
+		paths = append(paths, "/reload")
 	}
 	if s.cfg.API != nil {
 		paths = append(paths, "/register", "/services")

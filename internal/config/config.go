@@ -20,17 +20,17 @@ import (
 
 // Gateway is the configuration of one gateway, as flags. Every flag --x-y is read from KERBEROS_X_Y too, then from the
 // second name in its `also` tag, then as x-y from a file; an empty variable counts as not set.
-// Default < file < environment < flag.
+// Default < file < environment < flag. What has a `live` tag can change while the gateway runs.
 type Gateway struct {
 	Config string `type:"file" placeholder:"FILE" nofile:"" group:"listeners" help:"YAML file of settings, routes and services; without it kerberos.yaml of the working directory, if it is there."`
 
-	Listen        string        `default:":8080" type:"listen" placeholder:"ADDR" group:"listeners" help:"Where clients are served; port 0 takes a free one."`
-	Admin         string        `default:"127.0.0.1:9901" type:"listen-or-off" placeholder:"ADDR" group:"listeners" help:"Where /healthz, /readyz, /metrics, /debug/pprof/ and the API are served, or off."`
-	HealthPath    string        `type:"path" placeholder:"PATH" group:"listeners" help:"A path answered on --listen by the gateway itself, for a load balancer in front: 200 while ready, else 503."`
-	LogRequests   Switch        `default:"off" group:"listeners" help:"Log a line for each request."`
+	Listen        string        `live:"" default:":8080" type:"listen" placeholder:"ADDR" group:"listeners" help:"Where clients are served; port 0 takes a free one."`
+	Admin         string        `live:"" default:"127.0.0.1:9901" type:"listen-or-off" placeholder:"ADDR" group:"listeners" help:"Where /healthz, /readyz, /metrics, /debug/pprof/ and the API are served, or off."`
+	HealthPath    string        `live:"" type:"path" placeholder:"PATH" group:"listeners" help:"A path answered on --listen by the gateway itself, for a load balancer in front: 200 while ready, else 503."`
+	LogRequests   Switch        `live:"" default:"off" group:"listeners" help:"Log a line for each request."`
 	Metrics       Switch        `default:"on" negatable:"" group:"listeners" help:"Count and time requests, and serve /metrics on --admin."`
-	DrainTimeout  time.Duration `default:"30s" min:"0s" group:"listeners" help:"How long requests in flight may take to end at a shutdown."`
-	ShutdownDelay time.Duration `default:"0s" min:"0s" group:"listeners" help:"How long the listeners stay open at a shutdown, with /readyz failing."`
+	DrainTimeout  time.Duration `live:"" default:"30s" min:"0s" group:"listeners" help:"How long requests in flight may take to end at a shutdown."`
+	ShutdownDelay time.Duration `live:"" default:"0s" min:"0s" group:"listeners" help:"How long the listeners stay open at a shutdown, with /readyz failing."`
 
 	Data string `type:"directory" placeholder:"DIR" group:"registry" help:"Keep registrations in DIR, so that they are there again after a restart; without it they end with the process."`
 
@@ -41,52 +41,52 @@ type Gateway struct {
 	AdminCert      string         `type:"file" placeholder:"FILE" group:"access" help:"PEM file of the certificate with which --admin speaks TLS; read again when it changes, as the next two are."`
 	AdminKey       string         `type:"file" placeholder:"FILE" group:"access" help:"PEM file of its key."`
 	AdminClientCA  string         `type:"file" placeholder:"FILE" group:"access" help:"PEM file of the authorities of client certificates, which then stand for a token. Without --tokens each has all rights."`
-	AddrAllow      []netip.Prefix `placeholder:"NETWORK" group:"access" help:"Where registered addresses may point, loopback included; all others are refused."`
-	AddrDeny       []netip.Prefix `placeholder:"NETWORK" group:"access" help:"Where registered addresses may not point."`
+	AddrAllow      []netip.Prefix `live:"" placeholder:"NETWORK" group:"access" help:"Where registered addresses may point, loopback included; all others are refused."`
+	AddrDeny       []netip.Prefix `live:"" placeholder:"NETWORK" group:"access" help:"Where registered addresses may not point."`
 	TrustedProxies []netip.Prefix `placeholder:"NETWORK" group:"access" help:"Proxies in front whose X-Forwarded-* and Forwarded fields are believed. The API then needs a token."`
 
-	Strategy lb.Strategy `default:"round-robin" also:"BALANCER_STRATEGY" group:"traffic" help:"How requests spread: ${strategies}."`
-	Route    []Route     `placeholder:"PREFIX=SERVICE" group:"traffic" help:"Send paths under PREFIX to SERVICE; repeatable. '/*' keeps the rule without routes, that the first path segment names the service, as the last resort."`
-	Retries  int         `default:"2" min:"0" also:"RETRY_MAX" group:"traffic" help:"Further attempts once an instance may have seen the request. What was not written at all is always tried elsewhere, at up to ${most_tried} instances."`
+	Strategy lb.Strategy `live:"" default:"round-robin" also:"BALANCER_STRATEGY" group:"traffic" help:"How requests spread: ${strategies}."`
+	Route    []Route     `live:"" placeholder:"PREFIX=SERVICE" group:"traffic" help:"Send paths under PREFIX to SERVICE; repeatable. '/*' keeps the rule without routes, that the first path segment names the service, as the last resort."`
+	Retries  int         `live:"" default:"2" min:"0" also:"RETRY_MAX" group:"traffic" help:"Further attempts once an instance may have seen the request. What was not written at all is always tried elsewhere, at up to ${most_tried} instances."`
 
-	AllowUpgrades []string `default:"websocket" type:"protocols" placeholder:"PROTOCOL" group:"traffic" help:"Protocols to which clients may upgrade, a name such as websocket or with a version such as foo/2, or none."`
+	AllowUpgrades []string `live:"" default:"websocket" type:"protocols" placeholder:"PROTOCOL" group:"traffic" help:"Protocols to which clients may upgrade, a name such as websocket or with a version such as foo/2, or none."`
 
-	BreakerFailures int           `default:"5" min:"1" also:"BREAKER_FAILURES" group:"traffic" help:"Failures in a row that open the breaker of an instance."`
-	BreakerOpen     time.Duration `default:"30s" min:"1ms" also:"BREAKER_OPEN" group:"traffic" help:"How long a breaker stays open before it is probed."`
-	BreakerProbes   int           `default:"3" min:"1" also:"BREAKER_PROBES" group:"traffic" help:"Probes that must all succeed to close a breaker."`
-	BreakerStatuses []int         `default:"502,503,504" type:"status" group:"traffic" help:"Statuses of a backend that count as its failure."`
+	BreakerFailures int           `live:"" default:"5" min:"1" also:"BREAKER_FAILURES" group:"traffic" help:"Failures in a row that open the breaker of an instance."`
+	BreakerOpen     time.Duration `live:"" default:"30s" min:"1ms" also:"BREAKER_OPEN" group:"traffic" help:"How long a breaker stays open before it is probed."`
+	BreakerProbes   int           `live:"" default:"3" min:"1" also:"BREAKER_PROBES" group:"traffic" help:"Probes that must all succeed to close a breaker."`
+	BreakerStatuses []int         `live:"" default:"502,503,504" type:"status" group:"traffic" help:"Statuses of a backend that count as its failure."`
 
-	AmbiguousPaths string   `default:"refuse" enum:"refuse,pass,normalize" group:"traffic" help:"Paths that a backend may read in another way: refuse (400), pass (as they came) or normalize (routed and sent as they are read)."`
-	AllowMethods   []string `type:"methods" placeholder:"METHOD" group:"traffic" help:"Pass on CONNECT or TRACE, which are refused with 405 otherwise."`
+	AmbiguousPaths string   `live:"" default:"refuse" enum:"refuse,pass,normalize" group:"traffic" help:"Paths that a backend may read in another way: refuse (400), pass (as they came) or normalize (routed and sent as they are read)."`
+	AllowMethods   []string `live:"" type:"methods" placeholder:"METHOD" group:"traffic" help:"Pass on CONNECT or TRACE, which are refused with 405 otherwise."`
 
 	UpstreamCA       Authorities `placeholder:"FILE" group:"traffic" help:"PEM file of the certificate authorities for https backends, instead of the system's."`
 	UpstreamInsecure Switch      `default:"off" group:"traffic" help:"Do not verify https backends. For trials only."`
-	Via              Switch      `default:"on" negatable:"" group:"traffic" help:"Add Via to what is passed on, so that loops are found."`
+	Via              Switch      `live:"" default:"on" negatable:"" group:"traffic" help:"Add Via to what is passed on, so that loops are found."`
 
-	ClientFirstByteTimeout time.Duration `default:"30s" min:"0s" group:"limits" help:"A new connection that sends nothing is closed."`
-	ClientHeadTimeout      time.Duration `default:"10s" min:"0s" group:"limits" help:"From the first byte of a request head to its end."`
-	ClientIdleTimeout      time.Duration `default:"75s" min:"0s" group:"limits" help:"A kept-alive connection between requests."`
-	ClientBodyTimeout      time.Duration `default:"30s" min:"0s" group:"limits" help:"A client that sends no byte of its request body."`
-	ClientWriteTimeout     time.Duration `default:"60s" min:"0s" group:"limits" help:"A client that takes no byte of its response."`
-	ClientMinUpload        int64         `default:"0" type:"size" placeholder:"SIZE" group:"limits" help:"Bytes a second that a client must send of a request body, over the time that it is waited for."`
-	ClientMinDownload      int64         `default:"0" type:"size" placeholder:"SIZE" group:"limits" help:"Bytes a second that a client must take of a response, over the time that it is waited for."`
-	AbortOnFin             Switch        `default:"on" negatable:"" group:"limits" help:"A client that ends its stream behind its request is taken for gone after 1s; off waits on."`
-	RequestTimeout         time.Duration `default:"30s" min:"0s" also:"REQUEST_TIMEOUT" group:"limits" help:"From the last byte of a request to the head of its response, all attempts together."`
-	ConnectTimeout         time.Duration `default:"2s" min:"0s" group:"limits" help:"For one connection to one address."`
-	ResponseIdleTimeout    time.Duration `default:"5m" min:"0s" group:"limits" help:"A backend that sends no byte in the middle of a response."`
-	TunnelIdleTimeout      time.Duration `default:"1h" min:"0s" group:"limits" help:"How long nothing may move on an upgraded connection."`
+	ClientFirstByteTimeout time.Duration `live:"" default:"30s" min:"0s" group:"limits" help:"A new connection that sends nothing is closed."`
+	ClientHeadTimeout      time.Duration `live:"" default:"10s" min:"0s" group:"limits" help:"From the first byte of a request head to its end."`
+	ClientIdleTimeout      time.Duration `live:"" default:"75s" min:"0s" group:"limits" help:"A kept-alive connection between requests."`
+	ClientBodyTimeout      time.Duration `live:"" default:"30s" min:"0s" group:"limits" help:"A client that sends no byte of its request body."`
+	ClientWriteTimeout     time.Duration `live:"" default:"60s" min:"0s" group:"limits" help:"A client that takes no byte of its response."`
+	ClientMinUpload        int64         `live:"" default:"0" type:"size" placeholder:"SIZE" group:"limits" help:"Bytes a second that a client must send of a request body, over the time that it is waited for."`
+	ClientMinDownload      int64         `live:"" default:"0" type:"size" placeholder:"SIZE" group:"limits" help:"Bytes a second that a client must take of a response, over the time that it is waited for."`
+	AbortOnFin             Switch        `live:"" default:"on" negatable:"" group:"limits" help:"A client that ends its stream behind its request is taken for gone after 1s; off waits on."`
+	RequestTimeout         time.Duration `live:"" default:"30s" min:"0s" also:"REQUEST_TIMEOUT" group:"limits" help:"From the last byte of a request to the head of its response, all attempts together."`
+	ConnectTimeout         time.Duration `live:"" default:"2s" min:"0s" group:"limits" help:"For one connection to one address."`
+	ResponseIdleTimeout    time.Duration `live:"" default:"5m" min:"0s" group:"limits" help:"A backend that sends no byte in the middle of a response."`
+	TunnelIdleTimeout      time.Duration `live:"" default:"1h" min:"0s" group:"limits" help:"How long nothing may move on an upgraded connection."`
 	UpstreamIdleTimeout    time.Duration `default:"4s" min:"0s" group:"limits" help:"How long a connection to a backend is kept without a request."`
-	TotalTimeout           time.Duration `default:"0s" min:"0s" group:"limits" help:"From the end of a request head to the end of the response."`
-	MaxBody                int64         `default:"0" type:"size" placeholder:"SIZE" group:"limits" help:"Bytes of a request body."`
-	MaxHead                int           `default:"32KiB" type:"size" max:"1MiB" placeholder:"SIZE" group:"limits" help:"Start line and fields of a request (431) or a response (502); 0 for 1MiB."`
-	MaxFields              int           `default:"200" min:"0" group:"limits" help:"Field lines of a request (431) or a response (502)."`
-	MaxRequestLine         int           `default:"16KiB" type:"size" placeholder:"SIZE" group:"limits" help:"The first line of a request (414)."`
+	TotalTimeout           time.Duration `live:"" default:"0s" min:"0s" group:"limits" help:"From the end of a request head to the end of the response."`
+	MaxBody                int64         `live:"" default:"0" type:"size" placeholder:"SIZE" group:"limits" help:"Bytes of a request body."`
+	MaxHead                int           `live:"" default:"32KiB" type:"size" max:"1MiB" placeholder:"SIZE" group:"limits" help:"Start line and fields of a request (431) or a response (502); 0 for 1MiB."`
+	MaxFields              int           `live:"" default:"200" min:"0" group:"limits" help:"Field lines of a request (431) or a response (502)."`
+	MaxRequestLine         int           `live:"" default:"16KiB" type:"size" placeholder:"SIZE" group:"limits" help:"The first line of a request (414)."`
 
-	MaxConnections          Share         `default:"90%" group:"limits" help:"Connections of clients at once: a number, or a percentage of the descriptors that the process may open."`
-	MaxConnectionsPerClient int           `default:"0" min:"0" group:"limits" help:"Connections of one client address at once, but for trusted proxies."`
-	MaxInFlightPerInstance  int           `default:"0" min:"0" group:"limits" help:"Requests at one instance at once."`
-	MaxInFlightPerService   int           `default:"0" min:"0" group:"limits" help:"Requests of one service at once."`
-	QueueTimeout            time.Duration `default:"1s" min:"0s" group:"limits" help:"How long a request may wait for a place below the limits of requests; 0s is not at all."`
+	MaxConnections          Share         `live:"" default:"90%" group:"limits" help:"Connections of clients at once: a number, or a percentage of the descriptors that the process may open."`
+	MaxConnectionsPerClient int           `live:"" default:"0" min:"0" group:"limits" help:"Connections of one client address at once, but for trusted proxies."`
+	MaxInFlightPerInstance  int           `live:"" default:"0" min:"0" group:"limits" help:"Requests at one instance at once."`
+	MaxInFlightPerService   int           `live:"" default:"0" min:"0" group:"limits" help:"Requests of one service at once."`
+	QueueTimeout            time.Duration `live:"" default:"1s" min:"0s" group:"limits" help:"How long a request may wait for a place below the limits of requests; 0s is not at all."`
 	MetricsMaxSeries        int           `default:"100000" min:"0" group:"limits" help:"Series of services and instances in /metrics."`
 
 	File     string    `kong:"-"` // that was read; empty: none

@@ -3,9 +3,7 @@ package config
 import (
 	"errors"
 	"fmt"
-	"io"
 	"math"
-	"os"
 	"slices"
 	"strings"
 
@@ -17,9 +15,6 @@ import (
 
 // DefaultFile is read where neither --config nor its variable names another, if it is there.
 const DefaultFile = "kerberos.yaml"
-
-// maxFile is the largest file of settings, in bytes.
-const maxFile = 16 << 20
 
 // file is a file of settings that was read, and what it holds by key.
 type file struct {
@@ -55,25 +50,6 @@ func (e *FileError) Error() string {
 	number := fmt.Sprint(e.Line)
 	text := strings.ReplaceAll(e.Text, "\t", " ")
 	return fmt.Sprintf("%s\n  %s | %s\n  %*s | %*s^", place, number, text, len(number), "", max(e.Column-1, 0), "")
-}
-
-// readFile reads a regular file: another one may be waited for, and can be read once only.
-func readFile(name string) ([]byte, error) {
-	if info, err := os.Stat(name); err != nil {
-		return nil, err
-	} else if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is no regular file", name)
-	}
-	f, err := os.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err == nil && len(data) > maxFile {
-		err = fmt.Errorf("%s has more than %s", name, sizeText(maxFile))
-	}
-	return data, err
 }
 
 // parseSettings judges all of a file: a setting that a flag or a variable covers must be right too.

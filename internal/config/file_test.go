@@ -2,6 +2,7 @@ package config
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -261,7 +262,7 @@ func TestWriteSchema(t *testing.T) {
 	for _, flag := range flags {
 		if key := Key(flag); key != "" {
 			keys++
-			if schema.Properties[key].Description != flag.Help {
+			if !strings.HasPrefix(schema.Properties[key].Description, flag.Help) {
 				t.Errorf("%s is described as %q", key, schema.Properties[key].Description)
 			}
 		}
@@ -381,5 +382,28 @@ func TestFileShowsNoHeader(t *testing.T) {
 		if _, _, err := load(t, text, nil); err == nil || strings.Contains(err.Error(), "s3cret") {
 			t.Errorf("%q: %v", text, err)
 		}
+	}
+}
+
+// BenchmarkLoad is what a reload takes to read and judge a file, with so many instances.
+func BenchmarkLoad(b *testing.B) {
+	for _, n := range []int{1, 1000} {
+		var text strings.Builder
+		text.WriteString("services:\n  users:\n    instances:\n")
+		for i := range n {
+			fmt.Fprintf(&text, "    - {id: i%d, addr: http://10.0.0.%d:8080}\n", i, i%250)
+		}
+		name := filepath.Join(b.TempDir(), "kerberos.yaml")
+		if err := os.WriteFile(name, []byte(text.String()), 0o600); err != nil {
+			b.Fatal(err)
+		}
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, _, err := Load([]string{"--config", name}, func(string) (string, bool) { return "", false }); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }

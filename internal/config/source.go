@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"github.com/alecthomas/kong"
+
+	"kerberos/internal/follow"
 )
 
 // Sources is where the values of a command line come from. A command whose grammar has a Gateway can have it bound.
@@ -18,7 +20,11 @@ type Sources struct {
 	flags  []*kong.Flag    // of the gateway; none if the command has none
 	given  map[string]bool // on the command line
 	file   *file           // nil: there is none
+	seen   follow.Sum      // of it, before it was read
 }
+
+// Seen is the fingerprint of File before it was read.
+func (s *Sources) Seen() follow.Sum { return s.seen }
 
 // File is the name of the file that was read, or empty.
 func (s *Sources) File() string {
@@ -54,6 +60,35 @@ func (s *Sources) Settings() []Setting {
 
 // isSecret says that nobody is to see what a flag is set to.
 func isSecret(flag *kong.Flag) bool { return flag.Tag.Type == "token" }
+
+// Changes lists the settings that differ between what is in force and what is read next: those that can change while a gateway
+// runs, and those that cannot.
+func Changes(now, next *Sources) (live, fixed []string) {
+	for i, flag := range now.flags {
+		a, b := flag.Target.Interface(), next.flags[i].Target.Interface()
+		if ca, ok := a.(Authorities); ok { // which are read once
+			a, b = ca.File, b.(Authorities).File
+		}
+		switch {
+		case reflect.DeepEqual(a, b):
+		case flag.Tag.Has("live"):
+			live = append(live, flag.Name)
+		default:
+			fixed = append(fixed, flag.Name)
+		}
+	}
+	if !reflect.DeepEqual(now.services(), next.services()) {
+		live = append(live, "services")
+	}
+	return live, fixed
+}
+
+func (s *Sources) services() []Service {
+	if s.file == nil {
+		return nil
+	}
+	return s.file.services
+}
 
 // from says where the value of a flag comes from.
 func (s *Sources) from(flag *kong.Flag) string {
@@ -119,7 +154,8 @@ func (s *Sources) read(ctx *kong.Context) error {
 	if name == "" {
 		name = DefaultFile
 	}
-	data, err := readFile(name)
+	s.seen = follow.Fingerprint(name)
+	data, err := follow.Read(name)
 	if named == "" && errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

@@ -44,6 +44,9 @@ func WriteDefaults(w io.Writer) error {
 			fmt.Fprintf(&b, "\n##### %s\n", strings.TrimSuffix(group, ":"))
 		}
 		fmt.Fprintf(&b, "\n# %s\n", flag.Help)
+		if !flag.Tag.Has("live") {
+			b.WriteString("# A change needs a restart.\n")
+		}
 		if flag.HasDefault {
 			fmt.Fprintf(&b, "%s: %s\n", key, yamlValue(flag.Value))
 		} else {
@@ -129,6 +132,9 @@ func schemaOf(flag *kong.Flag) map[string]any {
 		one = map[string]any{"anyOf": []any{one, map[string]any{"type": "array", "minItems": 1, "items": one}}}
 	}
 	one["description"] = flag.Help
+	if !flag.Tag.Has("live") {
+		one["description"] = flag.Help + " A change needs a restart."
+	}
 	if flag.HasDefault {
 		one["default"] = defaultOf(flag.Value)
 	}

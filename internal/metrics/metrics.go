@@ -9,6 +9,7 @@ import (
 	"math"
 	"slices"
 	"strconv"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -36,8 +37,15 @@ type Config struct {
 	Proxy     *proxy.Proxy
 	Registry  *registry.Registry
 	Ready     func() bool
+	Reloads   func() Reloads
 	MaxSeries int // of services and instances; less than 1 is no limit
 	Log       *slog.Logger
+}
+
+// Reloads is how often the configuration was read again.
+type Reloads struct {
+	Done, Failed uint64
+	Last         time.Time // that it was taken over; at the start too
 }
 
 // Handler answers scrapes: in the text format, OpenMetrics or protobuf, which alone has native histograms.
@@ -101,6 +109,8 @@ var (
 	holds       = gauge("holds", "Connections that keep instances registered.")
 	expired     = counter("expired_instances_total", "Instances that left without a word: their lease ended, or the connection that held them.")
 	unwritten   = counter("registry_write_failures_total", "How often registrations could not be written to --data.")
+	reloads     = counter("config_reloads_total", "How often the configuration was read again, by what came of it; a failure has changed nothing.")
+	reloaded    = gauge("config_last_reload_success_timestamp_seconds", "When the configuration in force was read.")
 	omitted     = gauge("metrics_omitted", "Services and instances that have no metrics because of --metrics-max-series.")
 )
 
@@ -158,6 +168,10 @@ func (g *gateway) Gather() ([]*dto.MetricFamily, error) {
 	out.add(holds, float64(registered.Holds), nil)
 	out.add(expired, float64(registered.Expired), nil)
 	out.add(unwritten, float64(registered.WriteFailures), nil)
+	read := g.cfg.Reloads()
+	out.add(reloads, float64(read.Done), pairs("outcome", "success"))
+	out.add(reloads, float64(read.Failed), pairs("outcome", "failure"))
+	out.add(reloaded, float64(read.Last.UnixMilli())/1e3, nil)
 	g.services(out)
 
 	all, err := g.process.Gather()
