@@ -278,7 +278,7 @@ func (e *Edits) check(response bool) error {
 	}
 	for _, f := range e.Add {
 		if identify([]byte(f.Name)) == fieldHost {
-			return fmt.Errorf("Host cannot be added: there is one; set it")
+			return fmt.Errorf("a Host cannot be added: there is one; set it")
 		}
 	}
 	for _, name := range e.Remove {
@@ -286,7 +286,7 @@ func (e *Edits) check(response bool) error {
 			return err
 		}
 		if identify([]byte(name)) == fieldHost {
-			return fmt.Errorf("Host cannot be removed: set it")
+			return fmt.Errorf("a Host cannot be removed: set it")
 		}
 		if err := mayEdit(name, response); err != nil {
 			return err
