@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -23,6 +24,7 @@ import (
 
 	"kerberos/cb"
 	"kerberos/internal/access"
+	"kerberos/internal/accesslog"
 	"kerberos/internal/admin"
 	"kerberos/internal/cli"
 	"kerberos/internal/config"
@@ -104,12 +106,21 @@ type gatewayCommand struct {
 func (c *gatewayCommand) Run() error {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	reopen := make(chan os.Signal, 1)
+	accesslog.NotifyReopen(reopen) // without a log too: it shall not end the process
 	log := slog.New(logHandler(os.Stderr))
 	memory.Tune()
 	g, err := start(c.Gateway, log)
 	if err != nil {
 		return err
 	}
+	go func() {
+		for range reopen {
+			if g.accessLog != nil {
+				g.accessLog.Reopen()
+			}
+		}
+	}()
 	select {
 	case s := <-signals:
 		log.Info("stopping", "signal", s.String(), "shutdown_delay", c.ShutdownDelay.String(), "drain_timeout", c.DrainTimeout.String())
@@ -139,7 +150,8 @@ type gateway struct {
 	data, admin net.Listener // admin is nil if off
 	registry    *registry.Registry
 	proxy       *proxy.Proxy
-	ops         *admin.Server // nil with admin
+	accessLog   *accesslog.Log // nil if off
+	ops         *admin.Server  // nil with admin
 	serving     sync.WaitGroup
 	failed      chan error // a listener that ended by itself
 }
@@ -213,13 +225,27 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		NoVia:            !bool(cfg.Via),
 		HealthPath:       cfg.HealthPath,
 		Ready:            g.ready.Load,
-		LogRequests:      bool(cfg.LogRequests),
+		RequestIDs:       bool(cfg.RequestID),
+		Loops:            runtime.GOMAXPROCS(0),
 		AmbiguousPaths:   proxy.PathPolicy(cfg.AmbiguousPaths),
 		AllowMethods:     cfg.AllowMethods,
 		Log:              log,
 	}
 	for _, route := range cfg.Route {
 		forwarding.Routes = append(forwarding.Routes, proxy.RoutePrefix(route))
+	}
+	if cfg.AccessLog != config.Off {
+		g.accessLog, err = accesslog.Open(accesslog.Config{
+			Path:   cfg.AccessLog,
+			Format: accesslog.Format(cfg.AccessLogFormat),
+			Share:  float64(cfg.AccessLogSample),
+			Loops:  forwarding.Loops,
+			Log:    log,
+		})
+		if err != nil {
+			return nil, fmt.Errorf("--access-log: %w", err)
+		}
+		forwarding.AccessLog = g.accessLog.Write
 	}
 	if cfg.API.OnData() {
 		registration.Reserved = registry.ServedNames()
@@ -297,6 +323,7 @@ func (g *gateway) stop() {
 	if cut == 0 {
 		g.proxy.Close() // it would wait for those that were cut, which end with the process
 	}
+	g.closeAccessLog()
 	g.log.Info("stopped")
 }
 
@@ -312,6 +339,16 @@ func (g *gateway) close() {
 	}
 	if g.proxy != nil {
 		g.proxy.Close()
+	}
+	g.closeAccessLog()
+}
+
+func (g *gateway) closeAccessLog() {
+	if g.accessLog == nil {
+		return
+	}
+	if err := g.accessLog.Close(); err != nil {
+		g.log.Warn("the access log was not written to its end", "reason", err.Error())
 	}
 }
 

@@ -33,6 +33,7 @@ func (c *conn) refuse(err *refusal, last bool) (keep bool) {
 // refuseWith is refuse with another text, and Retry-After (in seconds) if that is more than 0. Nobody may keep the answer:
 // the next one to the same request may be another.
 func (c *conn) refuseWith(err *refusal, last bool, text string, retryAfter int) (keep bool) {
+	c.x.tally.reason = err.kind
 	contentType, body := c.explanation(err.status, text)
 	out := c.ownHead(err.status, contentType)
 	out = append(out, "Cache-Control: no-store\r\nProxy-Status: kerberos; error="...)
@@ -97,7 +98,7 @@ const plainText = "text/plain; charset=utf-8"
 // ownHead begins a response of the gateway's own.
 func (c *conn) ownHead(status int, contentType string) []byte {
 	c.x.status = status
-	return c.p.appendOwnHead(c.out[:0], status, contentType)
+	return c.x.appendID(c.p.appendOwnHead(c.out[:0], status, contentType))
 }
 
 func (p *Proxy) appendOwnHead(dst []byte, status int, contentType string) []byte {
@@ -122,7 +123,9 @@ func (c *conn) endOwnHead(out []byte, length int, last bool) []byte {
 	case c.req.minor == 0:
 		out = append(out, "Connection: keep-alive\r\n"...)
 	}
-	return append(out, "\r\n"...)
+	out = append(out, "\r\n"...)
+	c.x.tally.head = c.x.tally.sent + int64(len(out))
+	return out
 }
 
 // passBody passes over a body that nobody reads, and reports whether the connection goes on behind an answer of the
@@ -140,6 +143,7 @@ func (c *conn) passBody() bool {
 			return false
 		}
 		c.in.r += int(r.length)
+		x.tally.received = max(0, r.length)
 		x.bodyRead = true
 	}
 	return (r.minor == 1 || r.keepAlive) && !r.close && !c.p.closing.Load()
@@ -178,7 +182,7 @@ func (x *exchange) noteGone(err error) bool {
 	if slow {
 		x.c.reset() // what waits for it in the socket would wait there for minutes
 	}
-	x.status = statusClientGone
+	x.status, x.tally.reason = statusClientGone, kindOf(err)
 	return true
 }
 
@@ -335,6 +339,9 @@ func (c *conn) api() (keep bool) {
 	} else if c.req.minor == 0 {
 		ctx.Response.Header.Set("Connection", "keep-alive")
 	}
+	if x.id != nil {
+		ctx.Response.Header.SetBytesV("X-Request-Id", x.id)
+	}
 	ctx.Response.SkipBody = ctx.IsHead()
 	x.status = ctx.Response.StatusCode()
 	out := bytes.NewBuffer(c.out[:0])
@@ -343,6 +350,9 @@ func (c *conn) api() (keep bool) {
 		return false
 	}
 	c.out = out.Bytes()
+	if end := bytes.Index(c.out, headEnd); end >= 0 {
+		x.tally.head = x.tally.sent + int64(end+len(headEnd))
+	}
 	return c.flush() == nil && keep
 }
 

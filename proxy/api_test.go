@@ -263,7 +263,7 @@ func TestHealthPath(t *testing.T) {
 
 // One line a request, with what is known of it.
 func TestLogRequests(t *testing.T) {
-	g := startGateway(t, func(cfg *Config) { patient(0)(cfg); cfg.LogRequests = true }, nil)
+	g := startGateway(t, func(cfg *Config) { patient(0)(cfg); logRequests(cfg) }, nil)
 	g.register(t, "echo", "a", refusedAddr(t))
 	g.register(t, "echo", "b", startActor(t, says("b")).url())
 	c := g.dial(t)

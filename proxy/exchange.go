@@ -90,6 +90,8 @@ type exchange struct {
 	keep    bool      // the client connection goes on behind it
 	chunks  bool      // it is sent in chunks
 	status  int
+	tally   tally
+	marks
 
 	buffers [3]*[]byte // pooled, by use; given back by giveBack
 }
@@ -133,6 +135,10 @@ func (x *exchange) begin(now time.Time) {
 	x.interim, x.finAt, x.begun = false, time.Time{}, false
 	x.uploadPace, x.download = pace{}, pace{}
 	x.counted, x.full, x.queued = false, false, false
+	x.tally = tally{}
+	if x.p().marked {
+		x.mark()
+	}
 }
 
 // over is when the request has taken as long as it may in all.
@@ -197,6 +203,9 @@ func (x *exchange) end(o outcome, reason error) {
 	}
 	x.running = false
 	u := x.upstream
+	if x.trace.spans != nil {
+		x.trace.spans.endAttempt(x.res.status, reason)
+	}
 	switch {
 	case x.settled:
 	case o == success:
@@ -264,6 +273,7 @@ func (x *exchange) hold(patient bool) error {
 	}
 	if !r.chunked && int64(len(b.waiting())) >= r.length { // it came with the head
 		x.held = b.b[b.r : b.r+int(r.length)]
+		x.tally.received = r.length
 		b.r += int(r.length)
 		b.base = b.r
 		x.bodyRead = true
@@ -283,7 +293,11 @@ func (x *exchange) hold(patient bool) error {
 	}
 	held := x.borrow(heldBuffer)[:0]
 	b.grow(b.base + firstBuffer)
-	slowest := time.Now().Add(chunkPatience)
+	from := time.Now()
+	slowest := from.Add(chunkPatience)
+	defer func() {
+		x.tally.held, x.tally.received = time.Since(from), int64(len(x.held))
+	}()
 	for {
 		data, done, err := x.body.next(b, maxHeld-len(held))
 		held = append(held, data...)
@@ -361,6 +375,7 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 	if x.attempts > 1 || !x.complete || len(x.held) > 0 || x.queued {
 		x.sent = time.Now()
 	}
+	x.noteAsked()
 	if x.c.req.switching {
 		x.reused = false
 		x.lease, x.backend, err = u.dialApart(x.c.pool(), x.timeLeft())
@@ -752,7 +767,10 @@ func (x *exchange) appendResponse(dst []byte) []byte {
 	if !bodyless && res.length < 0 && r.minor == 0 {
 		x.keep = false // the end of the connection is the end of the body
 	}
-	out := res.append(dst)
+	if x.id != nil {
+		res.dropID()
+	}
+	out := x.appendID(res.append(dst))
 	if !res.hasDate {
 		out = x.p().appendDate(out)
 	}
@@ -765,7 +783,9 @@ func (x *exchange) appendResponse(dst []byte) []byte {
 	case r.minor == 0:
 		out = append(out, "Connection: keep-alive\r\n"...)
 	}
-	return append(out, '\r', '\n')
+	out = append(out, '\r', '\n')
+	x.tally.head = x.tally.sent + int64(len(out)-len(dst))
+	return out
 }
 
 // finish sends the response and ends the exchange. What has not come in yet is passed on as it comes.
@@ -775,6 +795,10 @@ func (x *exchange) finish() (keep bool) {
 		x.noteFIN(time.Now())
 	}
 	x.started, x.status = true, x.res.status
+	x.tally.streamed = !x.resEnded
+	if x.p().recorded {
+		x.noteAnswered(time.Now())
+	}
 	if x.switches() {
 		x.openTunnel()
 		return false
@@ -789,6 +813,7 @@ func (x *exchange) finish() (keep bool) {
 	}
 	err := x.relay()
 	x.endUpload()
+	x.tally.reason, x.tally.cut = kindOf(err), err != nil
 	switch {
 	case err == nil:
 		x.end(x.verdict())
