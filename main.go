@@ -29,6 +29,7 @@ import (
 	"kerberos/internal/cli"
 	"kerberos/internal/config"
 	"kerberos/internal/memory"
+	"kerberos/internal/tracing"
 	"kerberos/proxy"
 	"kerberos/registry"
 )
@@ -150,8 +151,9 @@ type gateway struct {
 	data, admin net.Listener // admin is nil if off
 	registry    *registry.Registry
 	proxy       *proxy.Proxy
-	accessLog   *accesslog.Log // nil if off
-	ops         *admin.Server  // nil with admin
+	accessLog   *accesslog.Log  // nil if off
+	tracer      *tracing.Tracer // nil if off
+	ops         *admin.Server   // nil with admin
 	serving     sync.WaitGroup
 	failed      chan error // a listener that ended by itself
 }
@@ -247,6 +249,13 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		}
 		forwarding.AccessLog = g.accessLog.Write
 	}
+	if cfg.OTLPEndpoint != "" {
+		g.tracer, err = tracing.New(tracing.Config{Endpoint: cfg.OTLPEndpoint, GRPC: cfg.OTLPProtocol == config.GRPC, Log: log})
+		if err != nil {
+			return nil, usageError{err}
+		}
+		forwarding.Trace, forwarding.TraceShare = g.tracer.Trace, float64(cfg.TraceSample)
+	}
 	if cfg.API.OnData() {
 		registration.Reserved = registry.ServedNames()
 		forwarding.API = guarded
@@ -323,7 +332,7 @@ func (g *gateway) stop() {
 	if cut == 0 {
 		g.proxy.Close() // it would wait for those that were cut, which end with the process
 	}
-	g.closeAccessLog()
+	g.closeLogs()
 	g.log.Info("stopped")
 }
 
@@ -340,15 +349,22 @@ func (g *gateway) close() {
 	if g.proxy != nil {
 		g.proxy.Close()
 	}
-	g.closeAccessLog()
+	g.closeLogs()
 }
 
-func (g *gateway) closeAccessLog() {
-	if g.accessLog == nil {
-		return
+// closeLogs writes and sends what there is to say of requests that have ended.
+func (g *gateway) closeLogs() {
+	if g.accessLog != nil {
+		if err := g.accessLog.Close(); err != nil {
+			g.log.Warn("the access log was not written to its end", "reason", err.Error())
+		}
 	}
-	if err := g.accessLog.Close(); err != nil {
-		g.log.Warn("the access log was not written to its end", "reason", err.Error())
+	if g.tracer != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), tracing.CloseTimeout)
+		defer cancel()
+		if err := g.tracer.Close(ctx); err != nil {
+			g.log.Warn("the last traces were not sent", "reason", err.Error())
+		}
 	}
 }
 

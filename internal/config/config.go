@@ -56,7 +56,7 @@ type Gateway struct {
 	RequestID       Switch  `default:"off" group:"logs" help:"Give each request an X-Request-Id, for the backend and on the response; one from --trusted-proxies is kept."`
 	OTLPEndpoint    string  `type:"otlp" placeholder:"URL" group:"logs" help:"Send traces to this OpenTelemetry collector, such as http://127.0.0.1:4318."`
 	OTLPProtocol    string  `default:"http" enum:"http,grpc" group:"logs" help:"How it is spoken to: http or grpc."`
-	TraceSample     Portion `default:"100%" group:"logs" help:"Of the requests, those that are traced, unless one of --trusted-proxies has decided."`
+	TraceSample     Portion `default:"1%" group:"logs" help:"Of the requests, those that are traced, unless one of --trusted-proxies has decided."`
 
 	ClientFirstByteTimeout time.Duration `default:"30s" min:"0s" group:"limits" help:"A new connection that sends nothing is closed."`
 	ClientHeadTimeout      time.Duration `default:"10s" min:"0s" group:"limits" help:"From the first byte of a request head to its end."`

@@ -53,7 +53,7 @@ func TestValues(t *testing.T) {
 		MaxConnections: Share{Percent: 90}, QueueTimeout: time.Second,
 		AmbiguousPaths: "refuse", MaxHead: 32 << 10, MaxFields: 200, MaxRequestLine: 16 << 10,
 		AllowUpgrades: []string{"websocket"}, TunnelIdleTimeout: time.Hour,
-		AccessLog: "off", AccessLogFormat: "json", AccessLogSample: 1, OTLPProtocol: "http", TraceSample: 1,
+		AccessLog: "off", AccessLogFormat: "json", AccessLogSample: 1, OTLPProtocol: "http", TraceSample: 0.01,
 	}
 	tests := []struct {
 		name string

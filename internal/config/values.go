@@ -22,6 +22,9 @@ import (
 // Off is the --admin that opens no admin listener, and the --access-log that writes none.
 const Off = "off"
 
+// GRPC is the --otlp-protocol beside http.
+const GRPC = "grpc"
+
 // API says which listeners serve the API.
 type API string
 
