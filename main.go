@@ -154,6 +154,8 @@ type gateway struct {
 	accessLog   *accesslog.Log  // nil if off
 	tracer      *tracing.Tracer // nil if off
 	ops         *admin.Server   // nil with admin
+	rule        *access.Rule
+	tls         *access.TLS // of admin; nil: it has none
 	serving     sync.WaitGroup
 	failed      chan error // a listener that ended by itself
 }
@@ -178,15 +180,27 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		own = append(own, bound(g.admin))
 	}
 
-	rule := access.New(access.Config{
+	g.rule, err = access.New(access.Config{
 		Token:          cfg.Token,
+		Tokens:         cfg.Tokens,
+		Certificates:   cfg.AdminClientCA != "",
 		Allow:          cfg.APIAllow.Networks,
 		AllowNone:      cfg.APIAllow.None,
 		AllowSet:       cfg.APIAllow.Set,
 		TrustedProxies: len(cfg.TrustedProxies) > 0,
+		Log:            log,
 	})
+	if err != nil {
+		return nil, usageError{fmt.Errorf("--tokens: %w", err)}
+	}
+	if cfg.AdminCert != "" {
+		g.tls, err = access.NewTLS(access.TLSConfig{Cert: cfg.AdminCert, Key: cfg.AdminKey, ClientCA: cfg.AdminClientCA, Log: log})
+		if err != nil {
+			return nil, usageError{err}
+		}
+	}
 	var api fasthttp.RequestHandler // describes what the proxy does, which is made with it
-	guarded := rule.Wrap(func(ctx *fasthttp.RequestCtx) { api(ctx) })
+	guarded := g.rule.Wrap(func(ctx *fasthttp.RequestCtx) { api(ctx) })
 
 	registration := registry.Config{Addrs: registry.AddrPolicy{Allow: cfg.AddrAllow, Deny: cfg.AddrDeny, Own: own}, Log: log}
 	forwarding := proxy.Config{
@@ -259,16 +273,24 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 	if cfg.API.OnData() {
 		registration.Reserved = registry.ServedNames()
 		forwarding.API = guarded
-		forwarding.MayRead = func(ctx *fasthttp.RequestCtx) bool { return rule.Check(ctx) == nil }
+		forwarding.MayRead = g.rule.MayReadAll
 	}
 
-	g.registry = registry.New(registration)
+	if cfg.Data == "" {
+		g.registry = registry.New(registration)
+		log.Info("registrations end with this process; --data keeps them")
+	} else if g.registry, err = registry.Open(registration, cfg.Data); err != nil {
+		return nil, fmt.Errorf("--data: %w", err)
+	}
 	forwarding.Registry = g.registry
 	if g.proxy, err = proxy.New(forwarding, nil); err != nil {
 		return nil, usageError{err}
 	}
 	api = registry.NewHandler(g.registry, g.proxy)
 	g.registry.OnChange(g.proxy.Update)
+	for _, name := range g.registry.Names() { // that were registered before
+		g.proxy.Update(name)
+	}
 	if g.admin != nil {
 		operation := admin.Config{Ready: g.ready.Load, Log: log}
 		if cfg.API.OnAdmin() {
@@ -278,17 +300,20 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 	}
 
 	switch {
-	case cfg.Token != "" || cfg.APIAllow.None:
+	case cfg.Token != "" || cfg.Tokens != "" || cfg.AdminClientCA != "" || cfg.APIAllow.None:
 	case len(cfg.TrustedProxies) > 0:
-		log.Warn("nobody may use the API: with --trusted-proxies it needs a token; set --token")
+		log.Warn("nobody may use the API: with --trusted-proxies it needs a token; set --token or --tokens")
 	case cfg.API.OnData() && !bound(g.data).Addr().IsLoopback():
 		log.Warn("the API is served on the data listener without a token: whoever passes the rule of --api-allow may change where traffic goes; set --token or --api=admin")
 	}
-	log.Info("registrations end with this process")
 	g.ready.Store(true)
 	g.serve("data", g.data, g.proxy.Serve)
 	if g.admin != nil {
-		g.serve("admin", g.admin, g.ops.Serve)
+		serve := g.ops.Serve
+		if g.tls != nil {
+			serve = func(ln net.Listener) error { return g.ops.Serve(g.tls.Listener(ln)) }
+		}
+		g.serve("admin", g.admin, serve)
 	}
 	return g, nil
 }
@@ -315,6 +340,7 @@ func (g *gateway) stop() {
 	g.ready.Store(false)
 	time.Sleep(g.cfg.ShutdownDelay)
 	g.registry.Close() // who waits for a drain is answered, and no lease ends any more
+	g.closeAccess()
 	if g.ops != nil {
 		g.serving.Go(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), time.Second) // its requests take milliseconds
@@ -343,6 +369,7 @@ func (g *gateway) close() {
 			_ = c.Close()
 		}
 	}
+	g.closeAccess()
 	if g.registry != nil {
 		g.registry.Close()
 	}
@@ -365,6 +392,16 @@ func (g *gateway) closeLogs() {
 		if err := g.tracer.Close(ctx); err != nil {
 			g.log.Warn("the last traces were not sent", "reason", err.Error())
 		}
+	}
+}
+
+// closeAccess ends what follows the files of tokens and certificates.
+func (g *gateway) closeAccess() {
+	if g.rule != nil {
+		g.rule.Close()
+	}
+	if g.tls != nil {
+		g.tls.Close()
 	}
 }
 

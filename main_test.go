@@ -21,8 +21,8 @@ import (
 	"time"
 )
 
-// Who may import whom: main -> proxy -> lb, cb, registry, which import nothing of ours; internal is main's; nothing
-// imports bench; examples are as programs of others.
+// Who may import whom: main -> proxy -> lb, cb, registry, registry/health, which import nothing of ours above them; internal is
+// main's; nothing imports bench; examples are as programs of others.
 func TestArrows(t *testing.T) {
 	allowed := func(from, to string) bool {
 		switch {
@@ -33,7 +33,7 @@ func TestArrows(t *testing.T) {
 		case from == "bench" || strings.HasPrefix(from, "bench/"):
 			return !strings.HasPrefix(to, "internal/")
 		case from == "proxy" || strings.HasPrefix(from, "proxy/"):
-			return to == "lb" || to == "cb" || to == "registry" || strings.HasPrefix(to, "proxy/")
+			return to == "lb" || to == "cb" || to == "registry" || to == "registry/health" || strings.HasPrefix(to, "proxy/")
 		case from == "registry/client": // which is copied into other projects
 			return false
 		case strings.HasPrefix(from, "examples/"):
@@ -106,6 +106,10 @@ func TestExitCodes(t *testing.T) {
 		{"unknown strategy in the environment", []string{"BALANCER_STRATEGY=fastest"}, nil, 2, []string{"BALANCER_STRATEGY", "fastest", "ip-hash"}},
 		{"bad value", nil, []string{"--request-timeout", "soon"}, 2, []string{"--request-timeout", "soon", "30s"}},
 		{"bad file", nil, []string{"--upstream-ca", "/does/not/exist"}, 2, []string{"--upstream-ca", "/does/not/exist"}},
+		{"a tokens file that is none", nil, []string{"--listen", "127.0.0.1:0", "--admin", "off", "--tokens", "go.mod"}, 2, []string{"--tokens: go.mod:1:1: the file must be a list of entries"}},
+		{"a certificate that is none", nil, []string{"--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--admin-cert", "go.mod", "--admin-key", "go.mod"}, 2, []string{"--admin-cert go.mod"}},
+		{"half of who calls", nil, []string{"services", "--cert", "go.mod"}, 2, []string{"--cert and --key belong together"}},
+		{"nothing of who calls", nil, []string{"services", "--cert", "go.mod", "--key", "go.mod"}, 1, []string{"--cert go.mod and --key go.mod", "PEM"}},
 		{"unknown flag", nil, []string{"--verbose"}, 2, []string{"--verbose"}},
 		{"unknown command", nil, []string{"serve"}, 2, []string{"serve"}},
 		{"missing argument", nil, []string{"register", "echo"}, 2, []string{"<id>"}},

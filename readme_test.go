@@ -104,7 +104,7 @@ func newSession(t *testing.T) *session {
 
 // here makes what the README says what is true in this test; there is the other way round, without what differs each time.
 func (s *session) here(text string) string {
-	text = strings.ReplaceAll(text, savedAs, s.file)
+	text = strings.ReplaceAll(text, "/tmp", filepath.Dir(s.file))
 	return portPattern.ReplaceAllStringFunc(text, func(port string) string { return s.ports[port] })
 }
 
@@ -166,7 +166,7 @@ func (s *session) serve(b block, want string) {
 		old.signal(os.Interrupt)
 		old.wait()
 	}
-	line = strings.Replace(line, "go run "+savedAs, "exec "+s.program, 1)
+	line = strings.Replace(line, "go run "+savedAs, "exec "+strings.TrimSuffix(savedAs, ".go"), 1) // which here makes s.program
 	line = strings.Replace(line, "go run .", `exec "$KERBEROS"`, 1)
 	cmd := exec.Command("bash", "-c", s.here(line))
 	cmd.Env = s.env()
@@ -211,7 +211,7 @@ func (s *session) save(b block) {
 
 // Every command of the README is run, and every output compared.
 func TestReadme(t *testing.T) {
-	for _, tool := range []string{"bash", "curl"} {
+	for _, tool := range []string{"bash", "curl", "openssl"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skipf("the README's commands need %s", tool)
 		}
@@ -411,6 +411,18 @@ func TestReadmeLimits(t *testing.T) {
 		response, _ := exchange(t, g.admin, strings.Replace(post(fmt.Sprintf(`{"service":"echo","id":"drained","drain":%q}`, limit)), "POST", "DELETE", 1))
 		return response.StatusCode
 	}
+	checked := func(members string) int {
+		status, _ := g.post(`{"service":"echo","id":"k","addr":"http://127.0.0.1:1",` + members + `}`)
+		return status
+	}
+	interval := func(d string) int { return checked(`"check":{"tcp":true,"interval":"` + d + `"}`) }
+	timeout := func(d string) int { return checked(`"check":{"tcp":true,"interval":"1h","timeout":"` + d + `"}`) }
+	counts := func(n int) int { return checked(fmt.Sprintf(`"check":{"tcp":true,"fall":%d,"rise":%[1]d}`, n)) }
+	path := func(size int) int { return checked(`"check":{"path":"/` + strings.Repeat("x", size-1) + `"}`) }
+	ranges := func(n int) int {
+		return checked(`"check":{"path":"/","status":"200` + strings.Repeat(",200", n-1) + `"}`)
+	}
+	slow := func(d string) int { return checked(`"slow_start":"` + d + `"`) }
 	head := func(size int) int {
 		raw := get("/echo")
 		raw = strings.Replace(raw, "\r\n\r\n", "\r\nX: "+strings.Repeat("x", size-len(raw)-len("X: \r\n"))+"\r\n\r\n", 1)
@@ -460,26 +472,38 @@ func TestReadmeLimits(t *testing.T) {
 		want         string
 		within, past int
 	}{
-		"fields that a `Connection` field names":      {"32 -> 400", nominated(32), nominated(33)},
-		"size line of a chunk":                        {"4 KiB -> 400", chunked(4000, 0), chunked(4<<10, 0)},
-		"trailer section":                             {"16 KiB -> 400", chunked(0, 15), chunked(0, 17)},
-		"a service's name, an instance's id":          {"128 characters of `A-Z a-z 0-9 . _ ~ : -` -> 400", register(strings.Repeat("x", 128), 1, 0), register(strings.Repeat("x", 129), 1, 0)},
-		"weight":                                      {fmt.Sprintf("%d -> 400", registry.MaxWeight), register("w", registry.MaxWeight, 0), register("w", registry.MaxWeight+1, 0)},
-		"`ttl` of a lease, from 1 s on":               {"24 h -> 400", lend("24h"), lend("24h1s")},
-		"drain":                                       {"1 h -> 400", drained("1h"), drained("61m")},
-		"instances listed as expired, for 10 minutes": {"1000 -> the oldest are forgotten", 0, 0}, // TestManyExpire in registry
-		"body of an API call":                         {fmt.Sprintf("%d KiB -> 413", registry.MaxBody>>10), register("b", 1, 60<<10), register("b", 1, 64<<10)},
-		"interim responses (1xx) before a response":   {"16 -> 502", interim(16), interim(17)},
-		"backend that takes nothing of a request":     {"30 s -> 504", 0, 0}, // TestBackendTakesNothing in proxy
-		"metadata of an instance":                     {"64 -> 400", metadata(64, 1), metadata(65, 1)},
-		"value in metadata, in bytes":                 {"512 -> 400", metadata(1, 512), metadata(1, 513)},
-		"instances asked for one request":             {fmt.Sprintf("%d -> the last one's error", lb.MaxTried), 0, 0},
-		"HTTP/2, TLS to clients":                      {"not yet -> 505 for HTTP/2", 0, raw("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")},
-		"request body that can be sent again":         {"64 KiB -> it is streamed and sent once", upload(g, 3<<20), 0},
-		"registrations":                               {"in memory -> gone with the process", 0, 0},
+		"fields that a `Connection` field names":                     {"32 -> 400", nominated(32), nominated(33)},
+		"size line of a chunk":                                       {"4 KiB -> 400", chunked(4000, 0), chunked(4<<10, 0)},
+		"trailer section":                                            {"16 KiB -> 400", chunked(0, 15), chunked(0, 17)},
+		"a service's name, an instance's id":                         {"128 characters of `A-Z a-z 0-9 . _ ~ : -` -> 400", register(strings.Repeat("x", 128), 1, 0), register(strings.Repeat("x", 129), 1, 0)},
+		"weight":                                                     {fmt.Sprintf("%d -> 400", registry.MaxWeight), register("w", registry.MaxWeight, 0), register("w", registry.MaxWeight+1, 0)},
+		"`ttl` of a lease, from 1 s on":                              {"24 h -> 400", lend("24h"), lend("24h1s")},
+		"drain":                                                      {"1 h -> 400", drained("1h"), drained("61m")},
+		"instances listed as expired, for 10 minutes":                {"1000 -> the oldest are forgotten", 0, 0}, // TestManyExpire in registry
+		"body of an API call":                                        {fmt.Sprintf("%d KiB -> 413", registry.MaxBody>>10), register("b", 1, 60<<10), register("b", 1, 64<<10)},
+		"interim responses (1xx) before a response":                  {"16 -> 502", interim(16), interim(17)},
+		"backend that takes nothing of a request":                    {"30 s -> 504", 0, 0}, // TestBackendTakesNothing in proxy
+		"metadata of an instance":                                    {"64 -> 400", metadata(64, 1), metadata(65, 1)},
+		"value in metadata, in bytes":                                {"512 -> 400", metadata(1, 512), metadata(1, 513)},
+		"instances asked for one request":                            {fmt.Sprintf("%d -> the last one's error", lb.MaxTried), 0, 0},
+		"HTTP/2, TLS to clients":                                     {"not yet -> 505 for HTTP/2", 0, raw("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")},
+		"request body that can be sent again":                        {"64 KiB -> it is streamed and sent once", upload(g, 3<<20), 0},
+		"registrations without `--data`":                             {"in memory -> gone with the process", 0, 0},
+		"with it: a change waits for the disk":                       {"10 s -> 503; it is in force, and written later", 0, 0},           // TestNotSaved and TestLateWrite in registry
+		"instances wait at the start until one accepts a connection": {"2 s -> it is `unreachable` until it does, or is heard of", 0, 0}, // TestUnreachable in registry
+		"`interval` of a check, from 100 ms on":                      {"1 h -> 400", interval("1h"), interval("61m")},
+		"`timeout` of a check, from 100 ms on":                       {"1 m -> 400", timeout("1m"), timeout("61s")},
+		"`fall` and `rise` of a check":                               {"100 -> 400", counts(100), counts(101)},
+		"`path` of a check, in bytes":                                {"1024 -> 400", path(1024), path(1025)},
+		"ranges in `status` of a check":                              {"16 -> 400", ranges(16), ranges(17)},
+		"head of an answer to a check":                               {"16 KiB -> the check fails", 0, 0},                                                           // TestVerdicts in registry/health
+		"checks under way":                                           {"1024 -> they wait; 256 at most are of new instances, and 256 of such as have failed", 0, 0}, // TestHangingOnes there
+		"`slow_start`":                                               {"1 h -> 400", slow("1h"), slow("61m")},
 		"start line and fields of a request or a response, in bytes; 0 is 1 MiB": {"32KiB -> 431; 502 for a backend's", head(32 << 10), head(32<<10 + 1)},
 		"field lines of a request or a response":                                 {"200 -> 431; 502 for a backend's", fields(200), fields(201)},
 		"first line of a request":                                                {"16KiB -> 414", line(16 << 10), line(16<<10 + 1)},
+		"attempts on the API that failed, of one address (IPv6: of one /64)":     {"10 at once, then 1 a second -> 429 with `Retry-After`, but to those who have a right", 0, guess(t, 100)},
+		"file of `--tokens`, and those of certificates":                          {"1 MiB -> it is refused, or what it was stays in force", 0, 0}, // TestNewRefuses in internal/access
 	} {
 		if limits[what] != test.want {
 			t.Errorf("%s: README %q, real %q", what, limits[what], test.want)
@@ -534,6 +558,16 @@ func TestReadmeLimitsAtOnce(t *testing.T) {
 			t.Errorf("%v: %v at the limit", test.flags, err)
 		}
 	}
+}
+
+// guess is the status of the last of so many attempts with a wrong token.
+func guess(t *testing.T, n int) (status int) {
+	g := launch(t, nil, "--token=s3cret")
+	for range n {
+		response, _ := exchange(t, g.admin, strings.Replace(get("/services"), "\r\n\r\n", "\r\nAuthorization: Bearer wrong\r\n\r\n", 1))
+		status = response.StatusCode
+	}
+	return status
 }
 
 // upload sends a body to a backend that reads all of it: one that answers before could have the client find a reset.

@@ -58,6 +58,9 @@ func startKerberos(ctx context.Context, binary string, s setup) (*running, error
 	if s.hasToken() {
 		cmd.Env = append(cmd.Env, "KERBEROS_TOKEN="+apiToken)
 	}
+	if s.data {
+		cmd.Args = append(cmd.Args, "--data", "data") // in its own directory
+	}
 	if s.plain {
 		cmd.Env = append(cmd.Env, "KERBEROS_BREAKER_FAILURES=1000000") // most origins there fail on purpose
 	}

@@ -167,6 +167,7 @@ type runCmd struct {
 	Files    int           `hidden:"" default:"65536" help:"Files that a process may have open; where there are few, sections that open thousands are smaller."`
 	Gateways []string      `placeholder:"GATEWAY" help:"Which to compare: ${gateways}. All that are installed, if none is named."`
 	Kerberos string        `type:"existingfile" placeholder:"FILE" help:"Measure this binary instead of building one."`
+	Data     bool          `help:"In the section storm kerberos keeps registrations on disk (its --data), in the directory for temporary files."`
 	Tool     string        `default:"builtin" enum:"builtin,wrk" help:"What makes the closed loops: ${enum}."`
 	JSON     string        `name:"json" type:"path" placeholder:"FILE" help:"Write the figures, those of every round included, to this file too."`
 	SVG      string        `name:"svg" type:"path" placeholder:"FILE" help:"Draw what requests cost to this file."`
@@ -223,7 +224,7 @@ func (r *runCmd) Run(ctx context.Context) error {
 		return err
 	}
 	b := &bench{dir: dir, tool: tool, gateways: gateways, cpus: pickCPUs(), files: min(openFiles(), r.Files), quick: r.Quick,
-		rounds: r.Rounds, duration: r.Duration, warmup: r.Warmup}
+		rounds: r.Rounds, duration: r.Duration, warmup: r.Warmup, data: r.Data}
 	res := &result{Machine: thisMachine(b.cpus), Tool: strings.TrimSpace(tool.name + " " + tool.version), Missing: missing, Rounds: r.Rounds, Seconds: r.Duration.Seconds()}
 	for _, g := range gateways {
 		res.Gateways = append(res.Gateways, strings.TrimSpace(g.name+" "+g.version))

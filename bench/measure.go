@@ -19,6 +19,7 @@ type bench struct {
 	quick            bool
 	rounds           int
 	duration, warmup time.Duration
+	data             bool // storm: with --data
 }
 
 // subject is what a row of a table is about: a gateway, as it is set up and driven for it.

@@ -25,7 +25,7 @@ func storm(ctx context.Context, b *bench) ([]*table, error) {
 	if err != nil {
 		return nil, err
 	}
-	subjects[0].setup = setup{token: true, beside: stormInstances}
+	subjects[0].setup = setup{token: true, beside: stormInstances, data: b.data}
 	g, err := b.start(ctx, t.Section, b.cpus.load, subjects)
 	if err != nil {
 		return nil, err
@@ -38,6 +38,9 @@ func storm(ctx context.Context, b *bench) ([]*table, error) {
 	rate := math.Round(capacity[0] / 2)
 	t.Title = fmt.Sprintf("GET 12 B at %.0f requests/s (half of %.0f), quiet, and while %d callers register %d new instances a second into another service of %d",
 		rate, capacity[0], stormCallers, stormRate, stormInstances)
+	if b.data {
+		t.Title += ", with --data"
+	}
 	quiet, busy := g.rows()[0], g.rows()[0]
 	quiet.Setting, busy.Setting = "quiet", "storm"
 	t.Rows = []*row{quiet, busy}

@@ -72,6 +72,17 @@ func (s Strategy) Unweighted() Strategy {
 	return s
 }
 
+// WithWeights is the same strategy with weights, if there is one.
+func (s Strategy) WithWeights() Strategy {
+	switch s {
+	case RoundRobin:
+		return WeightedRoundRobin
+	case Random:
+		return WeightedRandom
+	}
+	return s
+}
+
 // Counter is the position in the cycle of one service. It is handed from each of its balancers to the next, so that a
 // changed set goes on where the last one was instead of beginning with its first endpoint each time. The zero value is
 // ready; it must not be copied. All turns of a service meet here, so it has a cache line for itself.

@@ -39,6 +39,9 @@ func TestUnweighted(t *testing.T) {
 		if s.Unweighted() != want[s] || s.Weighted() != (want[s] != s) {
 			t.Errorf("%s: Unweighted %s, Weighted %v", s, s.Unweighted(), s.Weighted())
 		}
+		if with := s.WithWeights(); s != IPHash && (!with.Weighted() || with.Unweighted() != s.Unweighted()) || s == IPHash && with != s {
+			t.Errorf("%s: WithWeights %s", s, with)
+		}
 	}
 }
 

@@ -65,7 +65,7 @@ func TestAPIOnTheDataListener(t *testing.T) {
 			"id": "inst-1", "addr": a.url(), "weight": 2.0, "ready": true, "reason": "",
 			"breaker":   map[string]any{"state": "closed", "since": instant(g.DescribeInstance("echo", "inst-1").Breaker.Since), "until": nil},
 			"in_flight": 0.0, "tunnels": 0.0, "success": 3.0, "failure": 0.0, "ignored": 0.0, "last_error": "", "registered_at": instant(in.RegisteredAt),
-			"lease": nil, "state": "up", "override": nil, "metadata": map[string]any{}, "generation": 1.0,
+			"lease": nil, "state": "up", "override": nil, "metadata": map[string]any{}, "generation": 1.0, "health": nil, "check": nil, "slow_start": "0s",
 		}},
 	}}}
 	if diff := cmp.Diff(want, got); diff != "" {

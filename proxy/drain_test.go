@@ -23,7 +23,7 @@ func TestDrainWaits(t *testing.T) {
 	g.register(t, "echo", "b", naming(t, "b").url())
 	drained := make(chan int, 1)
 	go func() {
-		cut, _, err := g.reg.Drain("echo", "a", "", 20*time.Second, g.InstanceTraffic("echo", "a"))
+		cut, _, err := g.reg.Drain("echo", "a", "", 20*time.Second)
 		if err != nil {
 			t.Error(err)
 		}
@@ -84,7 +84,7 @@ func TestDrainCuts(t *testing.T) {
 			if row.status == 0 {
 				c.headOf()
 			}
-			cut, waited, err := g.reg.Drain("echo", "a", "", 100*time.Millisecond, g.InstanceTraffic("echo", "a"))
+			cut, waited, err := g.reg.Drain("echo", "a", "", 100*time.Millisecond)
 			if cut != 1 || err != nil || waited > time.Second {
 				t.Errorf("%d cut after %v, %v", cut, waited, err)
 			}
@@ -102,7 +102,7 @@ func TestDrainCuts(t *testing.T) {
 			c, f := tt.open(t)
 			c.send("x")
 			wantBytes(t, f.r, "x")
-			cut, _, err := tt.reg.Drain("ws", "a", "", 50*time.Millisecond, tt.InstanceTraffic("ws", "a"))
+			cut, _, err := tt.reg.Drain("ws", "a", "", 50*time.Millisecond)
 			if cut != 1 || err != nil {
 				t.Errorf("%d cut, %v", cut, err)
 			}

@@ -123,7 +123,7 @@ func TestStormOfRegistrations(t *testing.T) {
 // What leaves leaves nothing behind: no connection after its last request, no goroutine later than one idle time.
 func TestNothingStaysBehind(t *testing.T) {
 	g := startGateway(t, nil, nil)
-	g.register(t, "echo", "stays", startActor(t, says("stays")).url())
+	g.checked(t, "stays", startActor(t, says("stays")).url(), func(in *registry.Instance) { in.Check.Start = registry.StartUp })
 	g.dial(t).picks(1) // what starts late has started
 	before := goleak.IgnoreCurrent()
 	a := startActor(t, says("guest"))
@@ -139,7 +139,8 @@ func TestNothingStaysBehind(t *testing.T) {
 			name := fmt.Sprint("s", i%10) // two at a time in each
 			for round := range rounds {
 				id := fmt.Sprint(i)
-				if err := g.reg.Register(name, registry.Instance{ID: id, Addr: a.url()}); err != nil {
+				check := &registry.Check{Path: "/", KeepAlive: round%2 == 0, Start: registry.StartUp}
+				if err := g.reg.Register(name, registry.Instance{ID: id, Addr: a.url(), Check: check, SlowStart: time.Minute}); err != nil {
 					t.Error(err)
 				}
 				if round%10 == 0 {

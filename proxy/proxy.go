@@ -9,10 +9,10 @@
 // be, where it would have to wait. Around the two: server.go has the client connections, head.go the guard (what is
 // refused), route.go the routes, view.go who is ready; exchange.go is one request with its attempts, upload.go its body where
 // that streams, forward.go what is sent, response.go and body.go what comes back, tunnel.go what an Upgrade leads to;
-// upstream.go is an instance, backend.go a connection to it, budget.go the bound on retries; limits.go has the limits, queue.go
-// those on requests in flight, connections.go those on connections; errors.go says whose fault it was, answer.go answers
-// where no backend does, prefer.go in the form that the client wants. The package loop below this one knows sockets and
-// epoll, and no HTTP.
+// upstream.go is an instance, slowstart.go its share when it has just come, backend.go a connection to it, budget.go the bound on
+// retries; limits.go has the limits, queue.go those on requests in flight, connections.go those on connections; errors.go says
+// whose fault it was, answer.go answers where no backend does, prefer.go in the form that the client wants. The package loop below
+// this one knows sockets and epoll, and no HTTP; registry/health asks instances whether they can serve.
 package proxy
 
 import (
@@ -36,6 +36,7 @@ import (
 	"kerberos/lb"
 	"kerberos/proxy/loop"
 	"kerberos/registry"
+	"kerberos/registry/health"
 )
 
 // probePatience is how long the probes of a half-open instance wait for requests that can do without it.
@@ -177,7 +178,8 @@ type Proxy struct {
 	traced     bool         // Config.Trace is set
 	marked     bool         // requests have marks
 	limited    limited
-	services   sync.Map  // name -> *service
+	services   sync.Map // name -> *service
+	checks     *health.Checker
 	large      sync.Pool // of *[]byte, for bodies
 	workspaces sync.Pool // of *workspace
 	scratches  sync.Pool // of *scratch
@@ -214,7 +216,7 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 	}
 	var id [6]byte
 	rand.Read(id[:]) // never fails
-	p := &Proxy{cfg: cfg, log: cfg.Log, route: route, limited: cfg.Limits.refusals(), allow: allowField(cfg.AllowMethods)}
+	p := &Proxy{cfg: cfg, log: cfg.Log, route: route, limited: cfg.Limits.refusals(), allow: allowField(cfg.AllowMethods), checks: health.New()}
 	p.capped = cfg.Limits.InFlightPerInstance > 0 || cfg.Limits.InFlightPerService > 0
 	p.recorded, p.traced = cfg.AccessLog != nil || cfg.Trace != nil, cfg.Trace != nil
 	p.marked = cfg.RequestIDs || p.traced
@@ -260,6 +262,7 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 		}
 	}
 	p.addService(defaultService, true)
+	cfg.Registry.Observe(p.traffic)
 	for _, name := range cfg.Registry.Names() {
 		p.Update(name)
 	}

@@ -519,6 +519,7 @@ func (p *Proxy) Close() {
 		s.(*service).close()
 		return true
 	})
+	p.checks.Close()
 	p.background.Wait()
 	if p.noMoreLoops(); p.group != nil {
 		p.group.Close()

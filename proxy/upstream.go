@@ -18,6 +18,7 @@ import (
 	"kerberos/cb"
 	"kerberos/proxy/loop"
 	"kerberos/registry"
+	"kerberos/registry/health"
 )
 
 const (
@@ -43,6 +44,8 @@ type upstream struct {
 		conns map[*backendConn]struct{} // all connections, idle or not
 	}
 	instance atomic.Pointer[registry.Instance] // the latest registration
+	health   atomic.Pointer[health.Watch]      // nil: it is not checked
+	slowFrom time.Time                         // when it last came into the balancers, if it is in service.slow; guarded by service.mu
 	resolver struct {
 		mu    sync.Mutex
 		timer *time.Timer // nil for a literal address, or once closed
@@ -137,7 +140,61 @@ func (s *service) newUpstream(in *registry.Instance) *upstream {
 		u.resolver.timer = time.AfterFunc(0, func() { s.proxy.spawn(u.resolve) }) // so that Close waits for it
 		u.resolver.mu.Unlock()
 	}
+	u.recheck(in)
 	return u
+}
+
+// register takes over another registration of the same instance. The caller holds service.mu.
+func (u *upstream) register(in *registry.Instance) {
+	u.instance.Store(in)
+	u.recheck(in)
+}
+
+// recheck has the instance checked as its registration says. If that says the same as before nothing changes; a new check of an
+// instance that is known goes on from what is thought of it. The caller holds service.mu.
+func (u *upstream) recheck(in *registry.Instance) {
+	before := u.health.Load()
+	if before == nil && in.Check == nil || before != nil && in.Check != nil && before.Check == *in.Check {
+		return
+	}
+	if before != nil {
+		before.Stop()
+	}
+	if in.Check == nil {
+		u.health.Store(nil)
+		return
+	}
+	up := in.Check.Start == registry.StartUp
+	switch view := u.service.view.Load(); {
+	case before != nil && before.Status().State != health.Unknown:
+		up = before.Status().State == health.Up
+	case before == nil && view.upstream(u.id) == u: // it served without one until now
+		up = true
+	}
+	w := u.service.proxy.checks.Watch(health.Instance{
+		Check: *in.Check, Target: u.target, TLS: u.tls, Up: up, Recent: in.Restored(),
+		Addrs:   func() []netip.AddrPort { return u.addresses.Load().list },
+		Allowed: u.check,
+		Changed: u.healthChanged,
+	})
+	u.health.Store(w)
+	if u.resolver.ctx != nil {
+		w.Soon() // the name may have been resolved between the two
+	}
+}
+
+// healthChanged is told when checks have another result.
+func (u *upstream) healthChanged(now health.Status) {
+	if u.closed.Load() {
+		return
+	}
+	level, why := slog.LevelWarn, now.Error
+	if now.State == health.Up {
+		level, why = slog.LevelInfo, "checks passed"
+	}
+	u.service.proxy.log.LogAttrs(context.Background(), level, "instance is "+string(now.State), slog.String("service", u.service.name),
+		slog.String("instance", u.id), slog.String("reason", why))
+	u.service.touch(u)
 }
 
 // check says whether the instance may point to an address.
@@ -201,6 +258,9 @@ func (u *upstream) setAddresses(found []netip.AddrPort) {
 		}
 	}
 	u.addresses.Store(next)
+	if w := u.health.Load(); w != nil && before != nil && len(before.list) == 0 && len(next.list) > 0 {
+		w.Soon()
+	}
 	if before != nil && (len(before.list) == 0) != (len(next.list) == 0) {
 		u.service.touch(u)
 	}
@@ -280,6 +340,9 @@ func (u *upstream) opened(b *backendConn) {
 
 // Busy is how many requests and tunnels it has under way.
 func (u *upstream) Busy() int { return int(u.inFlight.Load() + u.tunnels.Load()) }
+
+// Succeeded is how many requests it has answered well.
+func (u *upstream) Succeeded() uint64 { return u.outcomes[success].Load() }
 
 // Cut breaks them off: whoever waits on one of the connections finds that it has ended.
 func (u *upstream) Cut() {
@@ -451,14 +514,25 @@ func (u *upstream) release(i int, l lease, reusable bool) {
 
 // ready says whether requests may go to the instance, and if not, why.
 func (u *upstream) ready() (bool, string) {
+	if ok, why := u.fit(); !ok {
+		return false, why
+	}
+	if state := u.gate.State(); state != cb.Closed {
+		return false, "breaker " + state.String()
+	}
+	return true, ""
+}
+
+// fit is ready but for the breaker.
+func (u *upstream) fit() (bool, string) {
 	if state := u.instance.Load().State(); state != registry.Up {
 		return false, string(state)
 	}
 	if now := u.addresses.Load(); len(now.list) == 0 {
 		return false, now.err.Error()
 	}
-	if state := u.gate.State(); state != cb.Closed {
-		return false, "breaker " + state.String()
+	if w := u.health.Load(); w != nil {
+		return w.Ready()
 	}
 	return true, ""
 }
@@ -486,6 +560,9 @@ func (u *upstream) breakerChanged(from, to cb.State, reason error) {
 func (u *upstream) close() {
 	u.closed.Store(true)
 	u.gate.Close()
+	if w := u.health.Load(); w != nil {
+		w.Stop()
+	}
 	u.resolver.mu.Lock()
 	if timer := u.resolver.timer; timer != nil {
 		u.resolver.timer = nil

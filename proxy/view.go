@@ -39,8 +39,10 @@ type service struct {
 	mu        sync.Mutex // one builder at a time; guards what follows
 	built     uint64     // of changes: what the view has seen
 	builtAt   time.Time
-	forgotten bool // no longer in Proxy.services
-	warned    bool // the fallback to an unweighted strategy is in the log
+	forgotten bool                   // no longer in Proxy.services
+	warned    bool                   // the fallback to an unweighted strategy is in the log
+	slow      map[*upstream]struct{} // those whose share grows
+	nextStep  *time.Timer            // when it does; nil if there are none
 }
 
 // view is what a request reads of a service: which instances may be picked now. It never changes; the next one replaces
@@ -146,7 +148,9 @@ func (s *service) build(snapshot *registry.Snapshot) {
 		next.ready += len(p.ready)
 		next.probing = append(next.probing, p.probing...)
 	}
-	if next.inForce.NeedsEndpoints() {
+	if s.slowly(next) {
+		next.balancer = lb.New(next.inForce, s.slowed(next), &s.counter)
+	} else if next.inForce.NeedsEndpoints() {
 		endpoints := make([]lb.Endpoint, 0, next.ready)
 		for _, p := range next.parts {
 			endpoints = append(endpoints, p.endpoints...)
@@ -172,6 +176,7 @@ func (s *service) build(snapshot *registry.Snapshot) {
 	s.crowd.wake() // if nobody is left who could have a place, they all go, one after the other
 	for _, u := range gone {
 		u.close()
+		delete(s.slow, u)
 	}
 }
 
@@ -213,6 +218,9 @@ func (s *service) parts(before []*viewPart, snapshot *registry.Snapshot) (next [
 
 // hasAny reports whether one of these upstreams is in the part.
 func (p *viewPart) hasAny(upstreams map[string]*upstream) bool {
+	if len(upstreams) > len(p.members) {
+		return slices.ContainsFunc(p.members, func(m member) bool { return upstreams[m.id] == m.upstream })
+	}
 	for id, u := range upstreams {
 		if p.upstream(id) == u {
 			return true
@@ -234,10 +242,11 @@ func (s *service) part(have []member, gone []*upstream, instances []*registry.In
 	strategy := s.proxy.cfg.Strategy
 	p := &viewPart{instances: instances, members: make([]member, 0, len(instances)), ready: make([]*upstream, 0, len(instances))}
 	for _, in := range instances {
-		m := member{instance: in}
+		m, before := member{instance: in}, notReady
 		switch {
 		case len(have) > 0 && have[0].instance == in: // nearly all
 			m, have = have[0], have[1:]
+			before = m.state
 			if len(dirty) > 0 && dirty[m.id] == m.upstream {
 				m.state = m.stateNow()
 			}
@@ -247,8 +256,8 @@ func (s *service) part(have []member, gone []*upstream, instances []*registry.In
 			}
 			if len(have) > 0 && have[0].id == in.ID {
 				if u := have[0].upstream; u.target == in.Target() {
-					u.instance.Store(in)
-					m.upstream = u
+					u.register(in)
+					m.upstream, before = u, have[0].state
 				} else {
 					gone = append(gone, u)
 				}
@@ -258,6 +267,9 @@ func (s *service) part(have []member, gone []*upstream, instances []*registry.In
 				m.upstream = s.newUpstream(in)
 			}
 			m.state = m.stateNow()
+		}
+		if m.state != before {
+			s.turned(m)
 		}
 		p.members = append(p.members, m)
 		switch m.state {
@@ -278,10 +290,13 @@ func (s *service) part(have []member, gone []*upstream, instances []*registry.In
 
 // stateNow looks behind the pointers.
 func (m *member) stateNow() memberState {
-	if ok, _ := m.upstream.ready(); ok {
-		return ready
+	if ok, _ := m.fit(); !ok {
+		return notReady
 	}
-	if m.upstream.instance.Load().State() == registry.Up && m.gate.State() == cb.HalfOpen {
+	switch m.gate.State() {
+	case cb.Closed:
+		return ready
+	case cb.HalfOpen:
 		return probing
 	}
 	return notReady
@@ -448,6 +463,9 @@ func (s *service) known() bool {
 func (s *service) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.nextStep != nil {
+		s.nextStep.Stop()
+	}
 	for u := range s.view.Load().all {
 		u.close()
 	}
@@ -489,11 +507,18 @@ func (p *Proxy) DescribeInstance(name, id string) registry.InstanceStatus {
 	if last := u.lastError.Load(); last != nil {
 		status.LastError = *last
 	}
+	if w := u.health.Load(); w != nil {
+		now := w.Status()
+		status.Health = &registry.HealthStatus{State: string(now.State), Since: now.Since, LastError: now.Error}
+		if !now.Checked.IsZero() {
+			status.Health.CheckedAt = &now.Checked
+		}
+	}
 	return status
 }
 
-// InstanceTraffic is what an instance has under way, also when it has left; nil if requests do not know it.
-func (p *Proxy) InstanceTraffic(name, id string) registry.Traffic {
+// traffic is what goes to an instance, also when it has left; nil if requests do not know it.
+func (p *Proxy) traffic(name, id string) registry.Traffic {
 	if s := p.service(name); s != nil {
 		if u := s.view.Load().upstream(id); u != nil {
 			return u

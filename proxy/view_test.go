@@ -55,6 +55,22 @@ func TestViewsOfALargeService(t *testing.T) {
 	}
 }
 
+// All of them may change at once.
+func TestAllOfALargeServiceChange(t *testing.T) {
+	g := startGateway(t, nil, nil)
+	const n = 500
+	for i := range n {
+		g.register(t, "echo", fmt.Sprint(i), "http://127.0.0.1:1")
+	}
+	for u := range g.service("echo").view.Load().all {
+		for range 5 {
+			token, _ := u.gate.Allow()
+			u.gate.Failure(token, nil)
+		}
+	}
+	eventually(t, "none is ready", func() bool { return g.service("echo").view.Load().ready == 0 })
+}
+
 // What is no longer ready leaves the view although nothing was registered, and comes back.
 func TestReadinessInALargeService(t *testing.T) {
 	g := startGateway(t, nil, nil)

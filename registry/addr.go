@@ -307,17 +307,17 @@ func local(ip netip.Addr) (bool, error) {
 }
 
 // checkTarget judges a target as far as that can be done without resolving names.
-func (p *AddrPolicy) checkTarget(t Target, remote bool) error {
+func (p *AddrPolicy) checkTarget(t Target, in *Instance) error {
 	if t.IP.IsValid() {
-		return p.Check(netip.AddrPortFrom(t.IP, t.Port), remote)
+		return p.checkFor(in, netip.AddrPortFrom(t.IP, t.Port))
 	}
 	name := strings.ToLower(strings.TrimSuffix(t.Host, "."))
 	if name != "localhost" && !strings.HasSuffix(name, ".localhost") {
 		return nil
 	}
 	// RFC 6761 6.3: these are loopback, and need no resolver to tell.
-	err := p.Check(netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), t.Port), remote)
-	if err != nil && p.Check(netip.AddrPortFrom(netip.IPv6Loopback(), t.Port), remote) != nil {
+	err := p.checkFor(in, netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), t.Port))
+	if err != nil && p.checkFor(in, netip.AddrPortFrom(netip.IPv6Loopback(), t.Port)) != nil {
 		return fmt.Errorf("%s: %w", t.Host, err)
 	}
 	return nil
@@ -325,7 +325,20 @@ func (p *AddrPolicy) checkTarget(t Target, remote bool) error {
 
 // CheckAddr judges an address that a registered instance's name has resolved to, or that is about to be dialled for it.
 func (r *Registry) CheckAddr(in *Instance, ap netip.AddrPort) error {
-	return r.cfg.Addrs.Check(ap, in.remote)
+	return r.cfg.Addrs.checkFor(in, ap)
+}
+
+// checkFor is Check, and then the networks of who registered the instance.
+func (p *AddrPolicy) checkFor(in *Instance, ap netip.AddrPort) error {
+	if err := p.Check(ap, in.remote); err != nil || len(in.networks) == 0 {
+		return err
+	}
+	ip := ap.Addr().Unmap().WithZone("")
+	inner := embedded(ip)
+	if !slices.ContainsFunc(in.networks, func(n netip.Prefix) bool { return contains(n, ip) || contains(n, inner) }) {
+		return fmt.Errorf("%s is in none of the networks of who registers it", ip)
+	}
+	return nil
 }
 
 var (

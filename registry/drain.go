@@ -2,7 +2,9 @@ package registry
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 )
 
@@ -15,6 +17,8 @@ const (
 	Drain   State = "drain"   // it is about to leave
 	Down    State = "down"    // an operator has taken it out
 	Suspect State = "suspect" // the connection that held it is lost, and it is being looked after
+
+	Unreachable State = "unreachable" // it has accepted no connection since the gateway has started, and was not heard of
 )
 
 // Override is what an operator has set over what an instance registers. It survives registrations, and goes with the instance.
@@ -47,6 +51,8 @@ func (in *Instance) State() State {
 		return Drain
 	case in.suspect:
 		return Suspect
+	case in.unreached:
+		return Unreachable
 	}
 	return Up
 }
@@ -76,19 +82,25 @@ func (in *Instance) inherit(prev *Instance) {
 // Patch sets what an operator wants of an instance. The error wraps ErrNotFound or is a *FieldError. When it returns nil, every
 // function given to OnChange has returned.
 func (r *Registry) Patch(service, id string, p Patch) error {
+	_, _, err := r.patch(service, id, p)
+	return err
+}
+
+// patch returns the instance as it was and as it is now.
+func (r *Registry) patch(service, id string, p Patch) (before, now *Instance, err error) {
 	switch {
 	case p.SetWeight && p.Weight != nil && *p.Weight == 0:
-		return &FieldError{"weight", `must not be 0: an instance that is to get nothing has "state":"drain"`}
+		return nil, nil, &FieldError{"weight", `must not be 0: an instance that is to get nothing has "state":"drain"`}
 	case p.SetWeight && p.Weight != nil && (*p.Weight < 0 || *p.Weight > MaxWeight):
-		return &FieldError{"weight", fmt.Sprintf("must be an integer from 1 to %d, or null for the one that it registers", MaxWeight)}
+		return nil, nil, &FieldError{"weight", fmt.Sprintf("must be an integer from 1 to %d, or null for the one that it registers", MaxWeight)}
 	case p.SetState && p.State != "" && p.State != Up && p.State != Drain && p.State != Down:
-		return &FieldError{"state", stateRule}
+		return nil, nil, &FieldError{"state", stateRule}
 	}
 	bad := checkMetadata(texts(p.Pairs))
 	if bad != nil {
-		return bad
+		return nil, nil, bad
 	}
-	err := r.edit(service, id, "", func(at *slot, in *Instance) {
+	err = r.amend(service, id, "", func(at *slot, in *Instance) {
 		next := in.copy()
 		if p.SetWeight {
 			next.Override.Weight = p.Weight
@@ -106,8 +118,9 @@ func (r *Registry) Patch(service, id string, p Patch) error {
 		}
 		next.settle()
 		r.replace(at, next)
+		before, now = in, next
 	})
-	return cmp.Or(err, bad)
+	return before, now, cmp.Or(err, bad)
 }
 
 // copy returns an instance to change. It is of the same registration.
@@ -121,6 +134,7 @@ func (r *Registry) replace(at *slot, in *Instance) {
 	r.generation++
 	before := at.snapshot.Load()
 	r.publish(before.service, at, before.with(before.service, in, r.generation))
+	r.store.mark(before.service, before.Instance(in.ID), in, r.generation)
 }
 
 // drainTick is how often a drain looks whether something is under way.
@@ -132,44 +146,85 @@ const MaxDrain = time.Hour
 // drain is an unregistration that waits for what is under way.
 type drain struct {
 	done   chan struct{}
-	cut    int // what was not at its end, and the time that it took; valid once done is closed
+	cut    int // what was not at its end, and the time that it took; valid once done is closed, as err is
 	waited time.Duration
+	err    error // it is not on disk that it is unregistered
 }
 
-// Traffic is what an instance has under way, also when it is registered no more.
+// Traffic is what goes to an instance, also when it is registered no more.
 type Traffic interface {
-	Busy() int // requests and tunnels now
-	Cut()      // breaks them off
+	Busy() int         // requests and tunnels under way
+	Cut()              // breaks them off
+	Succeeded() uint64 // requests that have ended well
 }
+
+// Observe says who knows the traffic of instances; nil for one that gets none. Without it all get none.
+func (r *Registry) Observe(traffic func(service, id string) Traffic) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.observed = traffic
+}
+
+// traffic is never nil.
+func (r *Registry) traffic(service, id string) Traffic {
+	r.mu.Lock()
+	observed := r.observed
+	r.mu.Unlock()
+	if observed != nil {
+		if t := observed(service, id); t != nil {
+			return t
+		}
+	}
+	return noTraffic{}
+}
+
+type noTraffic struct{}
+
+func (noTraffic) Busy() int         { return 0 }
+func (noTraffic) Cut()              {}
+func (noTraffic) Succeeded() uint64 { return 0 }
 
 // Drain takes an instance out of the balancers at once, and unregisters it when it has nothing under way any more, or after
 // limit, with how much was cut then. Meanwhile it needs no lease. Whoever drains it a second time waits for the first. If it is
 // unregistered meanwhile, or registers with another addr, what it had under way is waited for all the same. The errors are those
-// of Unregister, and ErrClosed.
-func (r *Registry) Drain(service, id, addr string, limit time.Duration, t Traffic) (cut int, waited time.Duration, err error) {
-	var d *drain
-	first := false
-	err = r.edit(service, id, addr, func(at *slot, in *Instance) {
+// of Unregister, and ErrClosed. In a file it is gone when Drain returns; if the process ends before, it is gone after the restart.
+func (r *Registry) Drain(service, id, addr string, limit time.Duration) (cut int, waited time.Duration, err error) {
+	d, _, err := r.drain(service, id, addr, limit)
+	if err != nil {
+		return 0, 0, err
+	}
+	return r.await(service, id, d)
+}
+
+// drain begins a drain, unless there is one, which it returns. first is the instance that it drains, or nil.
+func (r *Registry) drain(service, id, addr string, limit time.Duration) (d *drain, first *Instance, err error) {
+	t := r.traffic(service, id)
+	err = r.amend(service, id, addr, func(at *slot, in *Instance) {
 		if d = in.drain; d != nil {
 			return
 		}
-		d, first = &drain{done: make(chan struct{})}, true
+		d, first = &drain{done: make(chan struct{})}, in
 		r.revoke(in)
 		next := in.copy()
 		next.drain, next.lease, next.hold = d, nil, nil
 		r.replace(at, next)
 	})
-	if err != nil {
-		return 0, 0, err
+	if err != nil && !errors.Is(err, ErrNotSaved) { // its end is written too
+		return nil, nil, err
 	}
-	if first { // and nobody chooses it any more
+	if first != nil { // and nobody chooses it any more
 		r.mu.Lock()
 		r.spawn(func() { r.finish(service, id, d, limit, t) })
 		r.mu.Unlock()
 	}
+	return d, first, nil
+}
+
+// await is the end of a drain.
+func (r *Registry) await(service, id string, d *drain) (cut int, waited time.Duration, err error) {
 	select {
 	case <-d.done:
-		return d.cut, d.waited, nil
+		return d.cut, d.waited, d.err
 	case <-r.closing:
 		return 0, 0, fmt.Errorf("drain %s of service %s: %w", clip(id), clip(service), ErrClosed)
 	}
@@ -199,10 +254,18 @@ func (r *Registry) finish(service, id string, d *drain, limit time.Duration, t T
 		}
 		quiet = busy == 0
 	}
-	_ = r.edit(service, id, "", func(at *slot, in *Instance) {
-		if in.drain == d {
+	left := false
+	err := r.amend(service, id, "", func(at *slot, in *Instance) {
+		if left = in.drain == d; left {
 			r.remove(at, in)
 		}
 	})
+	if errors.Is(err, ErrNotSaved) || errors.Is(err, ErrClosed) {
+		d.err = err
+	}
 	close(d.done)
+	if left { // and was not unregistered meanwhile, or registered with another addr
+		r.cfg.Log.Info("instance has left: its drain is over", slog.String("instance", service+"/"+id), slog.Int("cut", d.cut),
+			slog.String("waited", d.waited.Round(time.Millisecond).String()))
+	}
 }

@@ -9,11 +9,18 @@ import (
 	"time"
 )
 
-// underWay is what an instance has under way.
-type underWay struct{ now, cuts atomic.Int32 }
+// underWay is what all instances have under way.
+type underWay struct {
+	now, cuts atomic.Int32
+	succeeded atomic.Uint64
+}
+
+func (u *underWay) of(string, string) Traffic { return u }
 
 func (u *underWay) Busy() int { return int(u.now.Load()) }
 func (u *underWay) Cut()      { u.cuts.Add(1) }
+
+func (u *underWay) Succeeded() uint64 { return u.succeeded.Load() }
 
 func TestDrain(t *testing.T) {
 	const limit = 30 * time.Second
@@ -66,6 +73,7 @@ func TestDrain(t *testing.T) {
 				var e ear
 				r.OnChange(e.hear)
 				u := &underWay{}
+				r.Observe(u.of)
 				u.now.Store(2)
 				type result struct {
 					cut    int
@@ -75,7 +83,7 @@ func TestDrain(t *testing.T) {
 				results := make(chan result, 2)
 				for range cap(results) { // the second one waits for the first
 					go func() {
-						cut, waited, err := r.Drain("echo", "a", "http://10.0.0.1", limit, u)
+						cut, waited, err := r.Drain("echo", "a", "http://10.0.0.1", limit)
 						results <- result{cut, waited, err}
 					}()
 				}
@@ -117,13 +125,14 @@ func TestDrainLooksTwice(t *testing.T) {
 		r := New(Config{})
 		register(t, r, "echo", "a", "http://10.0.0.1", 1)
 		u := &underWay{}
+		r.Observe(u.of)
 		go func() {
 			time.Sleep(drainTick + drainTick/2) // between the first look and the second
 			u.now.Store(1)
 			time.Sleep(time.Second)
 			u.now.Store(0)
 		}()
-		cut, waited, err := r.Drain("echo", "a", "", time.Minute, u)
+		cut, waited, err := r.Drain("echo", "a", "", time.Minute)
 		if cut != 0 || err != nil || waited < time.Second {
 			t.Errorf("%d cut after %v, %v", cut, waited, err)
 		}
@@ -137,7 +146,7 @@ func TestDrainErrors(t *testing.T) {
 		service, id, addr string
 		want              error
 	}{{"none", "a", "", ErrNotFound}, {"echo", "x", "", ErrNotFound}, {"echo", "a", "http://10.0.0.2", ErrConflict}} {
-		if _, _, err := r.Drain(row.service, row.id, row.addr, time.Minute, &underWay{}); !errors.Is(err, row.want) {
+		if _, _, err := r.Drain(row.service, row.id, row.addr, time.Minute); !errors.Is(err, row.want) {
 			t.Errorf("%+v: %v", row, err)
 		}
 	}

@@ -33,6 +33,8 @@ type Held struct {
 	registry    *Registry
 	service, id string
 	hold        *hold
+	now, before *Instance   // as it was registered, and what stood in its place
+	may         func() bool // whether who registered it still may; nil: yes
 }
 
 // errHolds refuses a connection too many.
@@ -45,7 +47,13 @@ func (r *Registry) Hold(service string, in Instance) (*Held, error) {
 	}
 	h := &Held{registry: r, service: service, id: in.ID, hold: new(hold)}
 	var err error
-	h.Generation, err = r.register(service, in, h.hold)
+	h.now, h.before, err = r.register(service, in, h.hold)
+	if h.now != nil {
+		h.Generation = h.now.Generation
+	}
+	if errors.Is(err, ErrNotSaved) {
+		h.Lost() // it is registered, and nobody would hold it
+	}
 	return h, err
 }
 
@@ -108,14 +116,7 @@ func (r *Registry) probe(in *Instance, turns chan struct{}) bool {
 	case <-r.closing:
 		return true
 	}
-	dialer := net.Dialer{Timeout: probeTimeout, Control: func(_, address string, _ syscall.RawConn) error {
-		ap, err := netip.ParseAddrPort(address)
-		if err != nil {
-			return err
-		}
-		return r.CheckAddr(in, netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port()))
-	}}
-	conn, err := dialer.DialContext(context.Background(), "tcp", net.JoinHostPort(in.target.Host, strconv.Itoa(int(in.target.Port))))
+	conn, err := r.dial(context.Background(), in)
 	if err != nil {
 		return false
 	}
@@ -123,6 +124,18 @@ func (r *Registry) probe(in *Instance, turns chan struct{}) bool {
 	_ = conn.SetReadDeadline(time.Now().Add(probeLook))
 	_, err = conn.Read(make([]byte, 1))
 	return err == nil || errors.Is(err, os.ErrDeadlineExceeded)
+}
+
+// dial connects to an instance for a probe, where it may point.
+func (r *Registry) dial(ctx context.Context, in *Instance) (net.Conn, error) {
+	dialer := net.Dialer{Timeout: probeTimeout, Control: func(_, address string, _ syscall.RawConn) error {
+		ap, err := netip.ParseAddrPort(address)
+		if err != nil {
+			return err
+		}
+		return r.CheckAddr(in, netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port()))
+	}}
+	return dialer.DialContext(ctx, "tcp", net.JoinHostPort(in.target.Host, strconv.Itoa(int(in.target.Port))))
 }
 
 // serve keeps the instance registered for as long as the client keeps the connection: a line of JSON that says so, and then one
@@ -163,6 +176,10 @@ func (h *Held) serve(conn net.Conn) {
 		}
 		if !h.Current() {
 			say("{\"registered\":false,\"reason\":\"it was unregistered, or registered anew\"}\n")
+			return
+		}
+		if h.may != nil && !h.may() { // a line is a renewal: without the right there is none, as with a heartbeat
+			say("{\"registered\":false,\"reason\":\"who registered it may not do so any more\"}\n")
 			return
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"mime"
 	"net"
 	"net/url"
@@ -28,7 +29,6 @@ const MaxBody = 64 << 10
 type Describer interface {
 	DescribeService(service string) ServiceStatus
 	DescribeInstance(service, id string) InstanceStatus
-	InstanceTraffic(service, id string) Traffic // nil: it is not published yet
 }
 
 // ServiceStatus is a service as requests see it.
@@ -43,6 +43,7 @@ type InstanceStatus struct {
 	Ready     bool          `json:"ready"`
 	Reason    string        `json:"reason"` // why it is not ready, else empty
 	Breaker   BreakerStatus `json:"breaker"`
+	Health    *HealthStatus `json:"health"`    // nil: it is not checked
 	InFlight  int64         `json:"in_flight"` // requests now
 	Tunnels   int64         `json:"tunnels"`   // open now: upgraded connections, which are no requests in flight any more
 	Success   uint64        `json:"success"`   // requests that ended, since the instance came
@@ -58,22 +59,31 @@ type BreakerStatus struct {
 	Until *time.Time `json:"until"` // when an open one will let probes through, else nil
 }
 
+// HealthStatus is what an instance's checks say.
+type HealthStatus struct {
+	State     string     `json:"state"`      // up, down, or unknown before the first
+	Since     time.Time  `json:"since"`      // when it came to that state
+	LastError string     `json:"last_error"` // why the latest check failed; empty if it passed
+	CheckedAt *time.Time `json:"checked_at"` // when that ended; nil if there was none yet
+}
+
 // NewHandler returns the registration API:
 //
-//	POST   /register                           {"service", "id", "addr", "weight", "ttl", "metadata"}   204
-//	POST   /register?hold                      {"service", "id", "addr", "weight", "ttl", "metadata"}   200
+//	POST   /register                           {"service", "id", "addr", "weight", "ttl", "metadata", "check", "slow_start"}   204
+//	POST   /register?hold                      {"service", "id", "addr", "weight", "ttl", "metadata", "check", "slow_start"}   200
 //	DELETE /register                           {"service", "id", "addr", "drain"}           204, 200, 404, 409
 //	GET    /services                                                                        200
 //	GET    /services/{service}                                                              200, 404
 //	GET    /services/{service}/{id}                                                         200, 404
-//	PUT    /services/{service}/{id}            {"addr", "weight", "ttl", "metadata"}                    204
+//	PUT    /services/{service}/{id}            {"addr", "weight", "ttl", "metadata", "check", "slow_start"}                    204
 //	PATCH  /services/{service}/{id}            {"weight", "state", "metadata"}                          204, 404
 //	DELETE /services/{service}/{id}?addr=&drain=                                            204, 200, 404, 409
 //	POST   /services/{service}/{id}/heartbeat?addr=                                         204, 404, 409
 //
-// Every refusal is problem+json (see Problem), and nothing has changed then. An instance registered by a peer that is
-// not loopback is marked so for AddrPolicy. Who may call is decided before this handler (internal/access). d may be nil:
-// what it would say keeps its zero values.
+// Every refusal is problem+json (see Problem), and nothing has changed then, unless a 503 says that it is in force and not on
+// disk. An instance registered by a peer that is not loopback is marked so for AddrPolicy. Who may call is decided before this
+// handler (internal/access), which says who it is by SetCaller; what that Caller has no right to is answered 403. Each change is
+// logged. d may be nil: what it would say keeps its zero values.
 func NewHandler(reg *Registry, d Describer) fasthttp.RequestHandler {
 	a := &api{reg: reg, d: d}
 	if d == nil {
@@ -142,7 +152,7 @@ type api struct {
 
 // POST /register
 func (a *api) register(ctx *fasthttp.RequestCtx) error {
-	m, err := readMembers(ctx, "service", "id", "addr", "weight", "ttl", "metadata")
+	m, err := readMembers(ctx, "service", "id", "addr", "weight", "ttl", "metadata", "check", "slow_start")
 	if err != nil {
 		return err
 	}
@@ -155,7 +165,7 @@ func (a *api) putInstance(ctx *fasthttp.RequestCtx) error {
 	if err != nil {
 		return err
 	}
-	m, err := readMembers(ctx, "addr", "weight", "ttl", "metadata")
+	m, err := readMembers(ctx, "addr", "weight", "ttl", "metadata", "check", "slow_start")
 	if err != nil {
 		return err
 	}
@@ -164,7 +174,15 @@ func (a *api) putInstance(ctx *fasthttp.RequestCtx) error {
 }
 
 func (a *api) put(ctx *fasthttp.RequestCtx, m members) error {
-	in := Instance{ID: m.id, Addr: m.addr, Weight: m.weight, TTL: m.ttl, Metadata: texts(m.metadata), remote: !ctx.RemoteIP().IsLoopback()}
+	if err := validNames(m.service, m.id); err != nil {
+		return err
+	}
+	if err := permit(ctx, RightRegister, m.service); err != nil {
+		return err
+	}
+	caller := callerOf(ctx)
+	in := Instance{ID: m.id, Addr: m.addr, Weight: m.weight, TTL: m.ttl, Metadata: texts(m.metadata), Check: m.check, SlowStart: m.slowStart,
+		remote: !ctx.RemoteIP().IsLoopback(), networks: caller.Networks()}
 	if ctx.QueryArgs().Has("hold") {
 		if value := ctx.QueryArgs().Peek("hold"); len(value) > 0 {
 			return &refusal{fasthttp.StatusBadRequest, "hold", "hold has no value"}
@@ -173,13 +191,17 @@ func (a *api) put(ctx *fasthttp.RequestCtx, m members) error {
 		if err == errHolds {
 			return &refusal{fasthttp.StatusServiceUnavailable, "", err.Error()}
 		}
+		a.auditChange(ctx, "register", m.service, held.before, held.now)
 		if err != nil {
 			return err
 		}
+		held.may = func() bool { return caller.Still(RightRegister, m.service) }
 		ctx.SetUserValue(streamKey{}, held.serve)
 		return nil
 	}
-	if err := a.reg.Register(m.service, in); err != nil {
+	now, before, err := a.reg.register(m.service, in, nil)
+	a.auditChange(ctx, "register", m.service, before, now)
+	if err != nil {
 		return err
 	}
 	ctx.SetStatusCode(fasthttp.StatusNoContent)
@@ -253,38 +275,51 @@ type drainedJSON struct {
 }
 
 // drop unregisters an instance; with a drain it answers when that is over.
-func (a *api) drop(ctx *fasthttp.RequestCtx, service, id, addr string, drain time.Duration) error {
+func (a *api) drop(ctx *fasthttp.RequestCtx, service, id, addr string, limit time.Duration) error {
 	if err := validNames(service, id); err != nil {
+		return err
+	}
+	if err := permit(ctx, RightRegister, service); err != nil {
 		return err
 	}
 	var err error
 	var drained drainedJSON
-	if drain > 0 {
-		traffic := a.d.InstanceTraffic(service, id)
-		if traffic == nil {
-			traffic = noTraffic{}
-		}
-		var waited time.Duration
-		drained.Cut, waited, err = a.reg.Drain(service, id, addr, drain, traffic)
-		drained.Waited = waited.Round(time.Millisecond).String()
+	if limit > 0 {
+		drained, err = a.drain(ctx, service, id, addr, limit)
 	} else {
-		err = a.reg.Unregister(service, id, addr)
+		var gone *Instance
+		if gone, err = a.reg.unregister(service, id, addr); gone != nil {
+			a.audit(ctx, "unregister", service, id, slog.String("addr", gone.Addr))
+		}
 	}
 	switch {
 	case errors.Is(err, ErrNotFound):
 		return notFound(a.reg.Snapshot(service), service, id)
 	case errors.Is(err, ErrConflict):
 		return conflict(service, id)
-	case errors.Is(err, ErrClosed):
+	case errors.Is(err, ErrClosed) && limit > 0:
 		return &refusal{fasthttp.StatusServiceUnavailable, "", "the gateway stops: how much is under way at the instance is not known"}
 	case err != nil:
 		return err
-	case drain > 0:
+	case limit > 0:
 		writeJSON(ctx, drained)
 		return nil
 	}
 	ctx.SetStatusCode(fasthttp.StatusNoContent)
 	return nil
+}
+
+// drain waits for the end of a drain, which it begins unless there is one.
+func (a *api) drain(ctx *fasthttp.RequestCtx, service, id, addr string, limit time.Duration) (drainedJSON, error) {
+	d, first, err := a.reg.drain(service, id, addr, limit)
+	if err != nil {
+		return drainedJSON{}, err
+	}
+	if first != nil {
+		a.audit(ctx, "drain", service, id, slog.String("addr", first.Addr), slog.String("limit", limit.String()))
+	}
+	cut, waited, err := a.reg.await(service, id, d)
+	return drainedJSON{cut, waited.Round(time.Millisecond).String()}, err
 }
 
 func conflict(service, id string) error {
@@ -301,6 +336,9 @@ func (a *api) patchInstance(ctx *fasthttp.RequestCtx) error {
 	if err != nil {
 		return err
 	}
+	if err := permit(ctx, RightRegister, service); err != nil {
+		return err
+	}
 	p := Patch{SetWeight: m.seen.has("weight"), SetState: m.seen.has("state"), SetMetadata: m.seen.has("metadata") && (m.null.has("metadata") || len(m.metadata) > 0),
 		State: State(m.state), Pairs: m.metadata}
 	if !m.null.has("weight") {
@@ -309,7 +347,9 @@ func (a *api) patchInstance(ctx *fasthttp.RequestCtx) error {
 	if p.SetState && !m.null.has("state") && m.state == "" {
 		return &FieldError{"state", stateRule}
 	}
-	if err := a.reg.Patch(service, id, p); errors.Is(err, ErrNotFound) {
+	before, now, err := a.reg.patch(service, id, p)
+	a.auditChange(ctx, "patch", service, before, now)
+	if errors.Is(err, ErrNotFound) {
 		return notFound(a.reg.Snapshot(service), service, id)
 	} else if err != nil {
 		return err
@@ -326,6 +366,9 @@ func (a *api) heartbeat(ctx *fasthttp.RequestCtx) error {
 	}
 	addr, err := queryAddr(ctx)
 	if err != nil {
+		return err
+	}
+	if err := permit(ctx, RightRegister, service); err != nil {
 		return err
 	}
 	switch err := a.reg.Renew(service, id, addr); {
@@ -345,14 +388,20 @@ func (a *api) getServices(ctx *fasthttp.RequestCtx) error {
 	if err := noBody(ctx); err != nil {
 		return err
 	}
+	caller := callerOf(ctx)
 	list := servicesJSON{Services: []serviceJSON{}}
 	for _, name := range a.reg.Names() {
+		if !caller.May(RightRead, name) {
+			continue
+		}
 		if s := a.reg.Snapshot(name); s != nil { // nil: it left since
 			list.Services = append(list.Services, a.service(s))
 		}
 	}
 	for _, e := range a.reg.Expired() {
-		list.Expired = append(list.Expired, expiredJSON{e.Service, e.ID, e.Addr, seconds(e.At)})
+		if caller.May(RightRead, e.Service) {
+			list.Expired = append(list.Expired, expiredJSON{e.Service, e.ID, e.Addr, seconds(e.At)})
+		}
 	}
 	writeJSON(ctx, list)
 	return nil
@@ -367,6 +416,9 @@ func (a *api) getService(ctx *fasthttp.RequestCtx) error {
 	if err := noBody(ctx); err != nil {
 		return err
 	}
+	if err := permit(ctx, RightRead, service); err != nil {
+		return err
+	}
 	s := a.reg.Snapshot(service)
 	if s == nil {
 		return notFound(s, service, "")
@@ -379,6 +431,9 @@ func (a *api) getService(ctx *fasthttp.RequestCtx) error {
 func (a *api) getInstance(ctx *fasthttp.RequestCtx) error {
 	service, id, err := bareNames(ctx)
 	if err != nil {
+		return err
+	}
+	if err := permit(ctx, RightRead, service); err != nil {
 		return err
 	}
 	s := a.reg.Snapshot(service)
@@ -420,6 +475,8 @@ type instanceJSON struct {
 	Override     *Override         `json:"override"`   // and what an operator has set; null: nothing
 	Metadata     map[string]string `json:"metadata"`   // in force
 	Generation   uint64            `json:"generation"` // of the registration
+	Check        *Check            `json:"check"`      // null: none
+	SlowStart    string            `json:"slow_start"` // 0s: none
 }
 
 type leaseJSON struct {
@@ -444,7 +501,14 @@ func (a *api) instance(service string, in *Instance) instanceJSON {
 		until := seconds(*st.Breaker.Until)
 		st.Breaker.Until = &until
 	}
-	out := instanceJSON{in.ID, in.Addr, in.Weight, st, seconds(in.RegisteredAt), nil, in.State(), nil, in.Metadata, in.Generation}
+	if h := st.Health; h != nil {
+		h.Since = seconds(h.Since)
+		if h.CheckedAt != nil {
+			at := seconds(*h.CheckedAt)
+			h.CheckedAt = &at
+		}
+	}
+	out := instanceJSON{in.ID, in.Addr, in.Weight, st, seconds(in.RegisteredAt), nil, in.State(), nil, in.Metadata, in.Generation, in.Check, in.SlowStart.String()}
 	if out.Metadata == nil {
 		out.Metadata = map[string]string{}
 	}
@@ -466,13 +530,6 @@ type noDescriber struct{}
 
 func (noDescriber) DescribeService(string) ServiceStatus           { return ServiceStatus{} }
 func (noDescriber) DescribeInstance(string, string) InstanceStatus { return InstanceStatus{} }
-func (noDescriber) InstanceTraffic(string, string) Traffic         { return nil }
-
-// noTraffic is that of an instance which requests do not know.
-type noTraffic struct{}
-
-func (noTraffic) Busy() int { return 0 }
-func (noTraffic) Cut()      {}
 
 // refusal is an error with the status it is answered with.
 type refusal struct {
@@ -500,6 +557,13 @@ func answer(call func(*fasthttp.RequestCtx) error, params ...string) fasthttp.Re
 				ctx.Response.Header.Set(fasthttp.HeaderRetryAfter, "1")
 			}
 			Problem(ctx, no.status, no.field, no.detail)
+		case errors.Is(err, ErrNotSaved), errors.Is(err, ErrClosed):
+			detail := ErrNotSaved.Error()
+			if errors.Is(err, ErrClosed) {
+				detail = "the gateway stops: nothing has changed"
+			}
+			ctx.Response.Header.Set(fasthttp.HeaderRetryAfter, "1")
+			Problem(ctx, fasthttp.StatusServiceUnavailable, "", detail)
 		default:
 			Problem(ctx, fasthttp.StatusInternalServerError, "", err.Error())
 		}
@@ -627,13 +691,15 @@ type members struct {
 	weight            int
 	ttl, drain        time.Duration
 	metadata          map[string]*string // nil: null, in a patch
-	seen, null        memberSet          // which there were, and were null
+	check             *Check
+	slowStart         time.Duration
+	seen, null        memberSet // which there were, and were null
 }
 
 // memberSet is a set of memberNames.
 type memberSet uint16
 
-var memberNames = []string{"service", "id", "addr", "weight", "ttl", "drain", "state", "metadata"}
+var memberNames = []string{"service", "id", "addr", "weight", "ttl", "drain", "state", "metadata", "check", "slow_start"}
 
 func (s memberSet) has(name string) bool { return s&member(name) != 0 }
 
@@ -738,6 +804,12 @@ func decodeMembers(body []byte, allowed ...string) (members, error) {
 			}
 			continue
 		}
+		if name == "check" {
+			if m.check, err = decodeCheck(dec, value); err != nil {
+				return members{}, err
+			}
+			continue
+		}
 		text, ok := value.(string)
 		if !ok {
 			return bad(name, "%s must be a string, not %s", name, describe(value))
@@ -754,6 +826,10 @@ func decodeMembers(body []byte, allowed ...string) (members, error) {
 		case "drain":
 			if m.drain, err = parseDrain(text); err != nil {
 				return members{}, err
+			}
+		case "slow_start":
+			if m.slowStart, err = time.ParseDuration(text); err != nil {
+				return bad(name, "%s %s, not %s", name, slowStartRule, clip(text))
 			}
 		case "ttl":
 			if m.ttl, err = time.ParseDuration(text); err != nil {

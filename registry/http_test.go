@@ -90,6 +90,11 @@ func TestAPI(t *testing.T) {
 	if in.Addr != "http://localhost:8081" || in.Weight != 2 || in.remote {
 		t.Errorf("registered %+v", in)
 	}
+	wantNoContent(t, call(h, near, "PUT", "/services/echo/checked", `{"check":{"path":"/health","keep_alive":true},"slow_start":"30s","addr":"http://localhost:8081"}`))
+	if got := string(call(h, near, "GET", "/services/echo/checked", "").Body()); !strings.HasSuffix(got, `"check":{"path":"/health","interval":"2s","timeout":"1s","fall":3,"rise":2,"status":"200-399","keep_alive":true,"start":"down"},"slow_start":"30s"}`+"\n") {
+		t.Errorf("checked: %s", got)
+	}
+	wantNoContent(t, call(h, near, "DELETE", "/services/echo/checked", ""))
 	// The same id again updates it in place, by either call.
 	wantNoContent(t, call(h, near, "POST", "/register", `{"weight":3,"addr":"http://localhost:8081","id":"inst-1","service":"echo"}`))
 	if got := reg.Snapshot("echo").Instance("inst-1"); got.Weight != 3 || len(reg.Snapshot("echo").Instances()) != 1 {
@@ -185,7 +190,7 @@ func TestPatchAPI(t *testing.T) {
 		{`{"state":null}`, `"state":"up","override":null`},
 	} {
 		wantNoContent(t, call(h, near, "PATCH", "/services/echo/inst-1", row.body))
-		if got := string(call(h, near, "GET", "/services/echo/inst-1", "").Body()); !strings.HasSuffix(got, row.want+`,"metadata":{},"generation":1}`+"\n") {
+		if got := string(call(h, near, "GET", "/services/echo/inst-1", "").Body()); !strings.HasSuffix(got, row.want+`,"metadata":{},"generation":1,"check":null,"slow_start":"0s"}`+"\n") {
 			t.Errorf("%s: %s", row.body, got)
 		}
 	}
@@ -257,8 +262,6 @@ func (fakeDescriber) DescribeService(service string) ServiceStatus {
 	return ServiceStatus{Strategy: "weighted-round-robin", InForce: "round-robin", Why: "inst-2 has no weight"}
 }
 
-func (fakeDescriber) InstanceTraffic(string, string) Traffic { return nil }
-
 func (fakeDescriber) DescribeInstance(service, id string) InstanceStatus {
 	if id == "inst-1" {
 		return InstanceStatus{Ready: true, Breaker: BreakerStatus{State: "closed", Since: described}}
@@ -281,9 +284,9 @@ func TestGet(t *testing.T) {
 		return strconv.FormatUint(reg.Snapshot(service).Instance(id).Generation, 10)
 	}
 	one := func(service string) string {
-		return `{"id":"inst-1","addr":"http://localhost:8081","weight":2,"ready":true,"reason":"","breaker":{"state":"closed","since":"2026-11-23T17:00:00Z","until":null},"in_flight":0,"tunnels":0,"success":0,"failure":0,"ignored":0,"last_error":"","registered_at":"` + at(service, "inst-1") + `","lease":null,"state":"up","override":null,"metadata":{},"generation":` + generation(service, "inst-1") + `}`
+		return `{"id":"inst-1","addr":"http://localhost:8081","weight":2,"ready":true,"reason":"","breaker":{"state":"closed","since":"2026-11-23T17:00:00Z","until":null},"health":null,"in_flight":0,"tunnels":0,"success":0,"failure":0,"ignored":0,"last_error":"","registered_at":"` + at(service, "inst-1") + `","lease":null,"state":"up","override":null,"metadata":{},"generation":` + generation(service, "inst-1") + `,"check":null,"slow_start":"0s"}`
 	}
-	two := `{"id":"inst-2","addr":"http://h/a&b","weight":0,"ready":false,"reason":"breaker","breaker":{"state":"open","since":"2026-11-23T17:00:00Z","until":"2026-11-23T17:00:30Z"},"in_flight":1,"tunnels":5,"success":2,"failure":3,"ignored":4,"last_error":"refused <1>","registered_at":"` + at("echo", "inst-2") + `","lease":null,"state":"up","override":null,"metadata":{},"generation":1}`
+	two := `{"id":"inst-2","addr":"http://h/a&b","weight":0,"ready":false,"reason":"breaker","breaker":{"state":"open","since":"2026-11-23T17:00:00Z","until":"2026-11-23T17:00:30Z"},"health":null,"in_flight":1,"tunnels":5,"success":2,"failure":3,"ignored":4,"last_error":"refused <1>","registered_at":"` + at("echo", "inst-2") + `","lease":null,"state":"up","override":null,"metadata":{},"generation":1,"check":null,"slow_start":"0s"}`
 	service := func(name, instances string) string {
 		return `{"name":"` + name + `","strategy":"weighted-round-robin","in_force":"round-robin","why":"inst-2 has no weight","instances":[` + instances + `]}`
 	}
@@ -310,7 +313,7 @@ func TestGet(t *testing.T) {
 
 	// Without a Describer the members are there all the same.
 	bare := call(NewHandler(reg, nil), near, "GET", "/services/echo/inst-1", "")
-	want := `{"id":"inst-1","addr":"http://localhost:8081","weight":2,"ready":false,"reason":"","breaker":{"state":"","since":"0001-01-01T00:00:00Z","until":null},"in_flight":0,"tunnels":0,"success":0,"failure":0,"ignored":0,"last_error":"","registered_at":"` + at("echo", "inst-1") + `","lease":null,"state":"up","override":null,"metadata":{},"generation":2}` + "\n"
+	want := `{"id":"inst-1","addr":"http://localhost:8081","weight":2,"ready":false,"reason":"","breaker":{"state":"","since":"0001-01-01T00:00:00Z","until":null},"health":null,"in_flight":0,"tunnels":0,"success":0,"failure":0,"ignored":0,"last_error":"","registered_at":"` + at("echo", "inst-1") + `","lease":null,"state":"up","override":null,"metadata":{},"generation":2,"check":null,"slow_start":"0s"}` + "\n"
 	if d := cmp.Diff(want, string(bare.Body())); d != "" {
 		t.Errorf("without a Describer (-want +got):\n%s", d)
 	}
@@ -399,7 +402,7 @@ func TestAPIRefusesCalls(t *testing.T) {
 }
 
 func TestDecode(t *testing.T) {
-	all := []string{"service", "id", "addr", "weight", "ttl", "metadata"}
+	all := []string{"service", "id", "addr", "weight", "ttl", "metadata", "check", "slow_start"}
 	a, none := "a", ""
 	accepted := map[string]members{
 		inst1:                                  {service: "echo", id: "inst-1", addr: "http://localhost:8081", weight: 2},
@@ -437,7 +440,12 @@ func TestDecode(t *testing.T) {
 		{`7`, "", "must be one JSON object"},
 		{strings.Repeat("[", 20000), "", "not JSON"},
 		{strings.Repeat(`{"a":`, 5000) + "1" + strings.Repeat("}", 5000), "a", "unknown member"},
-		{`{"services":"a"}`, "services", `unknown member "services"; allowed here: service, id, addr, weight, ttl, metadata`},
+		{`{"check":{"path":"/","interval":7}}`, "check.interval", "check.interval: must be a time from 100ms to 1h, such as 2s, not 7"},
+		{`{"check":{"path":"/"},"check":{"path":"/"}}`, "check", "check is there twice"},
+		{`{"check":null}`, "check", "check: must be an object"},
+		{`{"slow_start":30}`, "slow_start", "must be a string"},
+		{`{"slow_start":"30"}`, "slow_start", "from 0s (none) to 1h"},
+		{`{"services":"a"}`, "services", `unknown member "services"; allowed here: service, id, addr, weight, ttl, metadata, check, slow_start`},
 		{`{"Service":"a"}`, "Service", "unknown member"},
 		{`{"":1}`, "", `unknown member ""`},
 		{`{"wait":null}`, "wait", "unknown member"},
@@ -472,6 +480,9 @@ func TestDecode(t *testing.T) {
 	h := NewHandler(New(Config{}), nil)
 	for _, tt := range refused {
 		_, err := decodeMembers([]byte(tt.body), all...)
+		if bad, ok := err.(*FieldError); ok {
+			err = &refusal{400, bad.Field, bad.Error()} // as answer does
+		}
 		if no, ok := err.(*refusal); !ok || no.status != 400 || no.field != tt.field || !strings.Contains(no.detail, tt.says) {
 			t.Errorf("%.60s: %+v; want 400, field %q and %q", tt.body, err, tt.field, tt.says)
 		}

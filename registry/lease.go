@@ -34,9 +34,10 @@ type lease struct {
 	ttl         time.Duration
 	until       atomic.Int64 // of the registry's clock; leaseOver
 
-	due       int64 // when it is looked at; guarded by Registry.mu, as what follows is
-	place     int   // in Registry.leases
-	verifying bool  // a probe of its instance is under way
+	due       int64  // when it is looked at; guarded by Registry.mu, as what follows is
+	place     int    // in Registry.leases
+	verifying bool   // a probe of its instance is under way
+	succeeded uint64 // requests to its instance, when that was last looked at
 }
 
 // renew has the lease last for another ttl from now on. It reports false if it is over.
@@ -122,11 +123,9 @@ func (r *Registry) Renew(service, id, addr string) error {
 		case in == nil:
 		case !meant(in):
 			return fmt.Errorf("renew %s of service %s: %w", clip(id), clip(service), ErrConflict)
-		case in.lease == nil:
-			return nil
-		case in.lease.renew(r.now()):
+		case in.lease == nil || in.lease.renew(r.now()):
 			// Looked at behind it: it may have been marked a moment ago.
-			if now := r.Snapshot(service).Instance(id); now != nil && now.stale {
+			if now := r.Snapshot(service).Instance(id); now != nil && (now.stale || now.unreached) {
 				return r.revive(service, in)
 			}
 			return nil
@@ -137,12 +136,12 @@ func (r *Registry) Renew(service, id, addr string) error {
 	}
 }
 
-// revive notes that a stale instance was heard of.
+// revive notes that an instance was heard of that is stale, or was not reached.
 func (r *Registry) revive(service string, in *Instance) error {
 	return r.edit(service, in.ID, "", func(at *slot, now *Instance) {
-		if now.lease == in.lease && now.stale {
+		if now.Generation == in.Generation && (now.stale || now.unreached) {
 			next := now.copy()
-			next.stale = false
+			next.stale, next.unreached = false, false
 			r.replace(at, next)
 		}
 	})
@@ -301,8 +300,8 @@ func (at *slot) judge(now, resumed int64) {
 	at.doubted = silent > s.n/2 && s.n >= fewest || at.doubted && silent > 0
 }
 
-// verify looks whether a stale instance accepts connections, and removes it if it does not and has not renewed its lease, which
-// lasts until then. The caller holds mu.
+// verify looks whether a stale instance accepts connections, or has answered requests since it was last looked at. If it has done
+// neither, nor renewed its lease, which lasts until then, it is removed. The caller holds mu.
 func (r *Registry) verify(l *lease, in *Instance, until int64) {
 	if l.verifying {
 		return
@@ -310,8 +309,10 @@ func (r *Registry) verify(l *lease, in *Instance, until int64) {
 	l.verifying = true
 	r.spawn(func() {
 		alive := r.probe(in, r.probes[0])
+		succeeded := r.traffic(l.service, l.id).Succeeded()
 		_ = r.edit(l.service, l.id, "", func(at *slot, now *Instance) {
-			l.verifying = false
+			alive = alive || succeeded > l.succeeded
+			l.verifying, l.succeeded = false, succeeded
 			if !alive && now.lease == l && l.until.CompareAndSwap(until, leaseOver) {
 				heap.Remove(&r.leases, l.place)
 				r.lose(at, now)

@@ -368,17 +368,22 @@ func TestTooManyFallSilent(t *testing.T) {
 		addrs  []string // of the silent ones
 		others int      // that renew
 		left   int      // of the silent ones
+		answer bool     // all requests are answered well
 	}{
-		{"more than half", []string{alive, alive, alive}, 2, 3},
-		{"and one of them is dead", []string{alive, dead, alive}, 2, 2},
-		{"all", []string{alive, alive, alive, alive}, 0, 4},
-		{"half", []string{alive, alive}, 2, 0},
-		{"of three", []string{alive, alive, alive}, 0, 0},
+		{"more than half", []string{alive, alive, alive}, 2, 3, false},
+		{"and one of them is dead", []string{alive, dead, alive}, 2, 2, false},
+		{"all", []string{alive, alive, alive, alive}, 0, 4, false},
+		{"all accept nothing more, and answer", []string{dead, dead, dead, dead}, 0, 4, true},
+		{"all are dead", []string{dead, dead, dead, dead}, 0, 0, false},
+		{"half", []string{alive, alive}, 2, 0, false},
+		{"of three", []string{alive, alive, alive}, 0, 0, false},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
 			r := New(Config{})
 			defer r.Close()
+			var u underWay
+			r.Observe(u.of)
 			const ttl = MinTTL
 			for i, addr := range row.addrs {
 				if err := r.Register("echo", Instance{ID: fmt.Sprint("silent-", i), Addr: addr, TTL: ttl}); err != nil {
@@ -401,6 +406,9 @@ func TestTooManyFallSilent(t *testing.T) {
 				return silent, stale
 			}
 			for began := time.Now(); time.Since(began) < 4*ttl; time.Sleep(ttl / 5) {
+				if row.answer {
+					u.succeeded.Add(1)
+				}
 				for i := range row.others {
 					if err := r.Renew("echo", fmt.Sprint(i), ""); err != nil {
 						t.Fatal(err)
@@ -412,6 +420,10 @@ func TestTooManyFallSilent(t *testing.T) {
 			}
 			for i := range row.addrs {
 				_ = r.Renew("echo", fmt.Sprint("silent-", i), "")
+			}
+			if row.answer { // until they do not
+				eventually(t, "they have expired", func() bool { return r.Snapshot("echo") == nil })
+				return
 			}
 			if silent, stale := counts(); silent != row.left || stale != 0 {
 				t.Errorf("%d are left, %d of them stale though they were heard of", silent, stale)

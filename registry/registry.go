@@ -1,5 +1,6 @@
 // Package registry owns who exists: services, their instances, and where an instance may point. It knows nothing of
-// balancing, breakers or forwarding, and HTTP in http.go only. Everything is held in memory.
+// balancing, breakers or forwarding, and HTTP in http.go only. Everything is held in memory; a registry that Open makes keeps it
+// in a file too.
 package registry
 
 import (
@@ -30,7 +31,7 @@ var (
 
 // FieldError refuses one field of a registration. Its texts are meant for the client that sent it.
 type FieldError struct {
-	Field  string // service, id, addr, weight, ttl, metadata, state or drain
+	Field  string // service, id, addr, weight, ttl, metadata, check and its members (check.path), slow_start, state or drain
 	Detail string // what is wrong, and what would be right
 }
 
@@ -52,13 +53,15 @@ type Registry struct {
 	cfg      Config
 	services sync.Map // name -> *slot: a hash trie, so adding or dropping one copies no others
 
-	mu         sync.Mutex       // serializes writers; guards what follows
-	generation uint64           // of the last change; grows by one with each
-	onChange   []func(s string) // replaced, never appended in place: a change calls those it saw under mu
+	mu         sync.Mutex                       // serializes writers; guards what follows
+	generation uint64                           // of the last change; grows by one with each
+	observed   func(service, id string) Traffic // nil: nobody knows any
+	onChange   []func(s string)                 // replaced, never appended in place: a change calls those it saw under mu
 	leases     leases
 	expired    []Expired
 	watching   bool // there is a watch
 	closed     bool
+	store      *store // nil: there is no file
 
 	began    time.Time    // of the registry's clock
 	resumed  atomic.Int64 // on it: no lease ends less than its ttl after this
@@ -91,34 +94,47 @@ func New(cfg Config) *Registry {
 	return r
 }
 
-// Close ends the watch over leases and holds: none ends any more. Drains are answered, and it waits for probes.
+// Close ends the watch over leases and holds: none ends any more. Drains are answered, and it waits for probes. A registry with a
+// file writes what is left to write, lets go of it, and from then on refuses changes with ErrClosed.
 func (r *Registry) Close() {
 	r.mu.Lock()
-	if !r.closed {
+	first := !r.closed
+	if first {
 		r.closed = true
 		close(r.closing)
 	}
 	r.mu.Unlock()
 	r.watchers.Wait()
+	if r.store != nil {
+		if first {
+			close(r.store.stop)
+		}
+		<-r.store.done
+	}
 }
 
 // Register adds an instance to a service, or updates the one with that id in place: its RegisteredAt stays, its
 // Generation grows with every call, also if nothing else changed. A lease begins anew. RegisteredAt and Generation of in are
-// ignored. The error is a *FieldError, and then nothing has changed. When Register returns nil, every function given to
-// OnChange has returned.
+// ignored. The error is a *FieldError, and then nothing has changed, or wraps ErrNotSaved or ErrClosed. When Register returns nil,
+// every function given to OnChange has returned, and if there is a file the change is on disk.
 func (r *Registry) Register(service string, in Instance) error {
-	_, err := r.register(service, in, nil)
+	_, _, err := r.register(service, in, nil)
 	return err
 }
 
-// register adds an instance that has a lease, unless a connection holds it.
-func (r *Registry) register(service string, in Instance, h *hold) (generation uint64, err error) {
+// register adds an instance that has a lease, unless a connection holds it. It returns it, and the one that stood in its
+// place, or nil.
+func (r *Registry) register(service string, in Instance, h *hold) (now, before *Instance, err error) {
 	if err := r.check(service, &in); err != nil {
-		return 0, err
+		return nil, nil, err
 	}
 	in.RegisteredAt = time.Now()
 
 	r.mu.Lock()
+	if r.sealed() {
+		r.mu.Unlock()
+		return nil, nil, fmt.Errorf("register %s of service %s: %w", clip(in.ID), clip(service), ErrClosed)
+	}
 	r.generation++
 	in.Generation = r.generation
 	at := r.service(service)
@@ -126,9 +142,9 @@ func (r *Registry) register(service string, in Instance, h *hold) (generation ui
 	if at != nil {
 		prev = at.snapshot.Load()
 	}
-	before := prev.Instance(in.ID)
+	before = prev.Instance(in.ID)
 	r.revoke(before)
-	in.lease, in.hold, in.suspect, in.stale = nil, h, false, false
+	in.lease, in.hold, in.suspect, in.stale, in.unreached = nil, h, false, false, false
 	in.inherit(before)
 	if h == nil && in.drain == nil {
 		r.grant(service, &in)
@@ -137,36 +153,66 @@ func (r *Registry) register(service string, in Instance, h *hold) (generation ui
 		r.expired = slices.DeleteFunc(r.expired, func(e Expired) bool { return e.Service == service && e.ID == in.ID })
 	}
 	r.publish(service, at, prev.with(service, &in, in.Generation))
-	hear := r.onChange
+	r.store.mark(service, before, &in, r.generation)
+	hear, saved := r.onChange, r.store.pending(service, in.ID)
 	r.mu.Unlock()
 
 	for _, f := range hear {
 		f(service)
 	}
-	return in.Generation, nil
+	return &in, before, saved.wait()
 }
 
 // Unregister removes an instance, and the service with its last one. If addr is not empty, it does so only while the id
 // stands with that addr: who stops late does not remove its successor. The error wraps ErrNotFound or ErrConflict, or is a
-// *FieldError for an addr that is none. When Unregister returns nil, every function given to OnChange has returned.
+// *FieldError for an addr that is none. When Unregister returns nil, every function given to OnChange has returned. If there is a
+// file the change is on disk then, and the error may wrap ErrNotSaved or ErrClosed.
 func (r *Registry) Unregister(service, id, addr string) error {
-	return r.edit(service, id, addr, func(at *slot, in *Instance) {
-		r.revoke(in)
-		r.remove(at, in)
-	})
+	_, err := r.unregister(service, id, addr)
+	return err
 }
 
-// edit has f change an instance, under the lock, and tells of it. The errors are those of Unregister.
+// unregister returns the instance that it removes.
+func (r *Registry) unregister(service, id, addr string) (gone *Instance, err error) {
+	err = r.amend(service, id, addr, func(at *slot, in *Instance) {
+		r.revoke(in)
+		r.remove(at, in)
+		gone = in
+	})
+	return gone, err
+}
+
+// edit has f change an instance, under the lock, and tells of it. It does not wait for the file. The errors are those of
+// Unregister but for ErrNotSaved.
 func (r *Registry) edit(service, id, addr string, f func(*slot, *Instance)) error {
-	meant, err := meaning(addr)
+	_, err := r.change(service, id, addr, f)
+	return err
+}
+
+// amend is edit for somebody who wants the change to be on disk.
+func (r *Registry) amend(service, id, addr string, f func(*slot, *Instance)) error {
+	b, err := r.change(service, id, addr, f)
 	if err != nil {
 		return err
 	}
+	return b.wait()
+}
+
+// change is edit; it returns what to wait for.
+func (r *Registry) change(service, id, addr string, f func(*slot, *Instance)) (*batch, error) {
+	meant, err := meaning(addr)
+	if err != nil {
+		return nil, err
+	}
 	r.mu.Lock()
+	if r.sealed() {
+		r.mu.Unlock()
+		return nil, fmt.Errorf("%s of service %s: %w", clip(id), clip(service), ErrClosed)
+	}
 	at := r.service(service)
 	if at == nil {
 		r.mu.Unlock()
-		return fmt.Errorf("%s of service %s, which has no instance: %w", clip(id), clip(service), ErrNotFound)
+		return nil, fmt.Errorf("%s of service %s, which has no instance: %w", clip(id), clip(service), ErrNotFound)
 	}
 	in := at.snapshot.Load().Instance(id)
 	switch {
@@ -177,17 +223,20 @@ func (r *Registry) edit(service, id, addr string, f func(*slot, *Instance)) erro
 	}
 	if err != nil {
 		r.mu.Unlock()
-		return fmt.Errorf("%s of service %s: %w", clip(id), clip(service), err)
+		return nil, fmt.Errorf("%s of service %s: %w", clip(id), clip(service), err)
 	}
 	f(at, in)
-	hear := r.onChange
+	hear, saved := r.onChange, r.store.pending(service, id)
 	r.mu.Unlock()
 
 	for _, f := range hear {
 		f(service)
 	}
-	return nil
+	return saved, nil
 }
+
+// sealed says that the file takes no change any more. The caller holds mu.
+func (r *Registry) sealed() bool { return r.closed && r.store != nil }
 
 // meaning tells of an instance whether it is one that an addr means: any if that is empty.
 func meaning(addr string) (func(*Instance) bool, error) {
@@ -206,6 +255,7 @@ func (r *Registry) remove(at *slot, in *Instance) {
 	r.generation++
 	before := at.snapshot.Load()
 	r.publish(before.service, at, before.without(in.ID, r.generation))
+	r.store.mark(before.service, in, nil, r.generation)
 }
 
 // spawn runs f in a goroutine that Close waits for. The caller holds mu.
@@ -272,11 +322,16 @@ func (r *Registry) publish(name string, at *slot, next *Snapshot) {
 
 // check refuses what must not be registered, and fills in.target.
 func (r *Registry) check(service string, in *Instance) error {
-	if err := validNames(service, in.ID); err != nil {
+	if err := validate(service, in); err != nil {
 		return err
 	}
-	if slices.Contains(r.cfg.Reserved, service) {
-		return &FieldError{"service", fmt.Sprintf("%s is reserved: the API answers at /%[1]s; choose another name", service)}
+	return r.allow(service, in)
+}
+
+// validate refuses what no instance is, and fills in.target.
+func validate(service string, in *Instance) error {
+	if err := validNames(service, in.ID); err != nil {
+		return err
 	}
 	if in.TTL != 0 && (in.TTL < MinTTL || in.TTL > MaxTTL) {
 		return &FieldError{"ttl", ttlRule + ", not " + in.TTL.String()}
@@ -287,14 +342,32 @@ func (r *Registry) check(service string, in *Instance) error {
 	if err := checkMetadata(in.Metadata); err != nil {
 		return err
 	}
+	if in.SlowStart < 0 || in.SlowStart > MaxSlowStart {
+		return &FieldError{"slow_start", slowStartRule + ", not " + in.SlowStart.String()}
+	}
+	if in.Check != nil {
+		check, err := in.Check.filled()
+		if err != nil {
+			return err
+		}
+		in.Check = check
+	}
 	target, err := ParseAddr(in.Addr)
 	if err != nil {
 		return &FieldError{"addr", err.Error()}
 	}
-	if err := r.cfg.Addrs.checkTarget(target, in.remote); err != nil {
+	in.target = target
+	return nil
+}
+
+// allow refuses what is well formed and must not be here.
+func (r *Registry) allow(service string, in *Instance) error {
+	if slices.Contains(r.cfg.Reserved, service) {
+		return &FieldError{"service", fmt.Sprintf("%s is reserved: the API answers at /%[1]s; choose another name", service)}
+	}
+	if err := r.cfg.Addrs.checkTarget(in.target, in); err != nil {
 		return &FieldError{"addr", err.Error()}
 	}
-	in.target = target
 	return nil
 }
 

@@ -2,6 +2,7 @@ package registry
 
 import (
 	"cmp"
+	"net/netip"
 	"slices"
 	"time"
 )
@@ -14,6 +15,8 @@ type Instance struct {
 	Weight       int               // 0 to MaxWeight; 0 means that it has none
 	TTL          time.Duration     // of its lease, MinTTL to MaxTTL; 0: it has none and stays until it is unregistered
 	Metadata     map[string]string // what people write about it: at most 64 names with values of up to 512 bytes
+	Check        *Check            // how it is asked whether it can serve; nil: it is not
+	SlowStart    time.Duration     // how long its share grows when it comes or comes back, up to MaxSlowStart; 0: not at all
 	RegisteredAt time.Time         // when this id came; a later registration of the same id does not change it
 	Generation   uint64            // of its last registration; grows over all services
 
@@ -24,9 +27,13 @@ type Instance struct {
 	remote     bool       // registered by a peer that is not loopback; set by http.go, judged by AddrPolicy
 	target     Target     // the parsed Addr
 	hold       *hold      // nil: no connection keeps it registered
+	restored   bool       // it comes from a file, and was not registered again since
 	stale      bool       // its lease has ended, with those of too many others to be believed
 	suspect    bool       // that connection was lost, and nobody knows yet whether it lives
+	unreached  bool       // it was in the file when the gateway started, and nobody has heard of it since
 	lease      *lease     // nil: none
+
+	networks []netip.Prefix // where it may point by the rights of who registered it; none: wherever AddrPolicy lets it
 }
 
 // registered is what an instance registers of that which an Override may cover.
@@ -34,6 +41,9 @@ type registered struct {
 	weight   int
 	metadata map[string]string
 }
+
+// Restored says that the instance was registered before the gateway started, and not since.
+func (in *Instance) Restored() bool { return in.restored }
 
 // Target returns the parsed Addr.
 func (in *Instance) Target() Target { return in.target }

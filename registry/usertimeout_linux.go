@@ -13,6 +13,9 @@ func setUserTimeout(conn net.Conn, d time.Duration) {
 	if own, ok := conn.(interface{ UnsafeConn() net.Conn }); ok { // one that fasthttp has given away
 		conn = own.UnsafeConn()
 	}
+	if inner, ok := conn.(interface{ NetConn() net.Conn }); ok { // below TLS
+		conn = inner.NetConn()
+	}
 	c, ok := conn.(syscall.Conn)
 	if !ok {
 		return

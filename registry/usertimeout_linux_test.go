@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"crypto/tls"
 	"net"
 	"testing"
 
@@ -19,8 +20,9 @@ func TestUserTimeout(t *testing.T) {
 	}
 	defer ln.Close()
 	for name, wrap := range map[string]func(net.Conn) net.Conn{
-		"plain": func(c net.Conn) net.Conn { return c },
-		"given": func(c net.Conn) net.Conn { return given{c} },
+		"plain":           func(c net.Conn) net.Conn { return c },
+		"given":           func(c net.Conn) net.Conn { return given{c} },
+		"given, with TLS": func(c net.Conn) net.Conn { return given{tls.Client(c, nil)} },
 	} {
 		conn, err := net.Dial("tcp", ln.Addr().String())
 		if err != nil {

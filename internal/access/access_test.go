@@ -46,6 +46,22 @@ func sendStdin(addr string) error {
 	return err
 }
 
+func newRule(t testing.TB, cfg Config) *Rule {
+	t.Helper()
+	r, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(r.Close)
+	return r
+}
+
+func check(t testing.TB, cfg Config, ctx *fasthttp.RequestCtx) *Refusal {
+	t.Helper()
+	_, no := newRule(t, cfg).admit(ctx)
+	return no
+}
+
 // gateway is a server of the registration API behind a rule.
 type gateway struct {
 	addr string
@@ -59,7 +75,7 @@ func newGateway(t testing.TB, cfg Config, listen string) gateway {
 		t.Skipf("cannot listen on %s: %v", listen, err)
 	}
 	g := gateway{ln.Addr().String(), registry.New(registry.Config{})}
-	s := &fasthttp.Server{Handler: New(cfg).Wrap(registry.NewHandler(g.reg, nil)), ErrorHandler: registry.ErrorHandler, DisablePreParseMultipartForm: true}
+	s := &fasthttp.Server{Handler: newRule(t, cfg).Wrap(registry.NewHandler(g.reg, nil)), ErrorHandler: registry.ErrorHandler, DisablePreParseMultipartForm: true}
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(ln) }()
 	t.Cleanup(func() {
@@ -247,7 +263,7 @@ func wantHint(t *testing.T, name string, cfg Config, ctx *fasthttp.RequestCtx, n
 		return
 	}
 	cfg.Allow, cfg.AllowNone, cfg.AllowSet = []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}, false, true
-	helps := New(cfg).Check(ctx) == nil
+	helps := check(t, cfg, ctx) == nil
 	if named := strings.Contains(no.Detail, "or name the networks"); named != helps {
 		t.Errorf("%s: %q; --api-allow would help: %v", name, no.Detail, helps)
 	}
@@ -266,7 +282,7 @@ func TestHint(t *testing.T) {
 					req.Header.Set(field, "x")
 					var ctx fasthttp.RequestCtx
 					ctx.Init(&req, peer, nil)
-					no := New(cfg).Check(&ctx)
+					no := check(t, cfg, &ctx)
 					wantHint(t, fmt.Sprintf("%+v, %v, %s, %s", cfg, peer, host, field), cfg, &ctx, no)
 					if no != nil && strings.Contains(no.Detail, "or name the networks") {
 						hinted++
@@ -309,7 +325,7 @@ func TestRemotePeers(t *testing.T) {
 		}
 		var ctx fasthttp.RequestCtx
 		ctx.Init(&req, tt.peer, nil)
-		no := New(tt.cfg).Check(&ctx)
+		no := check(t, tt.cfg, &ctx)
 		wantHint(t, tt.name, tt.cfg, &ctx, no)
 		if (no == nil) != (tt.says == "") || no != nil && (no.Status != 403 || !strings.Contains(no.Detail, tt.says)) {
 			t.Errorf("%s: %+v; want %q", tt.name, no, tt.says)
@@ -346,6 +362,7 @@ func TestToken(t *testing.T) {
 		"Proxy-Authorization: Bearer s3cret":                           "not 0",
 		"Cookie: Authorization=s3cret":                                 "not 0",
 	} {
+		g := newGateway(t, Config{Token: "s3cret"}, "127.0.0.1:0") // each its own, since so many would be too many
 		got := send(t, g.addr, post("Host: localhost", lines))
 		if got.status != 401 || got.header.Get("WWW-Authenticate") != `Bearer realm="kerberos"` || !strings.Contains(got.detail, says) || !strings.Contains(got.detail, "--token") {
 			t.Errorf("%s: %d %v %q; want 401 and %q", lines, got.status, got.header, got.detail, says)
@@ -362,11 +379,11 @@ func TestToken(t *testing.T) {
 // The Rule keeps its own copy of the networks.
 func TestNewCopies(t *testing.T) {
 	cfg := Config{Allow: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, AllowSet: true}
-	r := New(cfg)
+	r := newRule(t, cfg)
 	cfg.Allow[0] = netip.MustParsePrefix("0.0.0.0/0")
 	var ctx fasthttp.RequestCtx
 	ctx.Init(&fasthttp.Request{}, &net.TCPAddr{IP: net.IPv4(11, 0, 0, 1)}, nil)
-	if r.Check(&ctx) == nil {
+	if _, no := r.admit(&ctx); no == nil {
 		t.Error("the caller's copy of the Config changes the rule")
 	}
 }

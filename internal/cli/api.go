@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,10 +21,42 @@ import (
 // API is where the gateway's API is and how to be let in.
 type API struct {
 	Gateway string `default:"http://127.0.0.1:9901" type:"url" placeholder:"URL" help:"Where the API is served."`
-	Token   string `type:"token" placeholder:"SECRET" help:"The gateway's --token, where it has one."`
+	Token   string `type:"token" placeholder:"SECRET" help:"The gateway's --token, or one of its --tokens."`
+	TLS
 
 	flag string        // that gave Gateway; empty: --gateway
 	wait time.Duration // longer than usual, for an answer
+}
+
+// TLS is how to speak to a gateway that has --admin-cert.
+type TLS struct {
+	CA   *x509.CertPool `name:"ca" placeholder:"FILE" help:"PEM file of the authorities of an https gateway, instead of the system's."`
+	Cert string         `type:"file" placeholder:"FILE" help:"PEM file of the certificate that says who calls, for a gateway with --admin-client-ca."`
+	Key  string         `type:"file" placeholder:"FILE" help:"PEM file of its key."`
+}
+
+// AfterApply checks what no single flag can know.
+func (t *TLS) AfterApply() error {
+	if (t.Cert == "") != (t.Key == "") {
+		return errors.New("--cert and --key belong together: give both or none")
+	}
+	return nil
+}
+
+// client is one for a single call, or the one that all share.
+func (t *TLS) client() (*http.Client, error) {
+	if t.CA == nil && t.Cert == "" {
+		return http.DefaultClient, nil
+	}
+	config := &tls.Config{RootCAs: t.CA, MinVersion: tls.VersionTLS12}
+	if t.Cert != "" {
+		pair, err := tls.LoadX509KeyPair(t.Cert, t.Key)
+		if err != nil {
+			return nil, fmt.Errorf("--cert %s and --key %s: %w", t.Cert, t.Key, err)
+		}
+		config.Certificates = []tls.Certificate{pair}
+	}
+	return &http.Client{Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, TLSClientConfig: config, DisableKeepAlives: true}}, nil
 }
 
 // problem is a refusal of the API (RFC 9457). It names the field that is wrong, if one is.
@@ -72,7 +106,11 @@ func (a *API) call(ctx context.Context, method, path string, body any) ([]byte, 
 	if a.Token != "" {
 		request.Header.Set("Authorization", "Bearer "+a.Token)
 	}
-	response, err := http.DefaultClient.Do(request)
+	client, err := a.client()
+	if err != nil {
+		return nil, err
+	}
+	response, err := client.Do(request)
 	if errors.Is(err, syscall.ECONNREFUSED) {
 		return nil, fmt.Errorf("%w: is a gateway running there? see %s", err, cmp.Or(a.flag, "--gateway"))
 	}
@@ -104,6 +142,46 @@ type Register struct {
 	TTL     time.Duration `name:"ttl" default:"0s" min:"0s" noenv:"" help:"A lease of 1s to 24h: unless it is registered again or sends a heartbeat, the instance leaves after that time. 0s is none."`
 
 	Metadata map[string]string `mapsep:"none" placeholder:"NAME=VALUE" noenv:"" help:"What others should know about it; repeatable."`
+
+	Check     Check         `embed:"" prefix:"check-"`
+	SlowStart time.Duration `default:"0s" min:"0s" noenv:"" help:"How long its share grows whenever it comes into balance, up to 1h. 0s is none."`
+}
+
+// Check is how the gateway asks an instance whether it can serve. What is not said is for the gateway to fill.
+type Check struct {
+	Path      string        `placeholder:"PATH" noenv:"" help:"The gateway asks for this, over and over; while the answer is not one of --check-status, the instance gets no requests."`
+	TCP       bool          `name:"tcp" noenv:"" help:"The same, but it only connects."`
+	Interval  time.Duration `default:"2s" min:"100ms" noenv:"" help:"From one check to the next, up to 1h."`
+	Timeout   time.Duration `default:"0s" min:"0s" noenv:"" help:"For the whole of one, 100ms to 1m. 0s is 1s, or the interval if that is shorter."`
+	Fall      int           `default:"3" min:"1" noenv:"" help:"So many in a row that fail take it out."`
+	Rise      int           `default:"2" min:"1" noenv:"" help:"So many in a row that pass bring it back."`
+	Status    string        `placeholder:"LIST" noenv:"" help:"Statuses and ranges that pass, such as 200-299,404; else 200-399."`
+	KeepAlive bool          `noenv:"" help:"One connection for many checks."`
+	Start     string        `default:"down" enum:"down,up" noenv:"" help:"A new instance waits for its first check (down) or does not (up)."`
+}
+
+// body is what /register takes; nil: none.
+func (c *Check) body() map[string]any {
+	if c.Path == "" && !c.TCP {
+		return nil
+	}
+	body := map[string]any{"interval": c.Interval.String(), "fall": c.Fall, "rise": c.Rise, "start": c.Start}
+	if c.Path != "" {
+		body["path"] = c.Path
+	}
+	if c.TCP {
+		body["tcp"] = true
+	}
+	if c.Timeout > 0 {
+		body["timeout"] = c.Timeout.String()
+	}
+	if c.Status != "" {
+		body["status"] = c.Status
+	}
+	if c.KeepAlive {
+		body["keep_alive"] = true
+	}
+	return body
 }
 
 // registration is the body of /register.
@@ -116,11 +194,17 @@ type registration struct {
 	Drain   string `json:"drain,omitempty"`
 
 	Metadata map[string]string `json:"metadata,omitempty"`
+
+	Check     map[string]any `json:"check,omitempty"`
+	SlowStart string         `json:"slow_start,omitempty"`
 }
 
 // Run registers the instance.
 func (c *Register) Run(p *Process) error {
-	in := registration{Service: c.Service, ID: c.ID, Addr: c.Addr, Weight: c.Weight, Metadata: c.Metadata}
+	in := registration{Service: c.Service, ID: c.ID, Addr: c.Addr, Weight: c.Weight, Metadata: c.Metadata, Check: c.Check.body()}
+	if c.SlowStart > 0 {
+		in.SlowStart = c.SlowStart.String()
+	}
 	if c.TTL > 0 {
 		in.TTL = c.TTL.String()
 	}

@@ -20,7 +20,8 @@ type Backend struct {
 	Name     string `default:"backend" type:"name" noenv:"" help:"What it calls itself, in its answers and as its id."`
 	Register string `type:"url" placeholder:"URL" noenv:"" help:"A gateway's API, to register there and to unregister at the end."`
 	Service  string `default:"echo" type:"name" noenv:"" help:"The service it registers for."`
-	Token    string `type:"token" placeholder:"SECRET" help:"The gateway's --token, where it has one."`
+	Token    string `type:"token" placeholder:"SECRET" help:"The gateway's --token, or one of its --tokens."`
+	TLS
 }
 
 // Run serves until the process is asked to end.
@@ -32,7 +33,7 @@ func (c *Backend) Run(p *Process) error {
 	defer b.stop()
 	fmt.Fprintf(p.Out, "backend %s listens on %s\n", c.Name, b.addr)
 	if c.Register != "" {
-		api := API{Gateway: c.Register, Token: c.Token, flag: "--register"}
+		api := API{Gateway: c.Register, Token: c.Token, TLS: c.TLS, flag: "--register"}
 		addr, err := b.reachable(c.Register)
 		if err != nil {
 			return err

@@ -27,8 +27,6 @@ func (describer) DescribeService(string) registry.ServiceStatus {
 	return registry.ServiceStatus{Strategy: "weighted-random", InForce: "random", Why: "b has no weight"}
 }
 
-func (describer) InstanceTraffic(string, string) registry.Traffic { return nil }
-
 func (describer) DescribeInstance(_, id string) registry.InstanceStatus {
 	if id == "b" {
 		return registry.InstanceStatus{Reason: "breaker open", Breaker: registry.BreakerStatus{State: "open"}, Failure: 5, LastError: "connection refused"}
@@ -88,6 +86,11 @@ echo     random    b         http://127.0.0.1:8082  20      no     open     0   
 		{"leased and drained", &Register{API: api, Service: "users", ID: "a", Addr: "http://127.0.0.1:8081", TTL: time.Minute}, "registered users/a at http://127.0.0.1:8081\n", ""},
 		{"described", &Register{API: api, Service: "users", ID: "a", Addr: "http://127.0.0.1:8081", Metadata: map[string]string{"zone": "eu"}}, "registered users/a at http://127.0.0.1:8081\n", ""},
 		{"badly described", &Register{API: api, Service: "users", ID: "a", Addr: "http://127.0.0.1:8081", Metadata: map[string]string{"zo ne": "eu"}}, "", "metadata: the key"},
+		{"checked", &Register{API: api, Service: "users", ID: "c", Addr: "http://127.0.0.1:8081", SlowStart: time.Second,
+			Check: Check{Path: "/health", Interval: 3 * time.Second, Timeout: time.Second, Fall: 4, Rise: 5, Status: "204", KeepAlive: true, Start: "up"}}, "registered users/c at http://127.0.0.1:8081\n", ""},
+		{"badly checked", &Register{API: api, Service: "users", ID: "d", Addr: "http://127.0.0.1:8081", Check: Check{TCP: true, Interval: time.Second, Fall: 1, Rise: 101, Start: "up"}}, "", "check.rise: must be an integer"},
+		{"checked in two ways", &Register{API: api, Service: "users", ID: "d", Addr: "http://127.0.0.1:8081", Check: Check{TCP: true, Path: "/", Interval: time.Second, Fall: 1, Rise: 1, Start: "up"}}, "", "check.tcp"},
+		{"checked no more", &Unregister{API: api, Service: "users", ID: "c"}, "unregistered users/c\n", ""},
 		{"not the one meant", &Unregister{API: api, Service: "users", ID: "a", Addr: "http://127.0.0.1:8082"}, "users/a is registered with another addr: it stays\n", ""},
 		{"bad ttl", &Register{API: api, Service: "users", ID: "b", Addr: "http://127.0.0.1:8081", TTL: time.Millisecond}, "", "ttl"},
 		{"the one meant", &Unregister{API: api, Service: "users", ID: "a", Addr: "http://127.0.0.1:8081"}, "unregistered users/a\n", ""},

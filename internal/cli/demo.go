@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -47,6 +48,10 @@ func (c *Demo) Run(p *Process) error {
 	}
 	cfg.Listen, cfg.Admin = "127.0.0.1:0", "127.0.0.1:0"
 	cfg.BreakerOpen = part(demoOpen)
+	if cfg.Data, err = os.MkdirTemp("", "kerberos-demo-"); err != nil {
+		return err
+	}
+	defer os.RemoveAll(cfg.Data)
 	gateway, err := p.Start(cfg, s.logger())
 	if err != nil {
 		return err

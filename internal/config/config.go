@@ -25,12 +25,18 @@ type Gateway struct {
 	DrainTimeout  time.Duration `default:"30s" min:"0s" group:"listeners" help:"How long requests in flight may take to end at a shutdown."`
 	ShutdownDelay time.Duration `default:"0s" min:"0s" group:"listeners" help:"How long the listeners stay open at a shutdown, with /readyz failing."`
 
+	Data string `type:"directory" placeholder:"DIR" group:"registry" help:"Keep registrations in DIR, so that they are there again after a restart; without it they end with the process."`
+
 	API            API            `default:"both" group:"access" help:"Which listeners serve the API: data (--listen), admin or both."`
-	APIAllow       Allow          `placeholder:"loopback" group:"access" help:"Who may use the API while there is no --token: networks, loopback (the default), or none."`
-	Token          string         `type:"token" placeholder:"SECRET" group:"access" help:"Whoever uses the API must send it as a bearer token."`
+	APIAllow       Allow          `placeholder:"loopback" group:"access" help:"Who may use the API while neither --token, --tokens nor --admin-client-ca is set: networks, loopback (the default), or none."`
+	Token          string         `type:"token" placeholder:"SECRET" group:"access" help:"Whoever sends it as a bearer token may use all of the API, and nobody may without a token."`
+	Tokens         string         `type:"file" placeholder:"FILE" group:"access" help:"YAML file of tokens and names in client certificates, and the rights of each; read again when it changes."`
+	AdminCert      string         `type:"file" placeholder:"FILE" group:"access" help:"PEM file of the certificate with which --admin speaks TLS; read again when it changes, as the next two are."`
+	AdminKey       string         `type:"file" placeholder:"FILE" group:"access" help:"PEM file of its key."`
+	AdminClientCA  string         `type:"file" placeholder:"FILE" group:"access" help:"PEM file of the authorities of client certificates, which then stand for a token. Without --tokens each has all rights."`
 	AddrAllow      []netip.Prefix `placeholder:"NETWORK" group:"access" help:"Where registered addresses may point, loopback included; all others are refused."`
 	AddrDeny       []netip.Prefix `placeholder:"NETWORK" group:"access" help:"Where registered addresses may not point."`
-	TrustedProxies []netip.Prefix `placeholder:"NETWORK" group:"access" help:"Proxies in front whose X-Forwarded-* and Forwarded fields are believed. The API then needs a --token."`
+	TrustedProxies []netip.Prefix `placeholder:"NETWORK" group:"access" help:"Proxies in front whose X-Forwarded-* and Forwarded fields are believed. The API then needs a token."`
 
 	Strategy lb.Strategy `default:"round-robin" also:"BALANCER_STRATEGY" group:"traffic" help:"How requests spread: ${strategies}."`
 	Route    []Route     `placeholder:"PREFIX=SERVICE" group:"traffic" help:"Send paths under PREFIX to SERVICE; repeatable. '/*' keeps the rule without routes, that the first path segment names the service, as the last resort."`
@@ -88,6 +94,16 @@ type Gateway struct {
 func (g *Gateway) AfterApply() error {
 	if g.API == APIAdmin && g.Admin == Off {
 		return errors.New("--api=admin with --admin=off would leave the API nowhere: give --admin an address")
+	}
+	switch {
+	case (g.AdminCert == "") != (g.AdminKey == ""):
+		return errors.New("--admin-cert and --admin-key belong together: give both or none")
+	case g.AdminClientCA != "" && g.AdminCert == "":
+		return errors.New("--admin-client-ca asks for certificates by TLS: give --admin-cert and --admin-key too")
+	case g.AdminCert != "" && g.Admin == Off:
+		return errors.New("--admin-cert with --admin=off has nothing to secure: give --admin an address, or drop it")
+	case g.AdminClientCA != "" && !g.API.OnAdmin():
+		return errors.New("--admin-client-ca is about the API on --admin, which --api=data does not serve there: drop one of them")
 	}
 	if g.UpstreamCA != nil && g.UpstreamInsecure {
 		return errors.New("--upstream-ca and --upstream-insecure exclude each other: drop one of them")

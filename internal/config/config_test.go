@@ -63,6 +63,8 @@ func TestValues(t *testing.T) {
 	}{
 		{"nothing", "", nil, func(*Gateway) {}},
 		{"run by its name", "run --listen :0", nil, func(g *Gateway) { g.Listen = ":0" }},
+		{"a directory that is there", "--data .", nil, func(g *Gateway) { g.Data = "." }},
+		{"a directory that is not there", "", map[string]string{"KERBEROS_DATA": "a/b"}, func(g *Gateway) { g.Data = "a/b" }},
 		{"listeners", "--listen [::1]:80 --admin off --health-path /up", nil, func(g *Gateway) {
 			g.Listen, g.Admin, g.HealthPath = "[::1]:80", "off", "/up"
 		}},
@@ -118,6 +120,9 @@ func TestValues(t *testing.T) {
 		{"logs and traces", "--access-log a.log --access-log-format combined --access-log-sample 1% --otlp-endpoint https://c:4317 --otlp-protocol grpc --trace-sample 0.25", nil, func(g *Gateway) {
 			g.AccessLog, g.AccessLogFormat, g.AccessLogSample = "a.log", "combined", 0.01
 			g.OTLPEndpoint, g.OTLPProtocol, g.TraceSample = "https://c:4317", "grpc", 0.25
+		}},
+		{"access", "--tokens t --admin-cert a --admin-key b --admin-client-ca c", nil, func(g *Gateway) {
+			g.Tokens, g.AdminCert, g.AdminKey, g.AdminClientCA = "t", "a", "b", "c"
 		}},
 		{"no retries", "--retries 0", nil, func(g *Gateway) { g.Retries = 0 }},
 		{"environment", "", map[string]string{
@@ -181,6 +186,9 @@ func TestRefused(t *testing.T) {
 		{"--listen :http", nil, []string{"--listen", `":http"`, "65535"}},
 		{"--listen :65536", nil, []string{"--listen", `":65536"`, "65535"}},
 		{"--admin on", nil, []string{"--admin", `"on"`, "HOST:PORT", "off"}},
+		{"--data=", nil, []string{"--data", "empty", "directory"}},
+		{"--data config.go", nil, []string{"--data", `"config.go" is a file`, "directory"}},
+		{"", map[string]string{"KERBEROS_DATA": "config.go"}, []string{"KERBEROS_DATA", "is a file"}},
 		{"--health-path up", nil, []string{"--health-path", `"up"`, "starts with /"}},
 		{"--health-path /up?x", nil, []string{"--health-path", `"/up?x"`, "visible ASCII without"}},
 		{"--health-path /%75p", nil, []string{"--health-path", `"/%75p"`, "visible ASCII without"}},
@@ -192,6 +200,12 @@ func TestRefused(t *testing.T) {
 		{"--health-path /services --api data", nil, []string{"--health-path", `"/services"`, "API"}},
 		{"--health-path /services/up", nil, []string{"--health-path", `"/services/up"`, "API"}},
 		{"--api all", nil, []string{"--api", `"all"`, "data, admin, both"}},
+		{"--tokens=", nil, []string{"--tokens", "name of the file is empty"}},
+		{"--admin-cert a", nil, []string{"--admin-cert", "--admin-key", "belong together"}},
+		{"--admin-key a", nil, []string{"--admin-cert", "--admin-key", "belong together"}},
+		{"--admin-client-ca a", nil, []string{"--admin-client-ca", "give --admin-cert and --admin-key"}},
+		{"--admin-cert a --admin-key b --admin off", nil, []string{"--admin-cert", "--admin=off"}},
+		{"--admin-cert a --admin-key b --admin-client-ca c --api data", nil, []string{"--admin-client-ca", "--api=data"}},
 		{"--api admin --admin off", nil, []string{"--api=admin", "--admin=off"}},
 		{"--api-allow everyone", nil, []string{"--api-allow", `"everyone"`, "10.0.0.0/8", "loopback", "none"}},
 		{"--api-allow none --api-allow ::1", nil, []string{"--api-allow", "none stands alone"}},
@@ -397,7 +411,7 @@ func FuzzParse(f *testing.F) {
 	for _, seed := range []string{"/a=b", "loopback,::1", "10.0.0.0/8", ":0", "[::]:80", "none", "/*", "5s", "502,503", "off", ""} {
 		f.Add(seed)
 	}
-	flags := []string{"--listen", "--admin", "--health-path", "--api", "--api-allow", "--token", "--addr-allow", "--addr-deny",
+	flags := []string{"--listen", "--admin", "--health-path", "--api", "--api-allow", "--token", "--tokens", "--admin-cert", "--admin-key", "--admin-client-ca", "--addr-allow", "--addr-deny",
 		"--trusted-proxies", "--strategy", "--route", "--request-timeout", "--retries", "--breaker-statuses", "--via", "--allow-upgrades"}
 	f.Fuzz(func(t *testing.T, value string) {
 		for _, flag := range flags {

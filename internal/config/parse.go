@@ -26,6 +26,7 @@ func Parse(grammar any, args []string, env func(string) (string, bool), options 
 		kong.ValueFormatter(describe),
 		kong.ExplicitGroups([]kong.Group{
 			{Key: "listeners", Title: "Listening and stopping:"},
+			{Key: "registry", Title: "Registrations:"},
 			{Key: "access", Title: "Who may do what:"},
 			{Key: "traffic", Title: "Traffic:"},
 			{Key: "logs", Title: "Access log and traces:"},
@@ -45,6 +46,8 @@ func Parse(grammar any, args []string, env func(string) (string, bool), options 
 		kong.NamedMapper("path", text(parsePath)),
 		kong.NamedMapper("access-log", text(parseAccessLog)),
 		kong.NamedMapper("otlp", text(parseOTLP)),
+		kong.NamedMapper("directory", text(parseDirectory)),
+		kong.NamedMapper("file", text(parseFile)),
 		kong.NamedMapper("name", text(parseName)),
 		kong.NamedMapper("url", text(parseURL)),
 		kong.NamedMapper("token", text(parseToken)),

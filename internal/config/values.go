@@ -220,12 +220,31 @@ func parseListenOrOff(s string) (string, error) {
 	return s, nil
 }
 
+// parseFile refuses the empty name: what was meant to be restricted by that file would not be.
+func parseFile(s string) (string, error) {
+	if s == "" {
+		return "", errors.New("the name of the file is empty")
+	}
+	return s, nil
+}
+
 func parsePath(s string) (string, error) {
 	if !strings.HasPrefix(s, "/") {
 		return "", fmt.Errorf("%q is not a path: it starts with /", s)
 	}
 	if err := plainPath(s); err != nil {
 		return "", fmt.Errorf("%q %w", s, err)
+	}
+	return s, nil
+}
+
+// parseDirectory takes the name of a directory that is there or may be made.
+func parseDirectory(s string) (string, error) {
+	if s == "" {
+		return "", errors.New("an empty value is no directory: it must be the name of one, which is made if it is not there")
+	}
+	if info, err := os.Stat(s); err == nil && !info.IsDir() {
+		return "", fmt.Errorf("%q is a file: it must be a directory, which is made if it is not there", s)
 	}
 	return s, nil
 }

@@ -67,11 +67,16 @@ func config(gateways ...*api) Config {
 // It stays registered for longer than its lease, at every gateway, and is gone when it is closed.
 func TestRegistration(t *testing.T) {
 	first, second := serve(t, "127.0.0.1:0"), serve(t, "127.0.0.1:0")
-	r, err := Start(t.Context(), config(first, second))
+	cfg := config(first, second)
+	cfg.Check, cfg.SlowStart = map[string]any{"path": "/health", "interval": "5s"}, time.Minute
+	r, err := Start(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, g := range []*api{first, second} {
+		if in := g.Snapshot("users").Instance("a"); in.Check == nil || in.Check.Path != "/health" || in.SlowStart != time.Minute {
+			t.Errorf("registered: %+v", in)
+		}
 		if in := g.Snapshot("users").Instance("a"); in == nil || in.Weight != 2 || in.TTL != time.Second || in.Addr != "http://127.0.0.1:8080" {
 			t.Errorf("registered: %+v", in)
 		}
