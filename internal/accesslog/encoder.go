@@ -116,12 +116,8 @@ func appendAddr(dst []byte, r *proxy.Record) []byte {
 
 // appendMicros appends six digits.
 func appendMicros(dst []byte, n int) []byte {
-	var b [6]byte
-	for i := len(b) - 1; i >= 0; i-- {
-		b[i] = byte('0' + n%10)
-		n /= 10
-	}
-	return append(dst, b[:]...)
+	a, b, c := n/10_000, n/100%100, n%100 // no division waits for another one
+	return append(dst, byte('0'+a/10), byte('0'+a%10), byte('0'+b/10), byte('0'+b%10), byte('0'+c/10), byte('0'+c%10))
 }
 
 // appendSeconds appends a time that is not negative, to the microsecond.
