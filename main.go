@@ -20,6 +20,7 @@ import (
 
 	"github.com/alecthomas/kong"
 	"github.com/valyala/fasthttp"
+	"github.com/valyala/fasthttp/pprofhandler"
 	"golang.org/x/term"
 
 	"kerberos/cb"
@@ -29,6 +30,7 @@ import (
 	"kerberos/internal/cli"
 	"kerberos/internal/config"
 	"kerberos/internal/memory"
+	"kerberos/internal/metrics"
 	"kerberos/internal/tracing"
 	"kerberos/proxy"
 	"kerberos/registry"
@@ -241,6 +243,7 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		NoVia:            !bool(cfg.Via),
 		HealthPath:       cfg.HealthPath,
 		Ready:            g.ready.Load,
+		NoMetrics:        !bool(cfg.Metrics),
 		RequestIDs:       bool(cfg.RequestID),
 		Loops:            runtime.GOMAXPROCS(0),
 		AmbiguousPaths:   proxy.PathPolicy(cfg.AmbiguousPaths),
@@ -288,11 +291,16 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 	}
 	api = registry.NewHandler(g.registry, g.proxy)
 	g.registry.OnChange(g.proxy.Update)
-	for _, name := range g.registry.Names() { // that were registered before
+	for _, name := range g.registry.Names() { // what has changed since proxy.New looked, a lease's end for example
 		g.proxy.Update(name)
 	}
 	if g.admin != nil {
-		operation := admin.Config{Ready: g.ready.Load, Log: log}
+		operation := admin.Config{Ready: g.ready.Load, Profiles: g.rule.WrapAdmin(pprofhandler.PprofHandler), Log: log}
+		if cfg.Metrics {
+			operation.Metrics = metrics.Handler(metrics.Config{
+				Proxy: g.proxy, Registry: g.registry, Ready: g.ready.Load, MaxSeries: cfg.MetricsMaxSeries, Unlogged: g.accessLog.Dropped, Log: log,
+			})
+		}
 		if cfg.API.OnAdmin() {
 			operation.API = guarded
 		}

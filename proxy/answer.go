@@ -33,6 +33,7 @@ func (c *conn) refuse(err *refusal, last bool) (keep bool) {
 // refuseWith is refuse with another text, and Retry-After (in seconds) if that is more than 0. Nobody may keep the answer:
 // the next one to the same request may be another.
 func (c *conn) refuseWith(err *refusal, last bool, text string, retryAfter int) (keep bool) {
+	c.p.noteRefusal(err)
 	c.x.tally.reason = err.kind
 	contentType, body := c.explanation(err.status, text)
 	out := c.ownHead(err.status, contentType)
@@ -97,7 +98,7 @@ const plainText = "text/plain; charset=utf-8"
 
 // ownHead begins a response of the gateway's own.
 func (c *conn) ownHead(status int, contentType string) []byte {
-	c.x.status = status
+	c.x.status, c.x.tally.by = status, byGateway
 	return c.x.appendID(c.p.appendOwnHead(c.out[:0], status, contentType))
 }
 
@@ -143,7 +144,7 @@ func (c *conn) passBody() bool {
 			return false
 		}
 		c.in.r += int(r.length)
-		x.tally.received = max(0, r.length)
+		x.tally.received += r.length
 		x.bodyRead = true
 	}
 	return (r.minor == 1 || r.keepAlive) && !r.close && !c.p.closing.Load()
@@ -167,7 +168,10 @@ func (c *conn) fail(err error) (keep bool) {
 	switch {
 	case own == errNoInstance:
 		retryAfter = x.service.view.Load().retryAfter(time.Now())
-	case own == errNoSocket, c.p.limited.has(own):
+	case c.p.limited.has(own):
+		x.service.queueRefused.Add(1)
+		retryAfter = 1
+	case own == errNoSocket:
 		retryAfter = 1
 	}
 	return c.refuseWith(own, !c.passBody(), c.p.cfg.Limits.explain(own), retryAfter)
@@ -182,7 +186,7 @@ func (x *exchange) noteGone(err error) bool {
 	if slow {
 		x.c.reset() // what waits for it in the socket would wait there for minutes
 	}
-	x.status, x.tally.reason = statusClientGone, kindOf(err)
+	x.status, x.tally.by, x.tally.reason = statusClientGone, byNobody, kindOf(err)
 	return true
 }
 

@@ -386,3 +386,33 @@ func TestPickDoesNotAllocate(t *testing.T) {
 		}
 	}
 }
+
+// BenchmarkMetrics is what a request that a loop serves costs without its sockets, and with what is counted and timed of it.
+func BenchmarkMetrics(b *testing.B) {
+	for _, metrics := range []string{"off", "on"} {
+		b.Run(metrics, func(b *testing.B) {
+			x := startExchange(b, lb.RoundRobin, 10)
+			x.p().cfg.NoMetrics = metrics == "off"
+			x.c.head = []byte(smallGet)
+			x.status = 200
+			b.ReportAllocs()
+			for b.Loop() {
+				now := time.Now()
+				x.begin(now)
+				s, err := x.p().find(&x.c.req)
+				if err != nil {
+					b.Fatal(err)
+				}
+				x.service = s
+				if x.pick() == nil {
+					b.Fatal("nobody picked")
+				}
+				x.attempts, x.status = 1, 200
+				x.noteAsked()
+				x.noteAnswered(now)
+				x.end(success, nil)
+				x.c.ended()
+			}
+		})
+	}
+}

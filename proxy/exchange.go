@@ -355,7 +355,9 @@ func (x *exchange) send(u *upstream, asked bool) error {
 			err = x.answer(err)
 		}
 	} else {
-		x.attempts++
+		if x.attempts++; x.attempts > 1 {
+			x.service.retries.Add(1)
+		}
 		err = x.attempt(u, false)
 	}
 	if errors.Is(err, errStale) && (!x.written || x.repeatable()) {
@@ -435,7 +437,10 @@ func (x *exchange) undialled(err error) error {
 	if x.late(now) {
 		return errOverTime
 	}
-	return dialFailure(err)
+	if err = dialFailure(err); err == error(errNoSocket) {
+		x.p().socketless[dialling].Add(1)
+	}
+	return err
 }
 
 // write sends a part of the request.
@@ -796,7 +801,7 @@ func (x *exchange) finish() (keep bool) {
 	}
 	x.started, x.status = true, x.res.status
 	x.tally.streamed = !x.resEnded
-	if x.p().recorded {
+	if x.p().timed {
 		x.noteAnswered(time.Now())
 	}
 	if x.switches() {
@@ -813,15 +818,18 @@ func (x *exchange) finish() (keep bool) {
 	}
 	err := x.relay()
 	x.endUpload()
-	x.tally.reason, x.tally.cut = kindOf(err), err != nil
+	x.tally.reason = kindOf(err)
 	switch {
 	case err == nil:
 		x.end(x.verdict())
 	case blame(err) == ignored: // the client left, or its upload broke off
 		x.end(ignored, err)
-		x.noteGone(err)
+		if !x.noteGone(err) {
+			x.tally.by = byHalf
+		}
 	default:
 		x.end(failure, err)
+		x.tally.by = byHalf
 		x.p().logCut(x, err)
 	}
 	if err != nil && !x.chunks && x.res.length < 0 {

@@ -11,8 +11,8 @@
 // that streams, forward.go what is sent, response.go and body.go what comes back, tunnel.go what an Upgrade leads to;
 // upstream.go is an instance, slowstart.go its share when it has just come, backend.go a connection to it, budget.go the bound on
 // retries; limits.go has the limits, queue.go those on requests in flight, connections.go those on connections; errors.go says
-// whose fault it was, answer.go answers where no backend does, prefer.go in the form that the client wants. The package loop below
-// this one knows sockets and epoll, and no HTTP; registry/health asks instances whether they can serve.
+// whose fault it was, answer.go answers where no backend does, prefer.go in the form that the client wants. The package loop
+// below this one knows sockets and epoll, and no HTTP; registry/health asks instances whether they can serve.
 package proxy
 
 import (
@@ -80,7 +80,8 @@ type Config struct {
 
 	Loops int // GOMAXPROCS: how many goroutines serve what needs no waiting; each has its own connections to instances
 
-	Log *slog.Logger // nil: slog.Default()
+	NoMetrics bool         // requests are neither counted by service nor timed
+	Log       *slog.Logger // nil: slog.Default()
 
 	AccessLog  func(*Record) // nil: none; it is told of each request that has ended, and must not wait
 	RequestIDs bool          // each request has an X-Request-Id: that of a trusted peer, or one made here
@@ -174,7 +175,8 @@ type Proxy struct {
 	allow      []byte       // the Allow field
 	failing    [600]bool    // by status: Config.BreakerStatuses
 	capped     bool         // requests in flight are limited
-	recorded   bool         // somebody is told of requests that have ended
+	timed      bool         // requests that have ended are counted or told of
+	recorded   bool         // somebody is told of them
 	traced     bool         // Config.Trace is set
 	marked     bool         // requests have marks
 	limited    limited
@@ -186,7 +188,10 @@ type Proxy struct {
 	date       atomic.Pointer[dateLine]
 	workers    []*worker     // one for each loop
 	turns      atomic.Uint64 // the worker of the next connection
-	slowAfter  time.Duration // see the constant; less with a short request timeout
+	unrouted   [finales]atomic.Uint64
+	refusals   sync.Map                 // *refusal -> *atomic.Uint64: how many answers of ours
+	socketless [shortages]atomic.Uint64 // how often the system had no socket for us
+	slowAfter  time.Duration            // see the constant; less with a short request timeout
 
 	loops    sync.Once // starts what follows
 	group    *loop.Group
@@ -197,14 +202,16 @@ type Proxy struct {
 
 	mu         sync.Mutex // guards what follows
 	listeners  []io.Closer
-	conns      map[*conn]struct{} // open client connections
-	noConns    *sync.Cond         // conns has become empty
-	clients    map[netip.Addr]int // how many of them have that address; only counted where there is a limit
-	refused    int                // connections, since the last line in the log
-	refusedAt  time.Time          // of that line
-	departures []departure        // services that lost their last instance, the oldest first
-	cutting    bool               // Shutdown cuts what is left
-	stopped    bool               // Close has begun
+	conns      map[*conn]struct{}  // open client connections
+	noConns    *sync.Cond          // conns has become empty
+	clients    map[netip.Addr]int  // how many of them have that address; only counted where there is a limit
+	refused    int                 // connections, since the last line in the log
+	refusedAt  time.Time           // of that line
+	turnedAway map[*refusal]uint64 // connections
+	connected  uint64              // connections that were let in
+	departures []departure         // services that lost their last instance, the oldest first
+	cutting    bool                // Shutdown cuts what is left
+	stopped    bool                // Close has begun
 }
 
 // New makes a Proxy for a Registry; route nil means cfg.Routes, and if there are none FirstSegment.
@@ -218,6 +225,7 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 	rand.Read(id[:]) // never fails
 	p := &Proxy{cfg: cfg, log: cfg.Log, route: route, limited: cfg.Limits.refusals(), allow: allowField(cfg.AllowMethods), checks: health.New()}
 	p.capped = cfg.Limits.InFlightPerInstance > 0 || cfg.Limits.InFlightPerService > 0
+	p.timed = !cfg.NoMetrics || cfg.AccessLog != nil || cfg.Trace != nil
 	p.recorded, p.traced = cfg.AccessLog != nil || cfg.Trace != nil, cfg.Trace != nil
 	p.marked = cfg.RequestIDs || p.traced
 	if !cfg.NoVia {
@@ -246,7 +254,7 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 		p.workers[i] = &worker{}
 	}
 	p.slowAfter = min(slowAfter, cfg.RequestTimeout/8, cfg.Limits.TotalTimeout/8)
-	p.conns, p.clients = map[*conn]struct{}{}, map[netip.Addr]int{}
+	p.conns, p.clients, p.turnedAway = map[*conn]struct{}{}, map[netip.Addr]int{}, map[*refusal]uint64{}
 	p.noConns = sync.NewCond(&p.mu)
 	if route == nil {
 		p.route = FirstSegment
@@ -443,7 +451,10 @@ func (x *exchange) again(err error) bool {
 		return false
 	case x.covered:
 		return true
-	case x.retries == 0 || !x.service.budget.take(x.service, time.Now()):
+	case x.retries == 0:
+		return false
+	case !x.service.budget.take(x.service, time.Now()):
+		x.service.retriesDenied.Add(1)
 		return false
 	}
 	x.retries--

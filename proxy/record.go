@@ -49,59 +49,8 @@ const (
 	reasonSlow = "client_slow"
 )
 
-// tally is what an exchange keeps to be told of. Times are since exchange.began.
-type tally struct {
-	streamed       bool          // the response went on as it came
-	cut            bool          // it broke off
-	reason         string        // see Record
-	told           bool          // all this
-	received, sent int64         // bytes: of the request's body, to the client
-	head           int64         // of sent, what is no body
-	held           time.Duration // how long the client was waited for, for its body
-	asked          time.Duration // when the first attempt began
-	uploaded       time.Duration // when the backend had the rest of the body; 0: there was none
-	answered       time.Duration // when the answer was there; 0: never
-}
-
-// noteAsked notes that the first attempt has begun.
-func (x *exchange) noteAsked() {
-	if x.p().recorded && x.tally.asked == 0 {
-		x.tally.asked = time.Since(x.began)
-	}
-}
-
-// noteAnswered notes that the answer is there.
-func (x *exchange) noteAnswered(now time.Time) {
-	x.tally.answered = now.Sub(x.began)
-	if x.upload != nil {
-		x.tally.uploaded = x.upload.since(now).Sub(x.began)
-	}
-}
-
-// times splits the time that a request took.
-func (x *exchange) times() (whole, gateway, backend time.Duration) {
-	t := &x.tally
-	whole = time.Since(x.began)
-	if x.attempts == 0 {
-		return whole, max(0, whole-t.held), 0
-	}
-	gateway = t.asked
-	answered := t.answered
-	switch {
-	case answered == 0:
-		answered = whole
-	case !t.streamed: // else the rest is the pace of client and backend
-		gateway += whole - answered
-	}
-	return whole, max(0, gateway-t.held), max(0, answered-max(t.asked, t.uploaded))
-}
-
 // record tells Config.AccessLog and Config.Trace of the request that has ended.
-func (c *conn) record() {
-	if !c.p.recorded || c.x.tally.told {
-		return
-	}
-	c.x.tally.told = true // also if it panics
+func (c *conn) record(took times) {
 	var r *Record
 	if c.scratch != nil {
 		r = &c.scratch.record
@@ -110,7 +59,7 @@ func (c *conn) record() {
 		r = &c.worker.record
 		r.Loop = c.worker.index
 	}
-	c.fill(r)
+	c.fill(r, took)
 	c.p.tell(r)
 	*r = Record{} // it refers to bytes of the client
 }
@@ -125,13 +74,13 @@ func (p *Proxy) tell(r *Record) {
 }
 
 // fill fills a Record, but for its Loop.
-func (c *conn) fill(to *Record) {
+func (c *conn) fill(to *Record, took times) {
 	r, x := &c.req, &c.x
 	to.Began = x.began
-	to.Took, to.Gateway, to.Backend = x.times()
+	to.Took, to.Gateway, to.Backend = took.whole, took.gateway, took.backend
 	to.Client, to.Peer = r.Client, c.peer
 	to.Method, to.Host, to.Target, to.Minor = r.Method, r.Host, r.target, r.minor
-	to.Attempts, to.Status, to.Reason, to.Cut = x.attempts, x.status, x.tally.reason, x.tally.cut
+	to.Attempts, to.Status, to.Reason, to.Cut = x.attempts, x.status, x.tally.reason, x.tally.by == byHalf
 	to.Received, to.Sent = x.tally.received, max(0, x.tally.sent-x.tally.head)
 	if x.service != nil {
 		to.Service = x.service.name
@@ -184,9 +133,9 @@ func (r *Record) clone() *Record {
 }
 
 // tunnelRecord is the Record of a request that has become a tunnel, to be told when that ends.
-func (c *conn) tunnelRecord() *Record {
+func (c *conn) tunnelRecord(took times) *Record {
 	r := &Record{}
-	c.fill(r)
+	c.fill(r, took)
 	r = r.clone()
 	r.Loop, r.Tunnel = -1, true
 	return r

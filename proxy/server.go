@@ -154,6 +154,9 @@ func (p *Proxy) Serve(ln net.Listener) error {
 		if p.closing.Load() {
 			return nil
 		}
+		if ownLimit(err) {
+			p.socketless[accepting].Add(1)
+		}
 		if !temporary(err) {
 			return fmt.Errorf("accept on %s: %w", ln.Addr(), err)
 		}
@@ -302,14 +305,14 @@ func (c *conn) unreadable(err *refusal) {
 	c.req.lines, c.req.xff = nil, c.req.xff[:0] // what could be read of them says nothing
 	c.x.begin(time.Now())
 	c.refuse(err, true)
-	c.record()
+	c.ended()
 	c.linger()
 }
 
 // after ends a request, and reports whether the connection can serve another one.
 func (c *conn) after(keep bool) bool {
-	if c.x.tunnel == nil {
-		c.record()
+	if c.x.tunnel == nil { // else it has ended with its answer
+		c.ended()
 	}
 	c.x.leave()
 	if c.x.unread || c.req.authority && c.x.tunnel == nil { // or what its client sent into a tunnel that is none
@@ -341,7 +344,7 @@ func (c *conn) afterPanic() {
 		c.linger()
 	}
 	if c.x.tunnel == nil {
-		c.record()
+		c.ended()
 	}
 	c.workspace = nil
 }

@@ -52,6 +52,7 @@ type flow struct {
 	pipe     *loop.Pipe // nil unless from brings more than fits into a buffer
 	piped    int        // bytes in it
 	total    int64      // what to was given
+	counter  *atomic.Uint64
 }
 
 // asksTunnel says that the request asks for an Upgrade that is allowed, or is a CONNECT. Any other Upgrade is ignored, RFC
@@ -155,12 +156,16 @@ func (x *exchange) openTunnel() {
 	t.up = flow{t: t, from: c.sock, to: x.backend.sock, back: &t.down, waiting: slices.Clone(c.in.waiting())}
 	t.down = flow{t: t, from: x.backend.sock, to: c.sock, back: &t.up, waiting: append(slices.Clone(c.out), x.back.waiting()...)}
 	t.down.total = -int64(len(c.out)) // the head does not count
+	n := x.service.counted(c.pool())
+	t.up.counter, t.down.counter = &n.received, &n.sent
+	took := x.times()
+	c.count(took)
 	t.upstream.tunnels.Add(1)
 	x.tunnel, x.lease = t, nil
 	x.watchClient(false)
 	x.end(success, nil)
 	if c.p.recorded {
-		t.record = c.tunnelRecord()
+		t.record = c.tunnelRecord(took)
 	}
 	x.leave()
 	c.out = c.out[:0]
@@ -309,6 +314,12 @@ func (f *flow) pump() {
 	}
 }
 
+// gave notes that to was given so many bytes. They are counted as they go: a tunnel may last for days.
+func (f *flow) gave(n int) {
+	f.total += int64(n)
+	f.counter.Add(uint64(n))
+}
+
 // flush writes what waits, as much as to takes.
 func (f *flow) flush() error {
 	for f.blocked() {
@@ -321,7 +332,7 @@ func (f *flow) flush() error {
 			n, err = f.to.TryWrite(f.waiting)
 			f.waiting = f.waiting[n:]
 		}
-		f.total += int64(n)
+		f.gave(n)
 		switch err {
 		case nil:
 		case loop.ErrAgain:
@@ -440,7 +451,7 @@ func (t *tunnel) copy(f *flow, to, from net.Conn) {
 	for {
 		if len(data) > 0 {
 			n, failed := to.Write(data)
-			f.total += int64(n)
+			f.gave(n)
 			if failed != nil { // what to has sent before is still passed on, by the other direction
 				t.broken.Store(true)
 				return

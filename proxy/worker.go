@@ -522,7 +522,7 @@ func (c *conn) answered(e loop.Events) {
 		c.out = append(c.out[:0], out[max(n, 0):]...)
 		c.slow(stageAnswered)
 	default:
-		x.status, x.tally.reason = statusClientGone, reasonGone
+		x.status, x.tally.by, x.tally.reason = statusClientGone, byNobody, reasonGone
 		c.after(false)
 		c.close()
 	}

@@ -115,8 +115,13 @@ func (l *Log) Write(r *proxy.Record) {
 	}
 }
 
-// Dropped is how many lines were lost, since the start, to a file that could not take them.
-func (l *Log) Dropped() uint64 { return l.dropped.Load() }
+// Dropped is how many lines were lost, since the start, to a file that could not take them. Without a Log (nil) it is none.
+func (l *Log) Dropped() uint64 {
+	if l == nil {
+		return 0
+	}
+	return l.dropped.Load()
+}
 
 // drop counts lines that are lost, and has the log told of them once in a while.
 func (l *Log) drop(lines uint64) {

@@ -20,8 +20,9 @@ import (
 // second name in its `also` tag; an empty variable counts as not set. Default < environment < flag.
 type Gateway struct {
 	Listen        string        `default:":8080" type:"listen" placeholder:"ADDR" group:"listeners" help:"Where clients are served; port 0 takes a free one."`
-	Admin         string        `default:"127.0.0.1:9901" type:"listen-or-off" placeholder:"ADDR" group:"listeners" help:"Where /healthz, /readyz and the API are served, or off."`
+	Admin         string        `default:"127.0.0.1:9901" type:"listen-or-off" placeholder:"ADDR" group:"listeners" help:"Where /healthz, /readyz, /metrics, /debug/pprof/ and the API are served, or off."`
 	HealthPath    string        `type:"path" placeholder:"PATH" group:"listeners" help:"A path answered on --listen by the gateway itself, for a load balancer in front: 200 while ready, else 503."`
+	Metrics       Switch        `default:"on" negatable:"" group:"listeners" help:"Count and time requests, and serve /metrics on --admin."`
 	DrainTimeout  time.Duration `default:"30s" min:"0s" group:"listeners" help:"How long requests in flight may take to end at a shutdown."`
 	ShutdownDelay time.Duration `default:"0s" min:"0s" group:"listeners" help:"How long the listeners stay open at a shutdown, with /readyz failing."`
 
@@ -88,6 +89,7 @@ type Gateway struct {
 	MaxInFlightPerInstance  int           `default:"0" min:"0" group:"limits" help:"Requests at one instance at once."`
 	MaxInFlightPerService   int           `default:"0" min:"0" group:"limits" help:"Requests of one service at once."`
 	QueueTimeout            time.Duration `default:"1s" min:"0s" group:"limits" help:"How long a request may wait for a place below the limits of requests; 0s is not at all."`
+	MetricsMaxSeries        int           `default:"100000" min:"0" group:"limits" help:"Series of services and instances in /metrics."`
 }
 
 // AfterApply checks what no single flag can know.

@@ -46,11 +46,11 @@ func TestValues(t *testing.T) {
 	defaults := Gateway{
 		Listen: ":8080", Admin: "127.0.0.1:9901", DrainTimeout: 30 * time.Second, API: APIBoth,
 		Strategy: lb.RoundRobin, RequestTimeout: 30 * time.Second, ConnectTimeout: 2 * time.Second, Retries: 2,
-		BreakerFailures: 5, BreakerOpen: 30 * time.Second, BreakerProbes: 3, BreakerStatuses: []int{502, 503, 504}, Via: true,
+		BreakerFailures: 5, BreakerOpen: 30 * time.Second, BreakerProbes: 3, BreakerStatuses: []int{502, 503, 504}, Via: true, Metrics: true,
 		ClientFirstByteTimeout: 30 * time.Second, ClientHeadTimeout: 10 * time.Second, ClientIdleTimeout: 75 * time.Second,
 		ClientBodyTimeout: 30 * time.Second, ClientWriteTimeout: time.Minute, AbortOnFin: true,
 		ResponseIdleTimeout: 5 * time.Minute, UpstreamIdleTimeout: 4 * time.Second,
-		MaxConnections: Share{Percent: 90}, QueueTimeout: time.Second,
+		MaxConnections: Share{Percent: 90}, QueueTimeout: time.Second, MetricsMaxSeries: 100_000,
 		AmbiguousPaths: "refuse", MaxHead: 32 << 10, MaxFields: 200, MaxRequestLine: 16 << 10,
 		AllowUpgrades: []string{"websocket"}, TunnelIdleTimeout: time.Hour,
 		AccessLog: "off", AccessLogFormat: "json", AccessLogSample: 1, OTLPProtocol: "http", TraceSample: 0.01,
@@ -68,7 +68,7 @@ func TestValues(t *testing.T) {
 		{"listeners", "--listen [::1]:80 --admin off --health-path /up", nil, func(g *Gateway) {
 			g.Listen, g.Admin, g.HealthPath = "[::1]:80", "off", "/up"
 		}},
-		{"switches", "--no-via --request-id", nil, func(g *Gateway) { g.Via, g.RequestID = false, true }},
+		{"switches", "--no-via --request-id --no-metrics", nil, func(g *Gateway) { g.Via, g.RequestID, g.Metrics = false, true, false }},
 		{"switches with words", "--via=off --request-id=on --upstream-insecure=yes", nil, func(g *Gateway) {
 			g.Via, g.RequestID, g.UpstreamInsecure = false, true, true
 		}},
@@ -86,9 +86,9 @@ func TestValues(t *testing.T) {
 			g.APIAllow = Allow{Networks: prefixes("127.0.0.0/8", "::1/128", "10.0.0.0/8", "192.0.2.1/32"), Set: true}
 		}},
 		{"api access for nobody", "--api-allow none", nil, func(g *Gateway) { g.APIAllow = Allow{None: true, Set: true} }},
-		{"limits", "--max-connections 1000 --max-connections-per-client 10 --max-in-flight-per-instance 20 --max-in-flight-per-service 100 --queue-timeout 0s", nil, func(g *Gateway) {
+		{"limits", "--max-connections 1000 --max-connections-per-client 10 --max-in-flight-per-instance 20 --max-in-flight-per-service 100 --queue-timeout 0s --metrics-max-series 0", nil, func(g *Gateway) {
 			g.MaxConnections, g.MaxConnectionsPerClient = Share{Number: 1000}, 10
-			g.MaxInFlightPerInstance, g.MaxInFlightPerService, g.QueueTimeout = 20, 100, 0
+			g.MaxInFlightPerInstance, g.MaxInFlightPerService, g.QueueTimeout, g.MetricsMaxSeries = 20, 100, 0, 0
 		}},
 		{"a share", "", map[string]string{"KERBEROS_MAX_CONNECTIONS": "50%"}, func(g *Gateway) { g.MaxConnections = Share{Percent: 50} }},
 		{"no limit", "--max-connections 0", nil, func(g *Gateway) { g.MaxConnections = Share{} }},
