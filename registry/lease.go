@@ -37,6 +37,7 @@ type lease struct {
 	due       int64  // when it is looked at; guarded by Registry.mu, as what follows is
 	place     int    // in Registry.leases
 	verifying bool   // a probe of its instance is under way
+	extended  int64  // until then it lasts because its service is doubted
 	succeeded uint64 // requests to its instance, when that was last looked at
 }
 
@@ -236,7 +237,8 @@ func (r *Registry) expire(now int64) (due, left bool) {
 					kept = append(kept, l.service+"/"+l.id)
 					changed = appendNew(changed, l.service)
 				}
-				r.verify(l, in, again)
+				l.extended = again
+				r.verify(l, in)
 			}
 			continue
 		}
@@ -301,8 +303,9 @@ func (at *slot) judge(now, resumed int64) {
 }
 
 // verify looks whether a stale instance accepts connections, or has answered requests since it was last looked at. If it has done
-// neither, nor renewed its lease, which lasts until then, it is removed. The caller holds mu.
-func (r *Registry) verify(l *lease, in *Instance, until int64) {
+// neither, nor renewed its lease, it is removed, however often that was extended while the probe had to wait for its turn. The caller
+// holds mu.
+func (r *Registry) verify(l *lease, in *Instance) {
 	if l.verifying {
 		return
 	}
@@ -313,7 +316,7 @@ func (r *Registry) verify(l *lease, in *Instance, until int64) {
 		_ = r.edit(l.service, l.id, "", func(at *slot, now *Instance) {
 			alive = alive || succeeded > l.succeeded
 			l.verifying, l.succeeded = false, succeeded
-			if !alive && now.lease == l && l.until.CompareAndSwap(until, leaseOver) {
+			if !alive && now.lease == l && l.until.CompareAndSwap(l.extended, leaseOver) {
 				heap.Remove(&r.leases, l.place)
 				r.lose(at, now)
 			}

@@ -431,3 +431,32 @@ func TestTooManyFallSilent(t *testing.T) {
 		})
 	}
 }
+
+// A probe whose turn comes later than the end of the lease, as where a whole network is silent, counts all the same.
+func TestLateProbeOfTheSilent(t *testing.T) {
+	r := New(Config{})
+	defer r.Close()
+	for range mostProbes {
+		r.probes[0] <- struct{}{} // all turns are taken
+	}
+	for i := range fewest {
+		if err := r.Register("echo", Instance{ID: fmt.Sprint(i), Addr: "http://127.0.0.1:1", TTL: time.Hour}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for hours := range 3 {
+		for due := true; due; {
+			due, _ = r.expire(int64(time.Duration(hours+1)*time.Hour + time.Minute))
+		}
+	}
+	if s := r.Snapshot("echo"); s.Len() != fewest || !s.Instance("0").stale {
+		t.Fatalf("left %v", ids(s))
+	}
+	if err := r.Renew("echo", "1", ""); err != nil {
+		t.Fatal(err)
+	}
+	for range mostProbes {
+		<-r.probes[0]
+	}
+	eventually(t, "only the one that was heard of is left", func() bool { return slices.Equal(ids(r.Snapshot("echo")), []string{"1"}) })
+}
