@@ -158,7 +158,8 @@ type Traffic interface {
 	Succeeded() uint64 // requests that have ended well
 }
 
-// Observe says who knows the traffic of instances; nil for one that gets none. Without it all get none.
+// Observe says who knows the traffic of instances; nil for one that gets none. Without it all get none. Writers wait while it is
+// asked.
 func (r *Registry) Observe(traffic func(service, id string) Traffic) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -170,6 +171,10 @@ func (r *Registry) traffic(service, id string) Traffic {
 	r.mu.Lock()
 	observed := r.observed
 	r.mu.Unlock()
+	return trafficOf(observed, service, id)
+}
+
+func trafficOf(observed func(service, id string) Traffic, service, id string) Traffic {
 	if observed != nil {
 		if t := observed(service, id); t != nil {
 			return t

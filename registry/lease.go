@@ -38,7 +38,7 @@ type lease struct {
 	place     int    // in Registry.leases
 	verifying bool   // a probe of its instance is under way
 	extended  int64  // until then it lasts because its service is doubted
-	succeeded uint64 // requests to its instance, when that was last looked at
+	succeeded uint64 // requests to its instance, when it began or was last looked at
 }
 
 // renew has the lease last for another ttl from now on. It reports false if it is over.
@@ -95,6 +95,7 @@ func (r *Registry) grant(service string, in *Instance) {
 	l := &lease{service: service, id: in.ID, ttl: in.TTL}
 	l.due = r.now() + int64(l.ttl)
 	l.until.Store(l.due)
+	l.succeeded = trafficOf(r.observed, service, in.ID).Succeeded()
 	in.lease = l
 	heap.Push(&r.leases, l)
 	if !r.watching {
@@ -216,6 +217,7 @@ func (r *Registry) expire(now int64) (due, left bool) {
 		l := r.leases[0]
 		until := l.until.Load()
 		if l.due = max(until, r.resumed.Load()+int64(l.ttl)); l.due > now {
+			l.succeeded = trafficOf(r.observed, l.service, l.id).Succeeded()
 			heap.Fix(&r.leases, 0)
 			continue
 		}
@@ -237,7 +239,8 @@ func (r *Registry) expire(now int64) (due, left bool) {
 					kept = append(kept, l.service+"/"+l.id)
 					changed = appendNew(changed, l.service)
 				}
-				l.extended = again
+				l.extended, l.due = again, again
+				heap.Fix(&r.leases, 0)
 				r.verify(l, in)
 			}
 			continue

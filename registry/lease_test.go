@@ -460,3 +460,44 @@ func TestLateProbeOfTheSilent(t *testing.T) {
 	}
 	eventually(t, "only the one that was heard of is left", func() bool { return slices.Equal(ids(r.Snapshot("echo")), []string{"1"}) })
 }
+
+// Requests that were answered before the lease was last renewed are no sign of life.
+func TestTrafficOfLongAgo(t *testing.T) {
+	for _, row := range []struct {
+		name string
+		do   func(r *Registry, id string) error // within the lease
+	}{
+		{"renewed", func(r *Registry, id string) error { return r.Renew("echo", id, "") }},
+		{"registered again", func(r *Registry, id string) error {
+			return r.Register("echo", Instance{ID: id, Addr: "http://127.0.0.1:1", TTL: time.Hour})
+		}},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			r := New(Config{})
+			defer r.Close()
+			u := &underWay{}
+			r.Observe(u.of)
+			for i := range fewest {
+				if err := r.Register("echo", Instance{ID: fmt.Sprint(i), Addr: "http://127.0.0.1:1", TTL: time.Hour}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			var began int64 // when the lease ends that began last
+			for _, l := range r.leases {
+				began = max(began, l.due)
+			}
+			u.succeeded.Store(100)
+			for i := range fewest {
+				if err := row.do(r, fmt.Sprint(i)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			r.expire(began)
+			if s := r.Snapshot("echo"); s.Len() != fewest || s.Instance("0").stale {
+				t.Fatalf("left %v", ids(s))
+			}
+			r.expire(int64(time.Hour + time.Minute))
+			eventually(t, "they are gone", func() bool { return r.Snapshot("echo") == nil })
+		})
+	}
+}
