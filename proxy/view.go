@@ -33,8 +33,8 @@ type service struct {
 	budget  retryBudget
 	crowd   crowd
 
-	dirtyMu sync.Mutex           // guards what follows
-	dirty   map[string]*upstream // by id: those that may have become ready, or no longer are
+	dirtyMu sync.Mutex             // guards what follows
+	dirty   map[*upstream]struct{} // those that may have become ready, or no longer are
 
 	mu        sync.Mutex // one builder at a time; guards what follows
 	built     uint64     // of changes: what the view has seen
@@ -91,9 +91,9 @@ const (
 func (s *service) touch(u *upstream) {
 	s.dirtyMu.Lock()
 	if s.dirty == nil {
-		s.dirty = map[string]*upstream{}
+		s.dirty = map[*upstream]struct{}{}
 	}
-	s.dirty[u.id] = u
+	s.dirty[u] = struct{}{}
 	s.dirtyMu.Unlock()
 	s.changes.Add(1)
 	if s.touched.CompareAndSwap(false, true) {
@@ -217,12 +217,12 @@ func (s *service) parts(before []*viewPart, snapshot *registry.Snapshot) (next [
 }
 
 // hasAny reports whether one of these upstreams is in the part.
-func (p *viewPart) hasAny(upstreams map[string]*upstream) bool {
+func (p *viewPart) hasAny(upstreams map[*upstream]struct{}) bool {
 	if len(upstreams) > len(p.members) {
-		return slices.ContainsFunc(p.members, func(m member) bool { return upstreams[m.id] == m.upstream })
+		return slices.ContainsFunc(p.members, func(m member) bool { _, is := upstreams[m.upstream]; return is })
 	}
-	for id, u := range upstreams {
-		if p.upstream(id) == u {
+	for u := range upstreams {
+		if p.upstream(u.id) == u {
 			return true
 		}
 	}
@@ -238,7 +238,7 @@ func (p *viewPart) upstream(id string) *upstream {
 }
 
 // part makes a part of a view. have is what is left over from before, sorted by id; what is in neither is added to gone.
-func (s *service) part(have []member, gone []*upstream, instances []*registry.Instance, dirty map[string]*upstream) (*viewPart, []member, []*upstream) {
+func (s *service) part(have []member, gone []*upstream, instances []*registry.Instance, dirty map[*upstream]struct{}) (*viewPart, []member, []*upstream) {
 	strategy := s.proxy.cfg.Strategy
 	p := &viewPart{instances: instances, members: make([]member, 0, len(instances)), ready: make([]*upstream, 0, len(instances))}
 	for _, in := range instances {
@@ -247,7 +247,7 @@ func (s *service) part(have []member, gone []*upstream, instances []*registry.In
 		case len(have) > 0 && have[0].instance == in: // nearly all
 			m, have = have[0], have[1:]
 			before = m.state
-			if len(dirty) > 0 && dirty[m.id] == m.upstream {
+			if _, is := dirty[m.upstream]; is {
 				m.state = m.stateNow()
 			}
 		default:
