@@ -99,7 +99,7 @@ func (k *keeping) kill() {
 	<-k.ended
 }
 
-// wanted is what a caller knows of one of its instances: the text is all that was acknowledged of it, empty if it is unregistered.
+// wanted is what a caller knows of one of its instances: the text is all that was acknowledged of it, empty if unregistered.
 type wanted struct {
 	addr, ttl, zone  string
 	weight, override int // 0: none
@@ -124,7 +124,7 @@ func (w wanted) inForce() wanted {
 	return w
 }
 
-// Whatever has been acknowledged is there after kill -9, nothing that was acknowledged to be gone comes back, and generations grow.
+// Whatever has been acknowledged is there after kill -9, nothing acknowledged to be gone comes back, and generations grow.
 func TestKillLoop(t *testing.T) {
 	rounds := 500
 	if testing.Short() || raceDetector {

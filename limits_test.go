@@ -250,6 +250,20 @@ func TestLimitFlags(t *testing.T) {
 		}
 	})
 
+	run("--metrics-max-series=120", "", func(t *testing.T, g *running) { // echo is 80, an instance is 20
+		omitted := func() float64 { return g.scrape().value("kerberos_metrics_omitted") }
+		for i := range 2 {
+			g.register("echo", fmt.Sprint(i), "http://127.0.0.1:1")
+			if n := omitted(); n != 0 {
+				t.Errorf("%v are left out within the limit", n)
+			}
+		}
+		g.register("echo", "2", "http://127.0.0.1:1")
+		if s := g.scrape(); s.value("kerberos_metrics_omitted", "what=instances") != 3 || s["kerberos_instance_ready"] != nil {
+			t.Errorf("%v are left out past the limit", omitted())
+		}
+	})
+
 	all.Wait()
 	for _, row := range rows(t, "Limits") {
 		flag, _, _ := strings.Cut(strings.TrimPrefix(row[0], "`"), "`")

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -19,14 +20,18 @@ import (
 
 	"github.com/alecthomas/kong"
 	"github.com/valyala/fasthttp"
+	"github.com/valyala/fasthttp/pprofhandler"
 	"golang.org/x/term"
 
 	"kerberos/cb"
 	"kerberos/internal/access"
+	"kerberos/internal/accesslog"
 	"kerberos/internal/admin"
 	"kerberos/internal/cli"
 	"kerberos/internal/config"
 	"kerberos/internal/memory"
+	"kerberos/internal/metrics"
+	"kerberos/internal/tracing"
 	"kerberos/proxy"
 	"kerberos/registry"
 )
@@ -104,12 +109,21 @@ type gatewayCommand struct {
 func (c *gatewayCommand) Run() error {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	reopen := make(chan os.Signal, 1)
+	accesslog.NotifyReopen(reopen) // without a log too: it shall not end the process
 	log := slog.New(logHandler(os.Stderr))
 	memory.Tune()
 	g, err := start(c.Gateway, log)
 	if err != nil {
 		return err
 	}
+	go func() {
+		for range reopen {
+			if g.accessLog != nil {
+				g.accessLog.Reopen()
+			}
+		}
+	}()
 	select {
 	case s := <-signals:
 		log.Info("stopping", "signal", s.String(), "shutdown_delay", c.ShutdownDelay.String(), "drain_timeout", c.DrainTimeout.String())
@@ -139,7 +153,9 @@ type gateway struct {
 	data, admin net.Listener // admin is nil if off
 	registry    *registry.Registry
 	proxy       *proxy.Proxy
-	ops         *admin.Server // nil with admin
+	accessLog   *accesslog.Log  // nil if off
+	tracer      *tracing.Tracer // nil if off
+	ops         *admin.Server   // nil with admin
 	rule        *access.Rule
 	tls         *access.TLS // of admin; nil: it has none
 	serving     sync.WaitGroup
@@ -227,13 +243,35 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		NoVia:            !bool(cfg.Via),
 		HealthPath:       cfg.HealthPath,
 		Ready:            g.ready.Load,
-		LogRequests:      bool(cfg.LogRequests),
+		NoMetrics:        !bool(cfg.Metrics),
+		RequestIDs:       bool(cfg.RequestID),
+		Loops:            runtime.GOMAXPROCS(0),
 		AmbiguousPaths:   proxy.PathPolicy(cfg.AmbiguousPaths),
 		AllowMethods:     cfg.AllowMethods,
 		Log:              log,
 	}
 	for _, route := range cfg.Route {
 		forwarding.Routes = append(forwarding.Routes, proxy.RoutePrefix(route))
+	}
+	if cfg.AccessLog != config.Off {
+		g.accessLog, err = accesslog.Open(accesslog.Config{
+			Path:   cfg.AccessLog,
+			Format: accesslog.Format(cfg.AccessLogFormat),
+			Share:  float64(cfg.AccessLogSample),
+			Loops:  forwarding.Loops,
+			Log:    log,
+		})
+		if err != nil {
+			return nil, fmt.Errorf("--access-log: %w", err)
+		}
+		forwarding.AccessLog = g.accessLog.Write
+	}
+	if cfg.OTLPEndpoint != "" {
+		g.tracer, err = tracing.New(tracing.Config{Endpoint: cfg.OTLPEndpoint, GRPC: cfg.OTLPProtocol == config.GRPC, Log: log})
+		if err != nil {
+			return nil, usageError{err}
+		}
+		forwarding.Trace, forwarding.TraceShare = g.tracer.Trace, float64(cfg.TraceSample)
 	}
 	if cfg.API.OnData() {
 		registration.Reserved = registry.ServedNames()
@@ -253,11 +291,16 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 	}
 	api = registry.NewHandler(g.registry, g.proxy)
 	g.registry.OnChange(g.proxy.Update)
-	for _, name := range g.registry.Names() { // that were registered before
+	for _, name := range g.registry.Names() { // what has changed since proxy.New looked, a lease's end for example
 		g.proxy.Update(name)
 	}
 	if g.admin != nil {
-		operation := admin.Config{Ready: g.ready.Load, Log: log}
+		operation := admin.Config{Ready: g.ready.Load, Profiles: g.rule.WrapAdmin(pprofhandler.PprofHandler), Log: log}
+		if cfg.Metrics {
+			operation.Metrics = metrics.Handler(metrics.Config{
+				Proxy: g.proxy, Registry: g.registry, Ready: g.ready.Load, MaxSeries: cfg.MetricsMaxSeries, Unlogged: g.accessLog.Dropped, Log: log,
+			})
+		}
 		if cfg.API.OnAdmin() {
 			operation.API = guarded
 		}
@@ -323,6 +366,7 @@ func (g *gateway) stop() {
 	if cut == 0 {
 		g.proxy.Close() // it would wait for those that were cut, which end with the process
 	}
+	g.closeLogs()
 	g.log.Info("stopped")
 }
 
@@ -339,6 +383,23 @@ func (g *gateway) close() {
 	}
 	if g.proxy != nil {
 		g.proxy.Close()
+	}
+	g.closeLogs()
+}
+
+// closeLogs writes and sends what there is to say of requests that have ended.
+func (g *gateway) closeLogs() {
+	if g.accessLog != nil {
+		if err := g.accessLog.Close(); err != nil {
+			g.log.Warn("the access log was not written to its end", "reason", err.Error())
+		}
+	}
+	if g.tracer != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), tracing.CloseTimeout)
+		defer cancel()
+		if err := g.tracer.Close(ctx); err != nil {
+			g.log.Warn("the last traces were not sent", "reason", err.Error())
+		}
 	}
 }
 

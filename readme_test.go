@@ -136,10 +136,16 @@ go() {
 }
 `
 
+// unchanged is behind each block: its reader goes on in the same shell, in this folder.
+const unchanged = `
+after=$(export -p)
+[ "$before" = "$after" ] || { echo "the block changes the shell of its reader: $(diff <(echo "$before") <(echo "$after"))" >&2; exit 1; }
+`
+
 // run executes a block and returns what it printed.
 func (s *session) run(b block) string {
 	s.t.Helper()
-	cmd := exec.CommandContext(s.t.Context(), "bash", "-c", functions+s.here(b.text))
+	cmd := exec.CommandContext(s.t.Context(), "bash", "-c", functions+"before=$(export -p)\n"+s.here(b.text)+unchanged)
 	cmd.Env = s.env()
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -238,7 +244,7 @@ func TestReadme(t *testing.T) {
 			if i == 0 || all[i-1].language != "sh" {
 				t.Errorf("line %d: an output of no command", b.line)
 			}
-		case "", "nginx", "haproxy", "ini", "yaml": // a picture; what TestClientBehindTrustedFront and TestReadmeUnits run
+		case "", "nginx", "haproxy", "ini", "yaml", "json": // a picture; what TestClientBehindTrustedFront, TestReadmeUnits and TestReadmeAccessLog run
 		default:
 			t.Errorf("line %d: nothing tests a block of %s", b.line, b.language)
 		}
@@ -269,6 +275,27 @@ func TestReadmeUnits(t *testing.T) {
 	if !slices.Equal(did, []string{"register", "unregister", "unregister"}) {
 		t.Errorf("commands: %v", did)
 	}
+}
+
+// The line that the README shows has the fields of a real one, in their order.
+func TestReadmeAccessLog(t *testing.T) {
+	g := launch(t, nil, "--access-log", "stdout", "--request-id", "--route", "/users=users")
+	g.register("users", "a", named(t, "a"))
+	exchange(t, g.data, strings.Replace(get("/users/7?tab=a"), "\r\n\r\n", "\r\nUser-Agent: curl\r\nReferer: http://a/\r\n"+
+		"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n\r\n", 1))
+	eventually(t, "the line is there", func() bool { return strings.HasSuffix(g.stdout.String(), "}\n") })
+	key := regexp.MustCompile(`"(\w+)":`)
+	for _, b := range blocks(t) {
+		if b.language != "json" {
+			continue
+		}
+		want, got := key.FindAllString(b.text, -1), key.FindAllString(g.stdout.String(), -1)
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("README -, real +:\n%s", diff)
+		}
+		return
+	}
+	t.Error("the README has no line")
 }
 
 // rows are the cells of the table below a heading, without its head.
@@ -337,6 +364,34 @@ func TestReadmeFlags(t *testing.T) {
 	}
 }
 
+// The table of calls has those of the API, each with the status that it has where it is obeyed.
+func TestReadmeAPI(t *testing.T) {
+	g := launch(t, nil)
+	bodies := map[string]string{
+		"POST /register":                 `{"service":"echo","id":"a","addr":"http://127.0.0.1:1"}`,
+		"DELETE /register":               `{"service":"echo","id":"a"}`,
+		"PUT /services/{service}/{id}":   `{"addr":"http://127.0.0.1:1"}`,
+		"PATCH /services/{service}/{id}": `{"state":"down"}`,
+	}
+	names := strings.NewReplacer("{service}", "echo", "{id}", "a")
+	calls := 0
+	for _, row := range rows(t, "The API") {
+		call := strings.Trim(row[0], "`")
+		if len(row) == 2 || strings.HasSuffix(call, "?hold") { // the table of refusals; what TestReadme does
+			continue
+		}
+		calls++
+		g.register("echo", "a", "http://127.0.0.1:1")
+		response, body := exchange(t, g.admin, strings.Replace(post(bodies[call]), "POST /register", names.Replace(call), 1))
+		if status := strconv.Itoa(response.StatusCode); !strings.HasPrefix(row[2], status) {
+			t.Errorf("%s: README %q, real %s %s", call, row[2], status, body)
+		}
+	}
+	if calls != 9 {
+		t.Errorf("%d calls", calls)
+	}
+}
+
 func TestReadmeStrategies(t *testing.T) {
 	var want, got []string
 	for _, strategy := range lb.Strategies() {
@@ -367,6 +422,11 @@ func TestReadmeLimits(t *testing.T) {
 	g.register("echo", "a", named(t, "a"))
 	register := func(id string, weight int, padding int) int {
 		status, _ := g.post(fmt.Sprintf(`{"service":"echo","id":%q,"addr":"http://127.0.0.1:1","weight":%d}%s`, id, weight, strings.Repeat(" ", padding)))
+		return status
+	}
+	long := func(size int) int {
+		const addr = "http://127.0.0.1:1/"
+		status, _ := g.post(fmt.Sprintf(`{"service":"long","id":"a","addr":%q}`, addr+strings.Repeat("x", size-len(addr))))
 		return status
 	}
 	lend := func(ttl string) int {
@@ -451,33 +511,35 @@ func TestReadmeLimits(t *testing.T) {
 		want         string
 		within, past int
 	}{
-		"fields that a `Connection` field names":                     {"32 -> 400", nominated(32), nominated(33)},
-		"size line of a chunk":                                       {"4 KiB -> 400", chunked(4000, 0), chunked(4<<10, 0)},
-		"trailer section":                                            {"16 KiB -> 400", chunked(0, 15), chunked(0, 17)},
-		"a service's name, an instance's id":                         {"128 characters of `A-Z a-z 0-9 . _ ~ : -` -> 400", register(strings.Repeat("x", 128), 1, 0), register(strings.Repeat("x", 129), 1, 0)},
-		"weight":                                                     {fmt.Sprintf("%d -> 400", registry.MaxWeight), register("w", registry.MaxWeight, 0), register("w", registry.MaxWeight+1, 0)},
-		"`ttl` of a lease, from 1 s on":                              {"24 h -> 400", lend("24h"), lend("24h1s")},
-		"drain":                                                      {"1 h -> 400", drained("1h"), drained("61m")},
-		"instances listed as expired, for 10 minutes":                {"1000 -> the oldest are forgotten", 0, 0}, // TestManyExpire in registry
-		"body of an API call":                                        {fmt.Sprintf("%d KiB -> 413", registry.MaxBody>>10), register("b", 1, 60<<10), register("b", 1, 64<<10)},
-		"interim responses (1xx) before a response":                  {"16 -> 502", interim(16), interim(17)},
-		"backend that takes nothing of a request":                    {"30 s -> 504", 0, 0}, // TestBackendTakesNothing in proxy
-		"metadata of an instance":                                    {"64 -> 400", metadata(64, 1), metadata(65, 1)},
-		"value in metadata, in bytes":                                {"512 -> 400", metadata(1, 512), metadata(1, 513)},
-		"instances asked for one request":                            {fmt.Sprintf("%d -> the last one's error", lb.MaxTried), 0, 0},
-		"HTTP/2, TLS to clients":                                     {"not yet -> 505 for HTTP/2", 0, raw("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")},
-		"request body that can be sent again":                        {"64 KiB -> it is streamed and sent once", upload(g, 3<<20), 0},
-		"registrations without `--data`":                             {"in memory -> gone with the process", 0, 0},
-		"with it: a change waits for the disk":                       {"10 s -> 503; it is in force, and written later", 0, 0},           // TestNotSaved and TestLateWrite in registry
-		"instances wait at the start until one accepts a connection": {"2 s -> it is `unreachable` until it does, or is heard of", 0, 0}, // TestUnreachable in registry
-		"`interval` of a check, from 100 ms on":                      {"1 h -> 400", interval("1h"), interval("61m")},
-		"`timeout` of a check, from 100 ms on":                       {"1 m -> 400", timeout("1m"), timeout("61s")},
-		"`fall` and `rise` of a check":                               {"100 -> 400", counts(100), counts(101)},
-		"`path` of a check, in bytes":                                {"1024 -> 400", path(1024), path(1025)},
-		"ranges in `status` of a check":                              {"16 -> 400", ranges(16), ranges(17)},
-		"head of an answer to a check":                               {"16 KiB -> the check fails", 0, 0},                                                           // TestVerdicts in registry/health
-		"checks under way":                                           {"1024 -> they wait; 256 at most are of new instances, and 256 of such as have failed", 0, 0}, // TestHangingOnes there
-		"`slow_start`":                                               {"1 h -> 400", slow("1h"), slow("61m")},
+		"fields that a `Connection` field names":      {"32 -> 400", nominated(32), nominated(33)},
+		"size line of a chunk":                        {"4 KiB -> 400", chunked(4000, 0), chunked(4<<10, 0)},
+		"trailer section":                             {"16 KiB -> 400", chunked(0, 15), chunked(0, 17)},
+		"a service's name, an instance's id":          {"128 characters of `A-Z a-z 0-9 . _ ~ : -` -> 400", register(strings.Repeat("x", 128), 1, 0), register(strings.Repeat("x", 129), 1, 0)},
+		"`addr`, in bytes":                            {"2048 -> 400", long(2048), long(2049)},
+		"connections that hold a lease":               {"10000 -> 503 with `Retry-After`", 0, 0}, // TestTooManyHolds in registry
+		"weight":                                      {fmt.Sprintf("%d -> 400", registry.MaxWeight), register("w", registry.MaxWeight, 0), register("w", registry.MaxWeight+1, 0)},
+		"`ttl` of a lease, from 1 s on":               {"24 h -> 400", lend("24h"), lend("24h1s")},
+		"drain":                                       {"1 h -> 400", drained("1h"), drained("61m")},
+		"instances listed as expired, for 10 minutes": {"1000 -> the oldest are forgotten", 0, 0}, // TestManyExpire in registry
+		"body of an API call":                         {fmt.Sprintf("%d KiB -> 413", registry.MaxBody>>10), register("b", 1, 60<<10), register("b", 1, 64<<10)},
+		"interim responses (1xx) before a response":   {"16 -> 502", interim(16), interim(17)},
+		"backend that takes nothing of a request":     {"30 s -> 504", 0, 0}, // TestBackendTakesNothing in proxy
+		"metadata of an instance":                     {"64 -> 400", metadata(64, 1), metadata(65, 1)},
+		"value in metadata, in bytes":                 {"512 -> 400", metadata(1, 512), metadata(1, 513)},
+		"instances asked for one request":             {fmt.Sprintf("%d -> the last one's error", lb.MaxTried), 0, 0},
+		"HTTP/2, TLS to clients":                      {"not yet -> 505 for HTTP/2", 0, raw("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")},
+		"request body that can be sent again":         {"64 KiB -> it is streamed and sent once", upload(g, 3<<20), 0},
+		"registrations without `--data`":              {"in memory -> gone with the process", 0, 0},
+		"with it: a change waits for the disk":        {"10 s -> 503; it is in force, and written later", 0, 0}, // TestNotSaved and TestLateWrite in registry
+		"a start waits for an instance of the file to accept a connection":       {"2 s -> it is `unreachable` until it does, or is heard of", 0, 0}, // TestUnreachable in registry
+		"`interval` of a check, from 100 ms on":                                  {"1 h -> 400", interval("1h"), interval("61m")},
+		"`timeout` of a check, from 100 ms on":                                   {"1 m -> 400", timeout("1m"), timeout("61s")},
+		"`fall` and `rise` of a check":                                           {"100 -> 400", counts(100), counts(101)},
+		"`path` of a check, in bytes":                                            {"1024 -> 400", path(1024), path(1025)},
+		"ranges in `status` of a check":                                          {"16 -> 400", ranges(16), ranges(17)},
+		"head of an answer to a check":                                           {"16 KiB -> the check fails", 0, 0},                                                           // TestVerdicts in registry/health
+		"checks under way":                                                       {"1024 -> they wait; 256 at most are of new instances, and 256 of such as have failed", 0, 0}, // TestHangingOnes there
+		"`slow_start`":                                                           {"1 h -> 400", slow("1h"), slow("61m")},
 		"start line and fields of a request or a response, in bytes; 0 is 1 MiB": {"32KiB -> 431; 502 for a backend's", head(32 << 10), head(32<<10 + 1)},
 		"field lines of a request or a response":                                 {"200 -> 431; 502 for a backend's", fields(200), fields(201)},
 		"first line of a request":                                                {"16KiB -> 414", line(16 << 10), line(16<<10 + 1)},

@@ -559,8 +559,8 @@ func kernelTCP(t *testing.T) (memory, orphans int) {
 func TestSlowClients(t *testing.T) {
 	heavy(t)
 	const slow, rate, seconds = 5000, 500, 2
-	// Of a reader's body the kernel takes 80 KB from the gateway, which holds 32 KiB more and then waits. What is beyond that fills
-	// the kernel on the way to the gateway, so there is not much of it.
+	// Of a reader's body the kernel takes 80 KB from the gateway, which holds 32 KiB more and then waits. What is beyond that
+	// fills the kernel on the way to the gateway, so there is not much of it.
 	const size, kept = 256 << 10, 280 << 10 // kept is what the kernel needs for it: in its buffers a byte can take two
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil || limit.Cur < 2*slow+1000 {
@@ -584,7 +584,7 @@ func TestSlowClients(t *testing.T) {
 					t.Skipf("needs %d MiB of the kernel, tcp_mem is %q, %v", slow*kept/mib, text, err)
 				}
 			}
-			// A backend of one process has a limit of its own to how many connections it takes at a time: none shall fail for that.
+			// A backend of one process has a limit of its own to the connections it takes at a time: none shall fail for that.
 			g := launch(t, nil, "--client-head-timeout", "5s", "--client-body-timeout", "5s", "--client-write-timeout", "12s",
 				"--client-idle-timeout", "8s", "--connect-timeout", "20s", "--breaker-failures", "100000")
 			pid := g.cmd.Process.Pid
@@ -600,8 +600,8 @@ func TestSlowClients(t *testing.T) {
 			kernelBefore, orphansBefore := kernelTCP(t)
 
 			conns := make([]net.Conn, slow)
-			// What the kernel remembers of an address makes its buffers larger (ip tcp_metrics: 2 MiB where it has seen segments out
-			// of order), so theirs is one of which it knows nothing.
+			// What the kernel remembers of an address makes its buffers larger (ip tcp_metrics: 2 MiB where it has seen segments
+			// out of order), so theirs is one of which it knows nothing.
 			own := net.IPv4(127, byte(1+rand.IntN(250)), byte(rand.IntN(250)), 1)
 			dialer := &net.Dialer{Control: keepsLittle, LocalAddr: &net.TCPAddr{IP: own}}
 			var opening sync.WaitGroup

@@ -33,6 +33,8 @@ func (c *conn) refuse(err *refusal, last bool) (keep bool) {
 // refuseWith is refuse with another text, and Retry-After (in seconds) if that is more than 0. Nobody may keep the answer:
 // the next one to the same request may be another.
 func (c *conn) refuseWith(err *refusal, last bool, text string, retryAfter int) (keep bool) {
+	c.p.noteRefusal(err)
+	c.x.tally.reason = err.kind
 	contentType, body := c.explanation(err.status, text)
 	out := c.ownHead(err.status, contentType)
 	out = append(out, "Cache-Control: no-store\r\nProxy-Status: kerberos; error="...)
@@ -96,8 +98,8 @@ const plainText = "text/plain; charset=utf-8"
 
 // ownHead begins a response of the gateway's own.
 func (c *conn) ownHead(status int, contentType string) []byte {
-	c.x.status = status
-	return c.p.appendOwnHead(c.out[:0], status, contentType)
+	c.x.status, c.x.tally.by = status, byGateway
+	return c.x.appendID(c.p.appendOwnHead(c.out[:0], status, contentType))
 }
 
 func (p *Proxy) appendOwnHead(dst []byte, status int, contentType string) []byte {
@@ -122,7 +124,9 @@ func (c *conn) endOwnHead(out []byte, length int, last bool) []byte {
 	case c.req.minor == 0:
 		out = append(out, "Connection: keep-alive\r\n"...)
 	}
-	return append(out, "\r\n"...)
+	out = append(out, "\r\n"...)
+	c.x.tally.head = c.x.tally.sent + int64(len(out))
+	return out
 }
 
 // passBody passes over a body that nobody reads, and reports whether the connection goes on behind an answer of the
@@ -140,6 +144,7 @@ func (c *conn) passBody() bool {
 			return false
 		}
 		c.in.r += int(r.length)
+		x.tally.received += r.length
 		x.bodyRead = true
 	}
 	return (r.minor == 1 || r.keepAlive) && !r.close && !c.p.closing.Load()
@@ -163,7 +168,10 @@ func (c *conn) fail(err error) (keep bool) {
 	switch {
 	case own == errNoInstance:
 		retryAfter = x.service.view.Load().retryAfter(time.Now())
-	case own == errNoSocket, c.p.limited.has(own):
+	case c.p.limited.has(own):
+		x.service.queueRefused.Add(1)
+		retryAfter = 1
+	case own == errNoSocket:
 		retryAfter = 1
 	}
 	return c.refuseWith(own, !c.passBody(), c.p.cfg.Limits.explain(own), retryAfter)
@@ -178,7 +186,7 @@ func (x *exchange) noteGone(err error) bool {
 	if slow {
 		x.c.reset() // what waits for it in the socket would wait there for minutes
 	}
-	x.status = statusClientGone
+	x.status, x.tally.by, x.tally.reason = statusClientGone, byNobody, kindOf(err)
 	return true
 }
 
@@ -335,6 +343,9 @@ func (c *conn) api() (keep bool) {
 	} else if c.req.minor == 0 {
 		ctx.Response.Header.Set("Connection", "keep-alive")
 	}
+	if x.id != nil {
+		ctx.Response.Header.SetBytesV("X-Request-Id", x.id)
+	}
 	ctx.Response.SkipBody = ctx.IsHead()
 	x.status = ctx.Response.StatusCode()
 	out := bytes.NewBuffer(c.out[:0])
@@ -343,6 +354,9 @@ func (c *conn) api() (keep bool) {
 		return false
 	}
 	c.out = out.Bytes()
+	if end := bytes.Index(c.out, headEnd); end >= 0 {
+		x.tally.head = x.tally.sent + int64(end+len(headEnd))
+	}
 	return c.flush() == nil && keep
 }
 

@@ -137,6 +137,9 @@ var exchanges = []struct {
 	{"ip-hash", withStrategy(lb.IPHash), smallGet, smallResponse},
 	{"path with an escape", nil, "GET /echo/a%20b HTTP/1.1\r\nHost: x\r\n\r\n", smallResponse},
 	{"prefix table", func(cfg *Config) { cfg.Routes = parseRoutes("/echo=echo /=other /*=") }, smallGet, smallResponse},
+	{"told of", func(cfg *Config) { cfg.AccessLog = func(*Record) {} }, browserGet, smallResponse},
+	{"request ids", func(cfg *Config) { cfg.RequestIDs = true }, browserGet, smallResponse},
+	{"traced, not sampled", func(cfg *Config) { cfg.Trace = func(*Record) {} }, browserGet, smallResponse},
 }
 
 // A proxied request costs no allocation: client and origin here make none, so what is counted is the gateway's.
@@ -381,5 +384,35 @@ func TestPickDoesNotAllocate(t *testing.T) {
 		if strategy == lb.IPHash && picked != 1 || strategy != lb.IPHash && picked < 50 {
 			t.Errorf("%s: %d of 100 instances picked", strategy, picked)
 		}
+	}
+}
+
+// BenchmarkMetrics is what a request that a loop serves costs without its sockets, and with what is counted and timed of it.
+func BenchmarkMetrics(b *testing.B) {
+	for _, metrics := range []string{"off", "on"} {
+		b.Run(metrics, func(b *testing.B) {
+			x := startExchange(b, lb.RoundRobin, 10)
+			x.p().cfg.NoMetrics = metrics == "off"
+			x.c.head = []byte(smallGet)
+			x.status = 200
+			b.ReportAllocs()
+			for b.Loop() {
+				now := time.Now()
+				x.begin(now)
+				s, err := x.p().find(&x.c.req)
+				if err != nil {
+					b.Fatal(err)
+				}
+				x.service = s
+				if x.pick() == nil {
+					b.Fatal("nobody picked")
+				}
+				x.attempts, x.status = 1, 200
+				x.noteAsked()
+				x.noteAnswered(now)
+				x.end(success, nil)
+				x.c.ended()
+			}
+		})
 	}
 }

@@ -28,6 +28,25 @@ type retryBudget struct {
 func (b *retryBudget) take(s *service, now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	b.refill(s, now)
+	if b.left < 1 {
+		return false
+	}
+	b.left--
+	b.taken++
+	return true
+}
+
+// has is how many retries it would allow.
+func (b *retryBudget) has(s *service, now time.Time) float64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.refill(s, now)
+	return b.left
+}
+
+// refill adds what was saved up since the last time. The lock is held.
+func (b *retryBudget) refill(s *service, now time.Time) {
 	if b.at.IsZero() {
 		b.at, b.left, b.requests = now, budgetFloor*budgetWindow.Seconds(), s.requests()
 	} else if gone := now.Sub(b.at); gone >= budgetRefill {
@@ -37,12 +56,6 @@ func (b *retryBudget) take(s *service, now time.Time) bool {
 		limit := refill / gone.Seconds() * budgetWindow.Seconds()
 		b.at, b.left, b.requests, b.taken = now, min(b.left+refill, limit), requests, 0
 	}
-	if b.left < 1 {
-		return false
-	}
-	b.left--
-	b.taken++
-	return true
 }
 
 // requests is how many requests the service's instances have ended.

@@ -30,6 +30,7 @@ func (p *Proxy) add(c *conn) error {
 		p.clients[c.peer]++
 	}
 	p.conns[c] = struct{}{}
+	p.connected++
 	return nil
 }
 
@@ -198,6 +199,7 @@ func (p *Proxy) appendTurnAway(dst []byte, r *refusal) []byte {
 func (p *Proxy) logTurnAway(r *refusal) {
 	now := time.Now()
 	p.mu.Lock()
+	p.turnedAway[r]++
 	p.refused++
 	n := p.refused
 	if now.Sub(p.refusedAt) < warnEvery {

@@ -90,6 +90,8 @@ type exchange struct {
 	keep    bool      // the client connection goes on behind it
 	chunks  bool      // it is sent in chunks
 	status  int
+	tally   tally
+	marks
 
 	buffers [3]*[]byte // pooled, by use; given back by giveBack
 }
@@ -133,6 +135,10 @@ func (x *exchange) begin(now time.Time) {
 	x.interim, x.finAt, x.begun = false, time.Time{}, false
 	x.uploadPace, x.download = pace{}, pace{}
 	x.counted, x.full, x.queued = false, false, false
+	x.tally = tally{}
+	if x.p().marked {
+		x.mark()
+	}
 }
 
 // over is when the request has taken as long as it may in all.
@@ -197,6 +203,9 @@ func (x *exchange) end(o outcome, reason error) {
 	}
 	x.running = false
 	u := x.upstream
+	if x.trace.spans != nil {
+		x.trace.spans.endAttempt(x.res.status, reason)
+	}
 	switch {
 	case x.settled:
 	case o == success:
@@ -264,6 +273,7 @@ func (x *exchange) hold(patient bool) error {
 	}
 	if !r.chunked && int64(len(b.waiting())) >= r.length { // it came with the head
 		x.held = b.b[b.r : b.r+int(r.length)]
+		x.tally.received = r.length
 		b.r += int(r.length)
 		b.base = b.r
 		x.bodyRead = true
@@ -283,7 +293,11 @@ func (x *exchange) hold(patient bool) error {
 	}
 	held := x.borrow(heldBuffer)[:0]
 	b.grow(b.base + firstBuffer)
-	slowest := time.Now().Add(chunkPatience)
+	from := time.Now()
+	slowest := from.Add(chunkPatience)
+	defer func() {
+		x.tally.held, x.tally.received = time.Since(from), int64(len(x.held))
+	}()
 	for {
 		data, done, err := x.body.next(b, maxHeld-len(held))
 		held = append(held, data...)
@@ -341,7 +355,9 @@ func (x *exchange) send(u *upstream, asked bool) error {
 			err = x.answer(err)
 		}
 	} else {
-		x.attempts++
+		if x.attempts++; x.attempts > 1 {
+			x.service.retries.Add(1)
+		}
 		err = x.attempt(u, false)
 	}
 	if errors.Is(err, errStale) && (!x.written || x.repeatable()) {
@@ -361,6 +377,7 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 	if x.attempts > 1 || !x.complete || len(x.held) > 0 || x.queued {
 		x.sent = time.Now()
 	}
+	x.noteAsked()
 	if x.c.req.switching {
 		x.reused = false
 		x.lease, x.backend, err = u.dialApart(x.c.pool(), x.timeLeft())
@@ -420,7 +437,10 @@ func (x *exchange) undialled(err error) error {
 	if x.late(now) {
 		return errOverTime
 	}
-	return dialFailure(err)
+	if err = dialFailure(err); err == error(errNoSocket) {
+		x.p().socketless[dialling].Add(1)
+	}
+	return err
 }
 
 // write sends a part of the request.
@@ -752,7 +772,10 @@ func (x *exchange) appendResponse(dst []byte) []byte {
 	if !bodyless && res.length < 0 && r.minor == 0 {
 		x.keep = false // the end of the connection is the end of the body
 	}
-	out := res.append(dst)
+	if x.id != nil {
+		res.dropID()
+	}
+	out := x.appendID(res.append(dst))
 	if !res.hasDate {
 		out = x.p().appendDate(out)
 	}
@@ -765,7 +788,9 @@ func (x *exchange) appendResponse(dst []byte) []byte {
 	case r.minor == 0:
 		out = append(out, "Connection: keep-alive\r\n"...)
 	}
-	return append(out, '\r', '\n')
+	out = append(out, '\r', '\n')
+	x.tally.head = x.tally.sent + int64(len(out)-len(dst))
+	return out
 }
 
 // finish sends the response and ends the exchange. What has not come in yet is passed on as it comes.
@@ -775,6 +800,10 @@ func (x *exchange) finish() (keep bool) {
 		x.noteFIN(time.Now())
 	}
 	x.started, x.status = true, x.res.status
+	x.tally.streamed = !x.resEnded
+	if x.p().timed {
+		x.noteAnswered(time.Now())
+	}
 	if x.switches() {
 		x.openTunnel()
 		return false
@@ -789,14 +818,18 @@ func (x *exchange) finish() (keep bool) {
 	}
 	err := x.relay()
 	x.endUpload()
+	x.tally.reason = kindOf(err)
 	switch {
 	case err == nil:
 		x.end(x.verdict())
 	case blame(err) == ignored: // the client left, or its upload broke off
 		x.end(ignored, err)
-		x.noteGone(err)
+		if !x.noteGone(err) {
+			x.tally.by = byHalf
+		}
 	default:
 		x.end(failure, err)
+		x.tally.by = byHalf
 		x.p().logCut(x, err)
 	}
 	if err != nil && !x.chunks && x.res.length < 0 {

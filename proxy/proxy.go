@@ -11,12 +11,11 @@
 // that streams, forward.go what is sent, response.go and body.go what comes back, tunnel.go what an Upgrade leads to;
 // upstream.go is an instance, slowstart.go its share when it has just come, backend.go a connection to it, budget.go the bound on
 // retries; limits.go has the limits, queue.go those on requests in flight, connections.go those on connections; errors.go says
-// whose fault it was, answer.go answers where no backend does, prefer.go in the form that the client wants. The package loop below
-// this one knows sockets and epoll, and no HTTP; registry/health asks instances whether they can serve.
+// whose fault it was, answer.go answers where no backend does, prefer.go in the form that the client wants. The package loop
+// below this one knows sockets and epoll, and no HTTP; registry/health asks instances whether they can serve.
 package proxy
 
 import (
-	"context"
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/hex"
@@ -81,8 +80,13 @@ type Config struct {
 
 	Loops int // GOMAXPROCS: how many goroutines serve what needs no waiting; each has its own connections to instances
 
-	LogRequests bool         // one line a request
-	Log         *slog.Logger // nil: slog.Default()
+	NoMetrics bool         // requests are neither counted by service nor timed
+	Log       *slog.Logger // nil: slog.Default()
+
+	AccessLog  func(*Record) // nil: none; it is told of each request that has ended, and must not wait
+	RequestIDs bool          // each request has an X-Request-Id: that of a trusted peer, or one made here
+	Trace      func(*Record) // nil: there are no traces; it is told of those requests that are sampled, and must not wait
+	TraceShare float64       // 0 to 1: of the requests, those that are sampled, unless a trusted peer has decided
 }
 
 // withDefaults checks a Config and fills its gaps.
@@ -148,6 +152,9 @@ func (cfg Config) withDefaults() (Config, error) {
 	if cfg.Loops == 0 {
 		cfg.Loops = runtime.GOMAXPROCS(0)
 	}
+	if !(cfg.TraceShare >= 0 && cfg.TraceShare <= 1) {
+		return cfg, fmt.Errorf("proxy: Config.TraceShare is %v: it must be from 0 to 1", cfg.TraceShare)
+	}
 	if cfg.Ready == nil {
 		cfg.Ready = func() bool { return true }
 	}
@@ -162,11 +169,16 @@ type Proxy struct {
 	cfg        Config
 	log        *slog.Logger
 	route      RouteFunc
-	upgrades   [][]byte  // Config.Upgrades
-	pseudonym  []byte    // our name in Via, unique to the process (RFC 9110 section 7.6.3); nil if we add none
-	allow      []byte    // the Allow field
-	failing    [600]bool // by status: Config.BreakerStatuses
-	capped     bool      // requests in flight are limited
+	table      *prefixTable // what route asks; nil without Config.Routes
+	upgrades   [][]byte     // Config.Upgrades
+	pseudonym  []byte       // our name in Via, unique to the process (RFC 9110 section 7.6.3); nil if we add none
+	allow      []byte       // the Allow field
+	failing    [600]bool    // by status: Config.BreakerStatuses
+	capped     bool         // requests in flight are limited
+	timed      bool         // requests that have ended are counted or told of
+	recorded   bool         // somebody is told of them
+	traced     bool         // Config.Trace is set
+	marked     bool         // requests have marks
 	limited    limited
 	services   sync.Map // name -> *service
 	checks     *health.Checker
@@ -176,7 +188,10 @@ type Proxy struct {
 	date       atomic.Pointer[dateLine]
 	workers    []*worker     // one for each loop
 	turns      atomic.Uint64 // the worker of the next connection
-	slowAfter  time.Duration // see the constant; less with a short request timeout
+	unrouted   [finales]atomic.Uint64
+	refusals   sync.Map                 // *refusal -> *atomic.Uint64: how many answers of ours
+	socketless [shortages]atomic.Uint64 // how often the system had no socket for us
+	slowAfter  time.Duration            // see the constant; less with a short request timeout
 
 	loops    sync.Once // starts what follows
 	group    *loop.Group
@@ -187,14 +202,16 @@ type Proxy struct {
 
 	mu         sync.Mutex // guards what follows
 	listeners  []io.Closer
-	conns      map[*conn]struct{} // open client connections
-	noConns    *sync.Cond         // conns has become empty
-	clients    map[netip.Addr]int // how many of them have that address; only counted where there is a limit
-	refused    int                // connections, since the last line in the log
-	refusedAt  time.Time          // of that line
-	departures []departure        // services that lost their last instance, the oldest first
-	cutting    bool               // Shutdown cuts what is left
-	stopped    bool               // Close has begun
+	conns      map[*conn]struct{}  // open client connections
+	noConns    *sync.Cond          // conns has become empty
+	clients    map[netip.Addr]int  // how many of them have that address; only counted where there is a limit
+	refused    int                 // connections, since the last line in the log
+	refusedAt  time.Time           // of that line
+	turnedAway map[*refusal]uint64 // connections
+	connected  uint64              // connections that were let in
+	departures []departure         // services that lost their last instance, the oldest first
+	cutting    bool                // Shutdown cuts what is left
+	stopped    bool                // Close has begun
 }
 
 // New makes a Proxy for a Registry; route nil means cfg.Routes, and if there are none FirstSegment.
@@ -208,6 +225,9 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 	rand.Read(id[:]) // never fails
 	p := &Proxy{cfg: cfg, log: cfg.Log, route: route, limited: cfg.Limits.refusals(), allow: allowField(cfg.AllowMethods), checks: health.New()}
 	p.capped = cfg.Limits.InFlightPerInstance > 0 || cfg.Limits.InFlightPerService > 0
+	p.timed = !cfg.NoMetrics || cfg.AccessLog != nil || cfg.Trace != nil
+	p.recorded, p.traced = cfg.AccessLog != nil || cfg.Trace != nil, cfg.Trace != nil
+	p.marked = cfg.RequestIDs || p.traced
 	if !cfg.NoVia {
 		p.pseudonym = []byte("kerberos-" + hex.EncodeToString(id[:]))
 	}
@@ -227,14 +247,14 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 		return w
 	}
 	p.scratches.New = func() any {
-		return &scratch{make([]byte, firstBuffer), make([]byte, 0, firstBuffer), make([]byte, 0, firstBuffer)}
+		return &scratch{back: make([]byte, firstBuffer), backOut: make([]byte, 0, firstBuffer), out: make([]byte, 0, firstBuffer)}
 	}
 	p.workers = make([]*worker, cfg.Loops)
 	for i := range p.workers {
 		p.workers[i] = &worker{}
 	}
 	p.slowAfter = min(slowAfter, cfg.RequestTimeout/8, cfg.Limits.TotalTimeout/8)
-	p.conns, p.clients = map[*conn]struct{}{}, map[netip.Addr]int{}
+	p.conns, p.clients, p.turnedAway = map[*conn]struct{}{}, map[netip.Addr]int{}, map[*refusal]uint64{}
 	p.noConns = sync.NewCond(&p.mu)
 	if route == nil {
 		p.route = FirstSegment
@@ -243,7 +263,7 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 			return nil, err
 		}
 		if len(cfg.Routes) > 0 {
-			p.route = table.route
+			p.route, p.table = table.route, table
 		}
 		for _, name := range table.services {
 			p.addService(name, true)
@@ -409,6 +429,10 @@ func (x *exchange) admit(u *upstream) bool {
 	}
 	x.asked.add(u)
 	x.upstream, x.token, x.running, x.settled, x.covered = u, token, true, false, false
+	x.res.status = 0
+	if x.trace.spans != nil {
+		x.trace.spans.beginAttempt(u)
+	}
 	return true
 }
 
@@ -427,33 +451,12 @@ func (x *exchange) again(err error) bool {
 		return false
 	case x.covered:
 		return true
-	case x.retries == 0 || !x.service.budget.take(x.service, time.Now()):
+	case x.retries == 0:
+		return false
+	case !x.service.budget.take(x.service, time.Now()):
+		x.service.retriesDenied.Add(1)
 		return false
 	}
 	x.retries--
 	return true
-}
-
-// logRequest writes the line of --log-requests.
-func (c *conn) logRequest() { c.p.logLine(c.line(), c.x.began) }
-
-func (p *Proxy) logLine(line []slog.Attr, began time.Time, more ...slog.Attr) {
-	line = append(append(line, slog.String("took", time.Since(began).String())), more...)
-	p.log.LogAttrs(context.Background(), slog.LevelInfo, "request", line...)
-}
-
-// line is what there is to say of a request, but for how long it took. It keeps nothing of the request's bytes.
-func (c *conn) line() []slog.Attr {
-	r, x := &c.req, &c.x
-	attrs := []slog.Attr{
-		slog.String("client", r.Client.String()), slog.String("method", string(r.Method)), slog.String("target", string(r.target)),
-		slog.Int("status", x.status), slog.Int("attempts", x.attempts),
-	}
-	if x.service != nil {
-		attrs = append(attrs, slog.String("service", x.service.name))
-	}
-	if x.upstream != nil {
-		attrs = append(attrs, slog.String("instance", x.upstream.id))
-	}
-	return attrs
 }

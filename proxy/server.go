@@ -75,7 +75,10 @@ type workspace struct {
 }
 
 // scratch is the buffers of a goroutine that serves requests: where exchange.back, exchange.backOut and workspace.out begin.
-type scratch struct{ back, backOut, out []byte }
+type scratch struct {
+	back, backOut, out []byte
+	record             Record
+}
 
 // occupy takes a workspace, and vacate gives it back.
 func (c *conn) occupy() {
@@ -150,6 +153,9 @@ func (p *Proxy) Serve(ln net.Listener) error {
 		}
 		if p.closing.Load() {
 			return nil
+		}
+		if ownLimit(err) {
+			p.socketless[accepting].Add(1)
 		}
 		if !temporary(err) {
 			return fmt.Errorf("accept on %s: %w", ln.Addr(), err)
@@ -299,13 +305,14 @@ func (c *conn) unreadable(err *refusal) {
 	c.req.lines, c.req.xff = nil, c.req.xff[:0] // what could be read of them says nothing
 	c.x.begin(time.Now())
 	c.refuse(err, true)
+	c.ended()
 	c.linger()
 }
 
 // after ends a request, and reports whether the connection can serve another one.
 func (c *conn) after(keep bool) bool {
-	if c.p.cfg.LogRequests && c.x.tunnel == nil {
-		c.logRequest()
+	if c.x.tunnel == nil { // else it has ended with its answer
+		c.ended()
 	}
 	c.x.leave()
 	if c.x.unread || c.req.authority && c.x.tunnel == nil { // or what its client sent into a tunnel that is none
@@ -335,6 +342,9 @@ func (c *conn) afterPanic() {
 	if !c.x.started {
 		c.refuse(errInternal, true)
 		c.linger()
+	}
+	if c.x.tunnel == nil {
+		c.ended()
 	}
 	c.workspace = nil
 }
@@ -571,6 +581,7 @@ func (c *conn) push(all int, write func(done int) (int, error)) error {
 		}
 		n, err := write(done)
 		done += n
+		c.x.tally.sent += int64(n)
 		if limits.MinDownload > 0 {
 			c.x.download.add(n, began)
 			if c.takesTooLittle() {

@@ -3,7 +3,6 @@ package proxy
 import (
 	"errors"
 	"io"
-	"log/slog"
 	"net"
 	"slices"
 	"sync"
@@ -31,8 +30,7 @@ type tunnel struct {
 	up, down flow        // from the client, to the client
 	broken   atomic.Bool // one side has failed: the other shall not take that for the end
 	released bool
-	began    time.Time   // of the request
-	line     []slog.Attr // for --log-requests; nil if that is off
+	record   *Record // of the request; nil if nobody is told
 
 	// for goroutines
 	since time.Time    // the clock of moved
@@ -54,6 +52,7 @@ type flow struct {
 	pipe     *loop.Pipe // nil unless from brings more than fits into a buffer
 	piped    int        // bytes in it
 	total    int64      // what to was given
+	counter  *atomic.Uint64
 }
 
 // asksTunnel says that the request asks for an Upgrade that is allowed, or is a CONNECT. Any other Upgrade is ignored, RFC
@@ -153,17 +152,21 @@ func (x *exchange) appendSwitch(dst []byte) []byte {
 // tunnel has ended; otherwise the tunnel begins when the caller, who has them, leaves the connections to it.
 func (x *exchange) openTunnel() {
 	c := x.c
-	t := &tunnel{c: c, upstream: x.upstream, backend: x.backend, began: x.began}
+	t := &tunnel{c: c, upstream: x.upstream, backend: x.backend}
 	t.up = flow{t: t, from: c.sock, to: x.backend.sock, back: &t.down, waiting: slices.Clone(c.in.waiting())}
 	t.down = flow{t: t, from: x.backend.sock, to: c.sock, back: &t.up, waiting: append(slices.Clone(c.out), x.back.waiting()...)}
 	t.down.total = -int64(len(c.out)) // the head does not count
-	if c.p.cfg.LogRequests {
-		t.line = c.line()
-	}
+	n := x.service.counted(c.pool())
+	t.up.counter, t.down.counter = &n.received, &n.sent
+	took := x.times()
+	c.count(took)
 	t.upstream.tunnels.Add(1)
 	x.tunnel, x.lease = t, nil
 	x.watchClient(false)
 	x.end(success, nil)
+	if c.p.recorded {
+		t.record = c.tunnelRecord(took)
+	}
 	x.leave()
 	c.out = c.out[:0]
 	x.giveBack()
@@ -208,8 +211,9 @@ func (t *tunnel) release() {
 	}
 	t.backend.Close()
 	t.upstream.tunnels.Add(-1)
-	if t.line != nil {
-		t.c.p.logLine(t.line, t.began, slog.Int64("up", t.up.total), slog.Int64("down", max(t.down.total, 0)))
+	if r := t.record; r != nil {
+		r.Took, r.Received, r.Sent = time.Since(r.Began), t.up.total, max(t.down.total, 0)
+		t.c.p.tell(r)
 	}
 }
 
@@ -310,6 +314,12 @@ func (f *flow) pump() {
 	}
 }
 
+// gave notes that to was given so many bytes. They are counted as they go: a tunnel may last for days.
+func (f *flow) gave(n int) {
+	f.total += int64(n)
+	f.counter.Add(uint64(n))
+}
+
 // flush writes what waits, as much as to takes.
 func (f *flow) flush() error {
 	for f.blocked() {
@@ -322,7 +332,7 @@ func (f *flow) flush() error {
 			n, err = f.to.TryWrite(f.waiting)
 			f.waiting = f.waiting[n:]
 		}
-		f.total += int64(n)
+		f.gave(n)
 		switch err {
 		case nil:
 		case loop.ErrAgain:
@@ -441,7 +451,7 @@ func (t *tunnel) copy(f *flow, to, from net.Conn) {
 	for {
 		if len(data) > 0 {
 			n, failed := to.Write(data)
-			f.total += int64(n)
+			f.gave(n)
 			if failed != nil { // what to has sent before is still passed on, by the other direction
 				t.broken.Store(true)
 				return

@@ -16,6 +16,7 @@ type upload struct {
 	stopped  atomic.Bool           // nobody waits for it any more
 	failed   atomic.Pointer[error] // a refusal or errClientGone, which ends the exchange
 	waiting  atomic.Bool           // for the client: this time is not the backend's
+	moved    int64                 // bytes of the body from the client; valid once done is closed
 	began    time.Time             // by the monotonic clock: one that is set must not end an upload, nor keep it
 	progress atomic.Int64          // nanoseconds after that, when the backend last took something or the client sent it
 }
@@ -68,7 +69,10 @@ func (up *upload) copy(c *conn, b *body) (err error) {
 				framed = appendLastChunk(framed, b.trailers)
 			}
 			left -= int64(len(parts))
+			up.moved += int64(len(parts))
 			data = framed
+		} else {
+			up.moved += int64(len(data))
 		}
 		if left < 0 {
 			return errBodyTooLarge
@@ -108,6 +112,7 @@ func (up *upload) splice(c *conn, b *body, pipe *loop.Pipe) error {
 			return err
 		}
 		b.left -= int64(n)
+		up.moved += int64(n)
 		if err = up.push(c, n, func(done int) (int, error) { return c.x.backend.sock.SpliceFrom(pipe, n-done) }); err != nil {
 			return err
 		}
@@ -189,6 +194,7 @@ func (x *exchange) endUpload() {
 	}
 	<-up.done
 	x.bodyRead, x.unread = up.whole, !up.whole
+	x.tally.received += up.moved
 	x.upload = nil
 	x.c.read.disarm()
 	x.backend.write.disarm() // the connection may serve others yet

@@ -42,6 +42,7 @@ type upstream struct {
 	open      struct {
 		mu    sync.Mutex
 		conns map[*backendConn]struct{} // all connections, idle or not
+		total uint64                    // of those that there ever were
 	}
 	instance atomic.Pointer[registry.Instance] // the latest registration
 	health   atomic.Pointer[health.Watch]      // nil: it is not checked
@@ -58,6 +59,8 @@ type upstream struct {
 	tunnels  atomic.Int64     // open now
 	outcomes [3]atomic.Uint64 // by outcome
 	_        [128]byte
+
+	changes [3]atomic.Uint64 // of the breaker, by the state it came to
 }
 
 // addresses is where an upstream may be dialled now. It never changes.
@@ -336,6 +339,7 @@ func (u *upstream) opened(b *backendConn) {
 		u.open.conns = map[*backendConn]struct{}{}
 	}
 	u.open.conns[b] = struct{}{}
+	u.open.total++
 }
 
 // Busy is how many requests and tunnels it has under way.
@@ -548,6 +552,7 @@ func (u *upstream) breakerChanged(from, to cb.State, reason error) {
 	if u.closed.Load() {
 		return
 	}
+	u.changes[to].Add(1)
 	why := "open time is up"
 	switch {
 	case reason != nil:

@@ -32,6 +32,11 @@ type service struct {
 	counter lb.Counter
 	budget  retryBudget
 	crowd   crowd
+	counts  []atomic.Pointer[counts] // one for each loop, made when it is first needed
+
+	retries       atomic.Uint64 // attempts beyond the first
+	retriesDenied atomic.Uint64 // by the budget
+	queueRefused  atomic.Uint64 // requests that found no place
 
 	dirtyMu sync.Mutex             // guards what follows
 	dirty   map[*upstream]struct{} // those that may have become ready, or no longer are
@@ -386,7 +391,7 @@ func (p *Proxy) addService(name string, pinned bool) *service {
 	if s := p.service(name); s != nil {
 		return s
 	}
-	s := &service{name: name, proxy: p, pinned: pinned}
+	s := &service{name: name, proxy: p, pinned: pinned, counts: make([]atomic.Pointer[counts], len(p.workers))}
 	s.view.Store(&view{inForce: p.cfg.Strategy})
 	now := time.Now()
 	s.emptied.Store(&now)

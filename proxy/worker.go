@@ -45,6 +45,7 @@ type worker struct {
 	began   time.Time // when second was 0
 	conns   int       // in the wheel
 	leaving []*parting
+	record  Record
 }
 
 // startLoops starts the loops, one for each CPU that the program may use.
@@ -382,6 +383,7 @@ func (c *conn) put() bool {
 	} else if !onItsWay {
 		b.failed = err
 	}
+	x.noteAsked()
 	x.written = n > 0
 	if n < len(out) {
 		x.unsent = append([]byte(nil), out[max(n, 0):]...)
@@ -502,10 +504,12 @@ func (c *conn) answered(e loop.Events) {
 		return
 	}
 	w.done(c)
+	x.noteAnswered(w.loop.Now())
 	x.started, x.status = true, x.res.status
 	x.end(x.verdict())
 	x.release(rest == 0 && e&loop.HangUp == 0)
 	n, err := c.sock.TryWrite(out)
+	x.tally.sent = int64(max(n, 0))
 	switch {
 	case n == len(out):
 		if c.after(x.keep) {
@@ -518,7 +522,7 @@ func (c *conn) answered(e loop.Events) {
 		c.out = append(c.out[:0], out[max(n, 0):]...)
 		c.slow(stageAnswered)
 	default:
-		x.status = statusClientGone
+		x.status, x.tally.by, x.tally.reason = statusClientGone, byNobody, reasonGone
 		c.after(false)
 		c.close()
 	}

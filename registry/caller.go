@@ -17,6 +17,7 @@ type Right string
 const (
 	RightRead     Right = "read"     // the GETs
 	RightRegister Right = "register" // the calls that change something, a heartbeat among them
+	RightAdmin    Right = "admin"    // what is about the gateway itself and no service
 )
 
 // Caller is who makes a call of the API. The handler asks it once it knows which service the call is about.
@@ -26,6 +27,9 @@ type Caller interface {
 	Still(right Right, service string) bool // by those that it has now
 	Networks() []netip.Prefix               // to which instances that it registers may point; none: wherever AddrPolicy lets them
 }
+
+// Administers reports whether who makes a call has all rights.
+func Administers(ctx *fasthttp.RequestCtx) bool { return callerOf(ctx).May(RightAdmin, "") }
 
 type callerKey struct{}
 

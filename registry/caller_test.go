@@ -18,7 +18,7 @@ import (
 	"github.com/valyala/fasthttp"
 )
 
-// lines are what was logged.
+// lines are what was logged. They may be read while there are more.
 type lines struct {
 	mu   sync.Mutex
 	text strings.Builder
@@ -28,6 +28,12 @@ func (l *lines) Write(b []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.text.Write(b)
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
 }
 
 // take returns the lines since the last call, without what all have.

@@ -196,7 +196,7 @@ func (noTraffic) Succeeded() uint64 { return 0 }
 // limit, with how much was cut then. Meanwhile it needs no lease. Whoever drains it a second time waits for the first, but for no longer than his own
 // limit: then that ends both. If it is
 // unregistered meanwhile, or registers with another addr, what it had under way is waited for all the same. The errors are those
-// of Unregister, and ErrClosed. In a file it is gone when Drain returns; if the process ends before, it is gone after the restart.
+// of Unregister, and ErrClosed. In a file it is gone when Drain returns; if the process ends before that, after the restart.
 func (r *Registry) Drain(service, id, addr string, limit time.Duration) (cut int, waited time.Duration, err error) {
 	d, _, err := r.drain(service, id, addr, limit)
 	if err != nil {

@@ -90,6 +90,24 @@ func TestLostHold(t *testing.T) {
 	}
 }
 
+// A connection too many is refused, and registers nothing.
+func TestTooManyHolds(t *testing.T) {
+	r := New(Config{})
+	defer r.Close()
+	h := NewHandler(r, nil)
+	const body = `{"service":"echo","id":"a","addr":"http://127.0.0.1:1"}`
+	r.holds.Store(mostHolds)
+	resp := call(h, near, "POST", "/register?hold", body)
+	wantProblem(t, resp, 503, "", "as many connections as it may")
+	if after := string(resp.Header.Peek("Retry-After")); after != "1" || r.Snapshot("echo") != nil {
+		t.Errorf("Retry-After %q, registered: %v", after, r.Names())
+	}
+	r.holds.Store(mostHolds - 1)
+	if resp := call(h, near, "POST", "/register?hold", body); resp.StatusCode() != 200 || r.Snapshot("echo") == nil {
+		t.Errorf("status %d, registered: %v", resp.StatusCode(), r.Names())
+	}
+}
+
 // What comes on the connection means nothing, and is bounded.
 func TestHoldIsBounded(t *testing.T) {
 	r := New(Config{})

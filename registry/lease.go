@@ -275,6 +275,7 @@ func (r *Registry) expire(now int64) (due, left bool) {
 // lose removes an instance that did not say so, and lists it as expired. The caller holds mu.
 func (r *Registry) lose(at *slot, in *Instance) {
 	now := time.Now()
+	r.lost++
 	r.expired = append(r.expired, Expired{at.snapshot.Load().service, in.ID, in.Addr, now})
 	r.forgetExpired(now)
 	r.remove(at, in)

@@ -1,6 +1,7 @@
-// Package registry owns who exists: services, their instances, and where an instance may point. It knows nothing of
-// balancing, breakers or forwarding, and HTTP in http.go only. Everything is held in memory; a registry that Open makes keeps it
-// in a file too.
+// Package registry owns who exists: services, their instances, and where an instance may point; how long an instance stays
+// (leases, holds, drains), and the API by which it comes and goes (http.go). What New makes lives in memory and ends with the
+// process; what Open makes is in a file too. It knows nothing of balancing, breakers or forwarding: whether an instance gets
+// requests is proxy's.
 package registry
 
 import (
@@ -59,7 +60,8 @@ type Registry struct {
 	onChange   []func(s string)                 // replaced, never appended in place: a change calls those it saw under mu
 	leases     leases
 	expired    []Expired
-	watching   bool // there is a watch
+	lost       uint64 // instances that left without a word
+	watching   bool   // there is a watch
 	closed     bool
 	store      *store // nil: there is no file
 
@@ -115,8 +117,8 @@ func (r *Registry) Close() {
 
 // Register adds an instance to a service, or updates the one with that id in place: its RegisteredAt stays, its
 // Generation grows with every call, also if nothing else changed. A lease begins anew. RegisteredAt and Generation of in are
-// ignored. The error is a *FieldError, and then nothing has changed, or wraps ErrNotSaved or ErrClosed. When Register returns nil,
-// every function given to OnChange has returned, and if there is a file the change is on disk.
+// ignored. The error is a *FieldError, and then nothing has changed, or wraps ErrNotSaved or ErrClosed. When Register returns
+// nil, every function given to OnChange has returned, and if there is a file the change is on disk.
 func (r *Registry) Register(service string, in Instance) error {
 	_, _, err := r.register(service, in, nil)
 	return err

@@ -18,9 +18,9 @@ const (
 )
 
 // Open makes a registry whose instances outlast the process, in the file registry.db in dir; both are made if need be. What is in
-// the file is registered again, each instance with its whole ttl, those that a connection held with 15 s if they have none, but for
-// those that were about to leave by a drain: they have left. All are asked for a connection, and those that accept none within 2 s
-// are Unreachable until they do, register, or renew their leases. Open waits for that, before anybody hears of changes.
+// the file is registered again, each instance with its whole ttl, those that a connection held with 15 s if they have none, but
+// for those that were about to leave by a drain: they have left. All are asked for a connection, which Open waits for; those that
+// accept none within 2 s are Unreachable until they do, register, or renew their leases.
 //
 // Register, Unregister, Patch, Hold and Drain then return when their change is on disk, which is a while after it is in force; if
 // it cannot be written they end with ErrNotSaved.

@@ -39,7 +39,7 @@ func voidAddr(t *testing.T) (addr string) {
 	return ""
 }
 
-// However many instances do not answer at all, a start takes a few seconds, those that answer are up then, and names are looked up.
+// However many instances do not answer at all, a start takes a few seconds, those that answer are up then, names resolved.
 func TestOpenIsBounded(t *testing.T) {
 	dir, never, alive := t.TempDir(), voidAddr(t), listener(t)
 	r := reopen(t, dir)

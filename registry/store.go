@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -47,9 +48,9 @@ var (
 	errDamaged = errors.New("damaged")
 )
 
-// store keeps the file. Nothing is written to it but what instances are now: a change marks its instance, and whoever writes takes
-// all that are marked, with the state that they have by then, in one transaction. So all who came while one was written share the
-// next one, and the file cannot but end up with what is in force.
+// store keeps the file. Nothing is written to it but what instances are now: a change marks its instance, and whoever writes
+// takes all that are marked, with the state that they have by then, in one transaction. So all who came while one was written
+// share the next one, and the file cannot but end up with what is in force.
 type store struct {
 	path string
 	db   *bbolt.DB
@@ -58,6 +59,8 @@ type store struct {
 	wake chan struct{} // there may be something to write
 	stop chan struct{} // write what there is, and end
 	done chan struct{}
+
+	failures atomic.Uint64 // writes that failed
 
 	// Guarded by Registry.mu, which is not held while anything is written.
 	next     *batch
@@ -149,8 +152,10 @@ func (r *Registry) keep() {
 		case err == nil && failing:
 			s.log.Info("registrations are written again", slog.String("file", s.path))
 		}
-		failing = err != nil
-		return err == nil
+		if failing = err != nil; failing {
+			s.failures.Add(1)
+		}
+		return !failing
 	}
 	for {
 		select {
@@ -236,7 +241,7 @@ func (r *Registry) put(tx *bbolt.Tx, b *batch, reserved uint64) error {
 	return nil
 }
 
-// guard makes errors of the panics of bbolt and of faults in its map of the file: somebody has cut it, or the disk has lost a part.
+// guard makes errors of bbolt's panics and of faults in its map of the file: somebody has cut it, or the disk has lost a part.
 func guard(f func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {

@@ -654,7 +654,7 @@ func TestRefusedByNow(t *testing.T) {
 func TestNotSaved(t *testing.T) {
 	t.Parallel() // it waits most of the time, as the next one does
 	alive := listener(t)
-	var log notes
+	var log lines
 	r, err := Open(Config{Log: slog.New(slog.NewTextHandler(&log, nil))}, t.TempDir())
 	if err != nil {
 		t.Fatal(err)
@@ -739,22 +739,4 @@ func TestLateWrite(t *testing.T) {
 	if err := r.Register("echo", Instance{ID: "last", Addr: "http://127.0.0.1:1"}); err != nil || len(onDisk(t, r)) != 11 {
 		t.Errorf("%v, on disk %v", err, onDisk(t, r))
 	}
-}
-
-// notes is a log that may be read while it is written.
-type notes struct {
-	mu   sync.Mutex
-	text strings.Builder
-}
-
-func (n *notes) Write(p []byte) (int, error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return n.text.Write(p)
-}
-
-func (n *notes) String() string {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return n.text.String()
 }

@@ -388,8 +388,8 @@ func (s *soak) settle(ctx context.Context, r *Report) {
 	}
 }
 
-// descriptorMargin is for what the runtime may have opened meanwhile; pipeMargin is for both ends of the 64 pipes that the gateway
-// keeps.
+// descriptorMargin is for what the runtime may have opened meanwhile; pipeMargin is for both ends of the 64 pipes that the
+// gateway keeps.
 const (
 	descriptorMargin = 4
 	pipeMargin       = 2 * 64

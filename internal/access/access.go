@@ -152,6 +152,17 @@ func (r *Rule) Wrap(next fasthttp.RequestHandler) fasthttp.RequestHandler {
 	}
 }
 
+// WrapAdmin is Wrap for what is about the gateway itself: only those with all rights are let in.
+func (r *Rule) WrapAdmin(next fasthttp.RequestHandler) fasthttp.RequestHandler {
+	return r.Wrap(func(ctx *fasthttp.RequestCtx) {
+		if !registry.Administers(ctx) {
+			registry.Problem(ctx, fasthttp.StatusForbidden, "", "this needs the right admin")
+			return
+		}
+		next(ctx)
+	})
+}
+
 // MayReadAll reports whether a request, which is not for the API, is by somebody who may read all of it. It is no attempt.
 func (r *Rule) MayReadAll(ctx *fasthttp.RequestCtx) bool {
 	caller, no := r.admit(ctx)

@@ -12,15 +12,15 @@ const (
 	mostPeers    = 4096        // addresses that are remembered
 )
 
-// limiter lets failedAtOnce events of an address through, and then one every failedEvery: a generic cell rate algorithm, which keeps
-// one time for each address, the one at which it will have been quiet for long enough to be forgotten.
+// limiter lets failedAtOnce events of an address through, and then one every failedEvery: a generic cell rate algorithm, which
+// keeps one time for each address, the one at which it will have been quiet for long enough to be forgotten.
 type limiter struct {
 	mu    sync.Mutex
 	quiet map[netip.Addr]time.Time
 }
 
-// allow counts an event and tells whether it is within the limit. The addresses of an IPv6 network of 64 bits are one: whoever has
-// one has all.
+// allow counts an event and tells whether it is within the limit. The addresses of an IPv6 network of 64 bits are one: whoever
+// has one has all.
 func (l *limiter) allow(addr netip.Addr, now time.Time) bool {
 	if addr.Is6() {
 		network, _ := addr.WithZone("").Prefix(64)

@@ -127,8 +127,8 @@ func (c *tlsConn) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// namesOf are the names that a certificate is for: the DNS names and URIs of its subjectAltName, or the common name if it has none
-// of them. An authority that checks names checks those; a common name beside them may be anything.
+// namesOf are the names that a certificate is for: the DNS names and URIs of its subjectAltName, or the common name if it has
+// none of them. An authority that checks names checks those; a common name beside them may be anything.
 func namesOf(cert *x509.Certificate) []string {
 	var names []string
 	names = append(names, cert.DNSNames...)

@@ -63,7 +63,7 @@ func (a *authority) make(template, parent *x509.Certificate, signer *ecdsa.Priva
 	return key, cert, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 }
 
-// sign makes a certificate with these names and its key, in PEM form. A name with a colon is a URI, the first of "=x" the common name.
+// sign makes a certificate with these names and its key, as PEM. A name with a colon is a URI, the first of "=x" the common name.
 func (a *authority) sign(until time.Time, names ...string) (cert, key []byte) {
 	a.t.Helper()
 	template := &x509.Certificate{

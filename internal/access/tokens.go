@@ -30,7 +30,7 @@ type grant struct {
 
 // may tells whether the rights of an entry cover a call.
 func (g *grant) may(right registry.Right, service string) bool {
-	return g.admin || right == registry.RightRead && g.read ||
+	return g.admin || right == registry.RightRead && g.read || right != registry.RightAdmin &&
 		slices.ContainsFunc(g.register, func(p pattern) bool { return p.matches(service) })
 }
 

@@ -76,6 +76,9 @@ func TestParseTokens(t *testing.T) {
 				t.Errorf("%s may %s %q, want %q", row.g.name, right, got, want)
 			}
 		}
+		if row.g.may(registry.RightAdmin, "") != (row.g == ops) { // not who may register everything, either
+			t.Errorf("%s may %s", row.g.name, registry.RightAdmin)
+		}
 	}
 }
 

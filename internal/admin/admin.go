@@ -1,5 +1,5 @@
-// Package admin is the listener for those who operate the gateway: whether it lives, whether it is ready, and the API.
-// It does not know who may use the API: the handler it is given decides that.
+// Package admin is the listener for those who operate the gateway: whether it lives, whether it is ready, how it does, and the
+// API. It does not know who may use what: the handlers that it is given decide that.
 package admin
 
 import (
@@ -19,18 +19,20 @@ import (
 
 // Config is what an admin listener serves.
 type Config struct {
-	Ready func() bool             // whether /readyz says so
-	API   fasthttp.RequestHandler // /register and /services, with its own rule of access; nil: not served here
-	Log   *slog.Logger
+	Ready    func() bool             // whether /readyz says so
+	Metrics  fasthttp.RequestHandler // /metrics; nil: not served
+	Profiles fasthttp.RequestHandler // /debug/pprof/, with its own rule of access; nil: not served
+	API      fasthttp.RequestHandler // /register and /services, likewise
+	Log      *slog.Logger
 }
 
-// Server answers /healthz and /readyz to whoever reaches it, under any Host, and passes the API's paths on.
+// Server answers /healthz, /readyz and /metrics to whoever reaches it, under any Host, and passes the other paths on.
 type Server struct {
 	cfg  Config
 	http *fasthttp.Server
 }
 
-// New makes a server of cfg, all of which is needed but API.
+// New makes a server of cfg, all of which is needed but the handlers.
 func New(cfg Config) *Server {
 	s := &Server{cfg: cfg}
 	s.http = &fasthttp.Server{
@@ -77,6 +79,12 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 		s.answer(ctx, true)
 	case path == "/readyz":
 		s.answer(ctx, s.cfg.Ready())
+	case path == "/metrics" && s.cfg.Metrics != nil:
+		if reads(ctx) {
+			s.cfg.Metrics(ctx)
+		}
+	case strings.HasPrefix(path, "/debug/pprof/") && s.cfg.Profiles != nil:
+		s.cfg.Profiles(ctx)
 	case s.cfg.API != nil && registry.Serves(path):
 		s.cfg.API(ctx)
 		if stream := registry.Stream(ctx); stream != nil {
@@ -97,9 +105,7 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 
 // answer tells ok, or not ready with 503, to GET and HEAD.
 func (s *Server) answer(ctx *fasthttp.RequestCtx, ok bool) {
-	if !ctx.IsGet() && !ctx.IsHead() {
-		ctx.Response.Header.Set(fasthttp.HeaderAllow, "GET, HEAD")
-		registry.Problem(ctx, fasthttp.StatusMethodNotAllowed, "", "this path answers GET and HEAD")
+	if !reads(ctx) {
 		return
 	}
 	ctx.Response.Header.Set(fasthttp.HeaderCacheControl, "no-store")
@@ -111,11 +117,30 @@ func (s *Server) answer(ctx *fasthttp.RequestCtx, ok bool) {
 	ctx.SetBodyString("ok\n")
 }
 
-func (s *Server) paths() string {
-	if s.cfg.API == nil {
-		return "/healthz and /readyz"
+// reads refuses all methods but GET and HEAD.
+func reads(ctx *fasthttp.RequestCtx) bool {
+	if ctx.IsGet() || ctx.IsHead() {
+		return true
 	}
-	return "/healthz, /readyz, /register and /services"
+	ctx.Response.Header.Set(fasthttp.HeaderAllow, "GET, HEAD")
+	registry.Problem(ctx, fasthttp.StatusMethodNotAllowed, "", "this path answers GET and HEAD")
+	return false
+}
+
+// paths are what is served here.
+func (s *Server) paths() string {
+	paths := []string{"/healthz", "/readyz"}
+	if s.cfg.Metrics != nil {
+		paths = append(paths, "/metrics")
+	}
+	if s.cfg.Profiles != nil {
+		paths = append(paths, "/debug/pprof/")
+	}
+	if s.cfg.API != nil {
+		paths = append(paths, "/register", "/services")
+	}
+	last := len(paths) - 1
+	return strings.Join(paths[:last], ", ") + " and " + paths[last]
 }
 
 // path is the raw path of the request, so that no decoding or clean-up makes it one that is served. Of the absolute form

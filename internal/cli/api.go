@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"text/tabwriter"
 	"time"
+
+	"github.com/alecthomas/kong"
 )
 
 // API is where the gateway's API is and how to be let in.
@@ -114,6 +116,9 @@ func (a *API) call(ctx context.Context, method, path string, body any) ([]byte, 
 	if errors.Is(err, syscall.ECONNREFUSED) {
 		return nil, fmt.Errorf("%w: is a gateway running there? see %s", err, cmp.Or(a.flag, "--gateway"))
 	}
+	if errors.Is(err, io.EOF) && strings.HasPrefix(a.Gateway, "http:") {
+		return nil, fmt.Errorf("%w: a gateway with --admin-cert wants https there; see %s", err, cmp.Or(a.flag, "--gateway"))
+	}
 	if err != nil {
 		return nil, err // names method and URL
 	}
@@ -147,7 +152,8 @@ type Register struct {
 	SlowStart time.Duration `default:"0s" min:"0s" noenv:"" help:"How long its share grows whenever it comes into balance, up to 1h. 0s is none."`
 }
 
-// Check is how the gateway asks an instance whether it can serve. What is not said is for the gateway to fill.
+// Check is how the gateway asks an instance whether it can serve; without a Path and TCP it does not. The defaults are those of
+// the API.
 type Check struct {
 	Path      string        `placeholder:"PATH" noenv:"" help:"The gateway asks for this, over and over; while the answer is not one of --check-status, the instance gets no requests."`
 	TCP       bool          `name:"tcp" noenv:"" help:"The same, but it only connects."`
@@ -158,6 +164,16 @@ type Check struct {
 	Status    string        `placeholder:"LIST" noenv:"" help:"Statuses and ranges that pass, such as 200-299,404; else 200-399."`
 	KeepAlive bool          `noenv:"" help:"One connection for many checks."`
 	Start     string        `default:"down" enum:"down,up" noenv:"" help:"A new instance waits for its first check (down) or does not (up)."`
+}
+
+// AfterApply refuses what says how to check where nothing is to be checked.
+func (c *Check) AfterApply(ctx *kong.Context) error {
+	for _, given := range ctx.Path {
+		if given.Flag != nil && strings.HasPrefix(given.Flag.Name, "check-") && c.Path == "" && !c.TCP {
+			return fmt.Errorf("--%s: there is nothing to check without a --check-path, or --check-tcp", given.Flag.Name)
+		}
+	}
+	return nil
 }
 
 // body is what /register takes; nil: none.
@@ -221,7 +237,7 @@ type Unregister struct {
 	Service string        `arg:"" help:"The service's name."`
 	ID      string        `arg:"" name:"id" help:"The instance's id."`
 	Addr    string        `placeholder:"URL" noenv:"" help:"Only while it is registered with this addr: a successor with the same id stays."`
-	Drain   time.Duration `default:"0s" min:"0s" noenv:"" help:"It gets no new requests at once, and leaves when its last one has ended, or after this time."`
+	Drain   time.Duration `default:"0s" min:"0s" noenv:"" help:"It gets no new requests at once, and leaves when its last one has ended, or after this time. 0s is at once."`
 }
 
 // Run unregisters the instance. One that is gone already is as it should be.
@@ -235,8 +251,7 @@ func (c *Unregister) Run(p *Process) error {
 		_, err = fmt.Fprintf(p.Out, "%s/%s was not registered\n", c.Service, c.ID)
 		return err
 	}
-	var refusal *problem
-	if c.Addr != "" && errors.As(err, &refusal) && refusal.Status == http.StatusConflict {
+	if taken(err) {
 		_, err = fmt.Fprintf(p.Out, "%s/%s is registered with another addr: it stays\n", c.Service, c.ID)
 		return err
 	}
@@ -262,6 +277,12 @@ func (c *Unregister) Run(p *Process) error {
 func gone(err error) bool {
 	var refusal *problem
 	return errors.As(err, &refusal) && refusal.Status == http.StatusNotFound && refusal.Field != ""
+}
+
+// taken tells whether the id stands with another addr than the one that was meant.
+func taken(err error) bool {
+	var refusal *problem
+	return errors.As(err, &refusal) && refusal.Status == http.StatusConflict && refusal.Field == "addr"
 }
 
 // Services lists who is registered and how they do.

@@ -43,12 +43,16 @@ func (c *Backend) Run(p *Process) error {
 		}
 		fmt.Fprintf(p.Out, "registered %s/%s at %s\n", c.Service, c.Name, addr)
 		<-p.Context.Done()
-		// The process was told to end, this call was not.
-		_, err = api.call(context.WithoutCancel(p.Context), http.MethodDelete, "/register", registration{Service: c.Service, ID: c.Name})
-		if err != nil && !gone(err) {
+		// The process was told to end, this call was not. A successor that has its name stays.
+		_, err = api.call(context.WithoutCancel(p.Context), http.MethodDelete, "/register", registration{Service: c.Service, ID: c.Name, Addr: addr})
+		switch {
+		case taken(err):
+			fmt.Fprintf(p.Out, "%s/%s is registered with another addr: it stays\n", c.Service, c.Name)
+		case err != nil && !gone(err):
 			return err
+		default:
+			fmt.Fprintf(p.Out, "unregistered %s/%s\n", c.Service, c.Name)
 		}
-		fmt.Fprintf(p.Out, "unregistered %s/%s\n", c.Service, c.Name)
 	}
 	<-p.Context.Done()
 	b.drain()

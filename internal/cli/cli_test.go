@@ -157,6 +157,20 @@ func TestNotTheAPI(t *testing.T) {
 	if _, err := do(t, &Services{API: API{Gateway: garbage.URL}}); !errors.Is(err, errNotTheAPI) {
 		t.Errorf("an answer that is no JSON: %v", err)
 	}
+	mute, err := net.Listen("tcp", "127.0.0.1:0") // as one that waits for a TLS handshake
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mute.Close()
+	go func() {
+		for conn, err := mute.Accept(); err == nil; conn, err = mute.Accept() {
+			_, _ = conn.Read(make([]byte, 4096))
+			conn.Close()
+		}
+	}()
+	if _, err := do(t, &Services{API: API{Gateway: "http://" + mute.Addr().String()}}); err == nil || !strings.HasSuffix(err.Error(), "wants https there; see --gateway") {
+		t.Errorf("without TLS: %v", err)
+	}
 	other.Close()
 	if _, err := do(t, &Services{API: API{Gateway: other.URL}}); err == nil || !strings.Contains(err.Error(), "refused") || !strings.HasSuffix(err.Error(), "is a gateway running there? see --gateway") {
 		t.Errorf("nobody there: %v", err)
@@ -244,6 +258,27 @@ func TestBackend(t *testing.T) {
 				t.Errorf("output %q", out.String())
 			}
 		})
+	}
+}
+
+// A backend that ends late leaves its successor alone.
+func TestBackendHasASuccessor(t *testing.T) {
+	reg, api := gateway(t, "")
+	ctx, end := context.WithCancel(t.Context())
+	defer end()
+	var out lines
+	done := make(chan error, 1)
+	go func() {
+		b := &Backend{Listen: "127.0.0.1:0", Name: "a", Register: api.Gateway, Service: "shop"}
+		done <- b.Run(&Process{Context: ctx, Out: &out})
+	}()
+	wait(t, "registered", func() bool { return reg.Snapshot("shop") != nil })
+	if err := reg.Register("shop", registry.Instance{ID: "a", Addr: "http://127.0.0.1:1"}); err != nil {
+		t.Fatal(err)
+	}
+	end()
+	if err := <-done; err != nil || reg.Snapshot("shop") == nil || !strings.HasSuffix(out.String(), "shop/a is registered with another addr: it stays\n") {
+		t.Errorf("%v, %q, left %v", err, out.String(), reg.Names())
 	}
 }
 

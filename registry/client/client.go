@@ -39,11 +39,12 @@ type Config struct {
 	TTL     time.Duration // 15 s: how long a gateway sends requests to a program that it hears nothing of
 	Drain   time.Duration // 30 s: how long Close waits for requests to end; negative: not at all
 
-	Check     map[string]any // none: how the gateways ask the program whether it can serve, such as {"path": "/health"}
-	SlowStart time.Duration  // none: how long its share grows when it comes
+	Metadata  map[string]string // none: what others should know about it
+	Check     map[string]any    // none: how the gateways ask the program whether it can serve, such as {"path": "/health"}
+	SlowStart time.Duration     // none: how long its share grows when it comes
 
-	// For the calls; its Timeout must leave room for Drain. The default has none, each call has its own. Gateways with an authority
-	// or client certificates of your own need one with a Transport that has these in its TLSClientConfig.
+	// For the calls; its Timeout must leave room for Drain. The default has none, each call has its own. Gateways with an
+	// authority or client certificates of your own need one with a Transport that has these in its TLSClientConfig.
 	HTTP *http.Client
 	Log  *slog.Logger // what goes wrong while the program runs; default: nothing
 }
@@ -172,6 +173,9 @@ func (r *Registration) keep(ctx context.Context, gateway string, registered bool
 
 func (c *Config) register(ctx context.Context, gateway string) error {
 	body := map[string]any{"addr": c.Addr, "weight": c.Weight, "ttl": c.TTL.String(), "slow_start": c.SlowStart.String()}
+	if c.Metadata != nil {
+		body["metadata"] = c.Metadata
+	}
 	if c.Check != nil {
 		body["check"] = c.Check
 	}

@@ -69,18 +69,18 @@ func TestRegistration(t *testing.T) {
 	first, second := serve(t, "127.0.0.1:0"), serve(t, "127.0.0.1:0")
 	cfg := config(first, second)
 	cfg.Check, cfg.SlowStart = map[string]any{"path": "/health", "interval": "5s"}, time.Minute
+	cfg.Metadata = map[string]string{"zone": "rack-2"}
 	r, err := Start(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, g := range []*api{first, second} {
-		if in := g.Snapshot("users").Instance("a"); in.Check == nil || in.Check.Path != "/health" || in.SlowStart != time.Minute {
-			t.Errorf("registered: %+v", in)
+		in := g.Snapshot("users").Instance("a")
+		if in == nil || in.Weight != 2 || in.TTL != time.Second || in.Addr != "http://127.0.0.1:8080" ||
+			in.Metadata["zone"] != "rack-2" || in.Check == nil || in.Check.Path != "/health" || in.SlowStart != time.Minute {
+			t.Fatalf("registered: %+v", in)
 		}
-		if in := g.Snapshot("users").Instance("a"); in == nil || in.Weight != 2 || in.TTL != time.Second || in.Addr != "http://127.0.0.1:8080" {
-			t.Errorf("registered: %+v", in)
-		}
-		registered := g.Snapshot("users").Instance("a").RegisteredAt
+		registered := in.RegisteredAt
 		eventually(t, "it has outlived its lease", func() bool {
 			if !g.has("a") {
 				t.Fatal("it is gone")

@@ -1,8 +1,8 @@
 // Package health asks instances, over and over, whether they can serve: whether they accept a connection, or answer a GET with a
 // status that they should. It knows neither services nor requests, and shares no connection with them.
 //
-// One goroutine has all checks in heaps by when they are due, and runs those over plain TCP on sockets that never block, looked at
-// every few milliseconds while any is under way: health.go has the order and the verdicts, sockets_linux.go the sockets. What
+// One goroutine has all checks in heaps by when they are due, and runs those over plain TCP on sockets that never block, looked
+// at every few milliseconds while any is under way: health.go has the order and the verdicts, sockets_linux.go the sockets. What
 // does TLS, and everything on other systems, is run by a goroutine for each check: blocking.go. http.go is what is written and
 // read in both.
 package health
@@ -493,8 +493,8 @@ func (c *Checker) finish(w *Watch, err error) {
 	}
 }
 
-// plan says when the next check is due. Usually it is one interval after the last one was; the second, and one that is far behind,
-// are at random so that those who are together do not stay it.
+// plan says when the next check is due. Usually it is one interval after the last one was; the second, and one that is far
+// behind, are at random so that those who are together do not stay it.
 func (w *Watch) plan(now time.Time) {
 	first := w.checked.Load() == 0
 	w.phase = w.phase.Add(w.Check.Interval)

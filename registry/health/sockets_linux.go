@@ -14,8 +14,8 @@ import (
 // sockets run checks over plain TCP, all in the goroutine of the Checker, which looks at them now and then and never waits for
 // one: what wakes a goroutine for each step of a check costs more than the check.
 //
-// They are watched edge-triggered: each event is a reason to read until nothing is left, or until nothing more is wanted. A socket
-// whose connection has ended is used for the next one: to make a socket and to close it is a third of a check of tcp.
+// They are watched edge-triggered: each event is a reason to read until nothing is left, or until nothing more is wanted. A
+// socket whose connection has ended is used for the next one: to make a socket and to close it is a third of a check of tcp.
 type sockets struct {
 	checker    *Checker
 	epoll      int
