@@ -38,6 +38,8 @@ type service struct {
 	retriesDenied atomic.Uint64 // by the budget
 	queueRefused  atomic.Uint64 // requests that found no place
 
+	listed bool // in Proxy.departures; guarded by Proxy.mu
+
 	dirtyMu sync.Mutex             // guards what follows
 	dirty   map[*upstream]struct{} // those that may have become ready, or no longer are
 
@@ -428,13 +430,14 @@ func (p *Proxy) departed(s *service) {
 	}
 	now := time.Now()
 	p.mu.Lock()
-	p.departures = append(p.departures, departure{s, now})
 	old := 0
 	for old < len(p.departures) && now.Sub(p.departures[old].at) > rememberName {
+		p.departures[old].service.listed = false
 		old++
 	}
 	due := slices.Clone(p.departures[:old])
 	p.departures = slices.Delete(p.departures, 0, old)
+	p.list(s, now)
 	p.mu.Unlock()
 	for _, d := range due {
 		if d.service != s {
@@ -443,7 +446,15 @@ func (p *Proxy) departed(s *service) {
 	}
 }
 
-// departure is a service without instances, and since when.
+// list has a service looked at an hour later, once however often it comes and goes until then. The caller holds Proxy.mu.
+func (p *Proxy) list(s *service, now time.Time) {
+	if !s.listed {
+		s.listed = true
+		p.departures = append(p.departures, departure{s, now})
+	}
+}
+
+// departure is a service that was without instances, and when it was listed.
 type departure struct {
 	service *service
 	at      time.Time
@@ -452,9 +463,14 @@ type departure struct {
 func (p *Proxy) forget(s *service) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.known() {
+	switch {
+	case !s.known():
 		s.forgotten = true
 		p.services.CompareAndDelete(s.name, s)
+	case s.emptied.Load() != nil: // it was there again, and has left again
+		p.mu.Lock()
+		p.list(s, time.Now())
+		p.mu.Unlock()
 	}
 }
 
