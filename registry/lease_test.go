@@ -501,3 +501,40 @@ func TestTrafficOfLongAgo(t *testing.T) {
 		})
 	}
 }
+
+// However many are silent, who was unregistered or drained does not come back.
+func TestStaleLeaveForGood(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	r := New(Config{})
+	defer r.Close()
+	for i := range fewest {
+		if err := r.Register("echo", Instance{ID: fmt.Sprint(i), Addr: "http://" + ln.Addr().String(), TTL: time.Hour}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.expire(int64(time.Hour + time.Minute))
+	if s := r.Snapshot("echo"); s.Len() != fewest || !s.Instance("0").stale || !s.Instance("1").stale {
+		t.Fatalf("left %v", ids(s))
+	}
+	if err := r.Unregister("echo", "0", ""); err != nil {
+		t.Error(err)
+	}
+	if _, _, err := r.Drain("echo", "1", "", time.Minute); err != nil {
+		t.Error(err)
+	}
+	for id := range 2 {
+		if err := r.Renew("echo", fmt.Sprint(id), ""); !errors.Is(err, ErrNotFound) {
+			t.Errorf("%d was renewed: %v", id, err)
+		}
+	}
+	for hours := range 3 {
+		r.expire(int64(time.Duration(hours+2)*time.Hour + 2*time.Minute))
+	}
+	if got := ids(r.Snapshot("echo")); !slices.Equal(got, []string{"2", "3"}) {
+		t.Errorf("left %v", got)
+	}
+}
