@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -24,11 +25,13 @@ import (
 
 	"kerberos/cb"
 	"kerberos/internal/access"
+	"kerberos/internal/accesslog"
 	"kerberos/internal/admin"
 	"kerberos/internal/cli"
 	"kerberos/internal/config"
 	"kerberos/internal/memory"
 	"kerberos/internal/metrics"
+	"kerberos/internal/tracing"
 	"kerberos/proxy"
 	"kerberos/registry"
 )
@@ -110,6 +113,8 @@ func (c *gatewayCommand) Run(command *kong.Context, sources *config.Sources) err
 	signals, again := make(chan os.Signal, 2), make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	signal.Notify(again, syscall.SIGHUP)
+	reopen := make(chan os.Signal, 1)
+	accesslog.NotifyReopen(reopen) // without a log too: it shall not end the process
 	log := slog.New(logHandler(os.Stderr))
 	memory.Tune()
 	g, err := start(c.Gateway, origin{sources: sources, load: func() (config.Gateway, *config.Sources, error) {
@@ -118,6 +123,13 @@ func (c *gatewayCommand) Run(command *kong.Context, sources *config.Sources) err
 	if err != nil {
 		return err
 	}
+	go func() {
+		for range reopen {
+			if g.accessLog != nil {
+				g.accessLog.Reopen()
+			}
+		}
+	}()
 	for running := true; running; {
 		select {
 		case <-again:
@@ -154,10 +166,13 @@ type gateway struct {
 	data, admin net.Listener // admin is nil if off
 	registry    *registry.Registry
 	proxy       *proxy.Proxy
-	ops         *admin.Server // nil with admin
 	api         fasthttp.RequestHandler
+	loops       int
 	left        sync.Map // admin listeners that another one has replaced
 	reloader    reloader
+	accessLog   *accesslog.Log  // nil if off
+	tracer      *tracing.Tracer // nil if off
+	ops         *admin.Server   // nil with admin
 	rule        *access.Rule
 	tls         *access.TLS // of admin; nil: it has none
 	serving     sync.WaitGroup
@@ -167,7 +182,7 @@ type gateway struct {
 // start opens the listeners and serves. Flags that only the packages themselves can judge end in its error too.
 // from says where they come from.
 func start(cfg config.Gateway, from origin, log *slog.Logger) (_ *gateway, err error) {
-	g := &gateway{cfg: cfg, log: log, failed: make(chan error, 2)}
+	g := &gateway{cfg: cfg, log: log, loops: runtime.GOMAXPROCS(0), failed: make(chan error, 2)}
 	g.reloader.origin, g.reloader.count.Last = from, time.Now()
 	defer func() {
 		if err != nil {
@@ -208,6 +223,24 @@ func start(cfg config.Gateway, from origin, log *slog.Logger) (_ *gateway, err e
 	var api fasthttp.RequestHandler // describes what the proxy does, which is made with it
 	g.api = g.rule.Wrap(func(ctx *fasthttp.RequestCtx) { api(ctx) })
 
+	if cfg.AccessLog != config.Off {
+		g.accessLog, err = accesslog.Open(accesslog.Config{
+			Path:   cfg.AccessLog,
+			Format: accesslog.Format(cfg.AccessLogFormat),
+			Share:  float64(cfg.AccessLogSample),
+			Loops:  g.loops,
+			Log:    log,
+		})
+		if err != nil {
+			return nil, fmt.Errorf("--access-log: %w", err)
+		}
+	}
+	if cfg.OTLPEndpoint != "" {
+		g.tracer, err = tracing.New(tracing.Config{Endpoint: cfg.OTLPEndpoint, GRPC: cfg.OTLPProtocol == config.GRPC, Log: log})
+		if err != nil {
+			return nil, usageError{err}
+		}
+	}
 	registration := registry.Config{Addrs: addresses(cfg, g.data, g.admin), Log: log}
 	if cfg.API.OnData() {
 		registration.Reserved = registry.ServedNames()
@@ -233,7 +266,7 @@ func start(cfg config.Gateway, from origin, log *slog.Logger) (_ *gateway, err e
 		operation := admin.Config{Ready: g.ready.Load, Profiles: g.rule.WrapAdmin(pprofhandler.PprofHandler), Log: log}
 		if cfg.Metrics {
 			operation.Metrics = metrics.Handler(metrics.Config{
-				Proxy: g.proxy, Registry: g.registry, Ready: g.ready.Load, Reloads: g.reloads, MaxSeries: cfg.MetricsMaxSeries, Log: log,
+				Proxy: g.proxy, Registry: g.registry, Ready: g.ready.Load, Reloads: g.reloads, MaxSeries: cfg.MetricsMaxSeries, Unlogged: g.accessLog.Dropped, Log: log,
 			})
 		}
 		if from.load != nil {
@@ -298,11 +331,18 @@ func (g *gateway) forwarding(cfg config.Gateway) proxy.Config {
 		NoVia:            !bool(cfg.Via),
 		HealthPath:       cfg.HealthPath,
 		Ready:            g.ready.Load,
-		LogRequests:      bool(cfg.LogRequests),
 		NoMetrics:        !bool(cfg.Metrics),
+		RequestIDs:       bool(cfg.RequestID),
+		Loops:            g.loops,
 		AmbiguousPaths:   proxy.PathPolicy(cfg.AmbiguousPaths),
 		AllowMethods:     cfg.AllowMethods,
 		Log:              g.log,
+	}
+	if g.accessLog != nil {
+		forwarding.AccessLog = g.accessLog.Write
+	}
+	if g.tracer != nil {
+		forwarding.Trace, forwarding.TraceShare = g.tracer.Trace, float64(cfg.TraceSample)
 	}
 	if cfg.API.OnData() {
 		forwarding.API = g.api
@@ -376,6 +416,7 @@ func (g *gateway) stop() {
 	if cut == 0 {
 		g.proxy.Close() // it would wait for those that were cut, which end with the process
 	}
+	g.closeLogs()
 	g.log.Info("stopped")
 }
 
@@ -392,6 +433,23 @@ func (g *gateway) close() {
 	}
 	if g.proxy != nil {
 		g.proxy.Close()
+	}
+	g.closeLogs()
+}
+
+// closeLogs writes and sends what there is to say of requests that have ended.
+func (g *gateway) closeLogs() {
+	if g.accessLog != nil {
+		if err := g.accessLog.Close(); err != nil {
+			g.log.Warn("the access log was not written to its end", "reason", err.Error())
+		}
+	}
+	if g.tracer != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), tracing.CloseTimeout)
+		defer cancel()
+		if err := g.tracer.Close(ctx); err != nil {
+			g.log.Warn("the last traces were not sent", "reason", err.Error())
+		}
 	}
 }
 

@@ -245,7 +245,7 @@ func TestReadme(t *testing.T) {
 			if i == 0 || all[i-1].language != "sh" {
 				t.Errorf("line %d: an output of no command", b.line)
 			}
-		case "", "nginx", "haproxy", "ini", "yaml": // a picture; what TestClientBehindTrustedFront and TestReadmeUnits run
+		case "", "nginx", "haproxy", "ini", "yaml", "json": // a picture; what TestClientBehindTrustedFront, TestReadmeUnits and TestReadmeAccessLog run
 		default:
 			t.Errorf("line %d: nothing tests a block of %s", b.line, b.language)
 		}
@@ -276,6 +276,27 @@ func TestReadmeUnits(t *testing.T) {
 	if !slices.Equal(did, []string{"register", "unregister", "unregister"}) {
 		t.Errorf("commands: %v", did)
 	}
+}
+
+// The line that the README shows has the fields of a real one, in their order.
+func TestReadmeAccessLog(t *testing.T) {
+	g := launch(t, nil, "--access-log", "stdout", "--request-id", "--route", "/users=users")
+	g.register("users", "a", named(t, "a"))
+	exchange(t, g.data, strings.Replace(get("/users/7?tab=a"), "\r\n\r\n", "\r\nUser-Agent: curl\r\nReferer: http://a/\r\n"+
+		"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n\r\n", 1))
+	eventually(t, "the line is there", func() bool { return strings.HasSuffix(g.stdout.String(), "}\n") })
+	key := regexp.MustCompile(`"(\w+)":`)
+	for _, b := range blocks(t) {
+		if b.language != "json" {
+			continue
+		}
+		want, got := key.FindAllString(b.text, -1), key.FindAllString(g.stdout.String(), -1)
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("README -, real +:\n%s", diff)
+		}
+		return
+	}
+	t.Error("the README has no line")
 }
 
 // rows are the cells of the table below a heading, without its head.
@@ -524,7 +545,7 @@ func TestReadmeLimits(t *testing.T) {
 		"field lines of a request or a response":                                 {"200 -> 431; 502 for a backend's", fields(200), fields(201)},
 		"first line of a request":                                                {"16KiB -> 414", line(16 << 10), line(16<<10 + 1)},
 		"attempts on the API that failed, of one address (IPv6: of one /64)":     {"10 at once, then 1 a second -> 429 with `Retry-After`, but to those who have a right", 0, guess(t, 100)},
-		"file of `--config` or `--tokens`, and those of certificates":                          {"1 MiB -> it is refused, or what it was stays in force", 0, 0}, // TestNewRefuses in internal/access
+		"file of `--config` or `--tokens`, and those of certificates":            {"1 MiB -> it is refused, or what it was stays in force", 0, 0}, // TestNewRefuses in internal/access
 	} {
 		if limits[what] != test.want {
 			t.Errorf("%s: README %q, real %q", what, limits[what], test.want)

@@ -263,7 +263,7 @@ func TestHealthPath(t *testing.T) {
 
 // One line a request, with what is known of it.
 func TestLogRequests(t *testing.T) {
-	g := startGateway(t, func(cfg *Config) { patient(0)(cfg); cfg.LogRequests = true }, nil)
+	g := startGateway(t, func(cfg *Config) { patient(0)(cfg); logRequests(cfg) }, nil)
 	g.register(t, "echo", "a", refusedAddr(t))
 	g.register(t, "echo", "b", startActor(t, says("b")).url())
 	c := g.dial(t)
@@ -299,6 +299,7 @@ func TestBadConfig(t *testing.T) {
 		{Config{Registry: reg, BreakerStatuses: []int{503, 99}}, []string{"BreakerStatuses", "99"}},
 		{Config{Registry: reg, BreakerStatuses: []int{600}}, []string{"BreakerStatuses", "600"}},
 		{Config{Registry: reg, Routes: []Route{{Prefix: "api", Service: "x"}}}, []string{"route api"}},
+		{Config{Registry: reg, TraceShare: 1.5}, []string{"TraceShare", "1.5", "0 to 1"}},
 	} {
 		p, err := New(tt.cfg, nil)
 		if err == nil || p != nil {

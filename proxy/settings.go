@@ -63,14 +63,18 @@ func (p *Proxy) settings(cfg Config, byFunc RouteFunc) (*settings, error) {
 	for _, protocol := range cfg.Upgrades {
 		n.upgrades = append(n.upgrades, []byte(protocol))
 	}
-	n.standard = &route{policy: policy{cfg.RequestTimeout, cfg.Limits.TotalTimeout, cfg.Retries, cfg.Limits.Body}}
+	name := ""
+	if len(cfg.Routes) > 0 && byFunc == nil {
+		name = FirstSegmentRule
+	}
+	n.standard = &route{name: name, policy: policy{cfg.RequestTimeout, cfg.Limits.TotalTimeout, cfg.Retries, cfg.Limits.Body}}
 	for _, name := range slices.Sorted(maps.Keys(cfg.Services)) {
 		s := cfg.Services[name]
 		if err := s.check(name); err != nil {
 			return nil, err
 		}
 		n.kept[name] = true
-		n.services[name] = &route{policy: n.standard.policy.with(s.Policy)}
+		n.services[name] = &route{name: name, policy: n.standard.policy.with(s.Policy)}
 	}
 	if n.table, err = newTable(cfg.Routes, n.of); err != nil {
 		return nil, err

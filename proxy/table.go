@@ -40,7 +40,8 @@ const FirstSegmentRule = "/*"
 type Field struct{ Name, Value string }
 
 // Edits change the fields of a head: Remove takes all lines of a name away, Set too and puts one in their place, Add puts one
-// beside. None may be about framing, the connection, or what the gateway itself says (X-Forwarded-*, Forwarded, X-Real-IP, Via).
+// beside. None may be about framing, the connection, or what the gateway itself says (X-Forwarded-*, Forwarded, X-Real-IP, Via,
+// X-Request-Id, traceparent, tracestate).
 type Edits struct {
 	Set, Add []Field
 	Remove   []string
@@ -50,13 +51,10 @@ type Edits struct {
 // fields, whose values may be secrets.
 func (r *Route) String() string {
 	text := r.Host
-	switch {
-	case r.Path != "":
+	if r.Path != "" {
 		text += "=" + r.Path
-	case r.Prefix == "":
-		text += "/"
-	default:
-		text += r.Prefix
+	} else {
+		text += cmp.Or(strings.TrimSuffix(r.Prefix, "/"), "/")
 	}
 	if len(r.Methods) > 0 {
 		text = strings.Join(r.Methods, ",") + " " + text
@@ -70,6 +68,7 @@ func (r *Route) String() string {
 // route is a Route as requests use it, with what it does not set itself. It never changes.
 type route struct {
 	Route                    // as it was given; empty for what serves a service without a route
+	name              string // of it, for the log
 	service           string // empty: the caller knows it
 	cut               int    // bytes of the path that are not sent
 	put               []byte // what is sent instead; not nil if anything is cut
@@ -295,9 +294,13 @@ func (e *Edits) check(response bool) error {
 	return nil
 }
 
+// markNames are the fields of Config.RequestIDs and Config.Trace.
+var markNames = []string{"x-request-id", "traceparent", "tracestate"}
+
 // mayEdit says why a field is left to the gateway.
 func mayEdit(name string, response bool) error {
 	switch id := identify([]byte(name)); {
+	case slices.Contains(markNames, strings.ToLower(name)):
 	case id == fieldOther, id == fieldHost && !response, id == fieldDate && !response:
 		return nil
 	case id >= fieldForwarded && response: // a backend may say such things
@@ -308,7 +311,7 @@ func mayEdit(name string, response bool) error {
 
 // resolve makes what requests use of a route, over how its service is served.
 func (r *Route) resolve(service *route) *route {
-	n := &route{Route: *r, service: r.Service, request: r.Request.resolve(), response: r.Response.resolve(), policy: service.policy.with(r.Policy)}
+	n := &route{Route: *r, name: r.String(), service: r.Service, request: r.Request.resolve(), response: r.Response.resolve(), policy: service.policy.with(r.Policy)}
 	if r.StripPrefix || r.ReplacePrefix != "" {
 		n.cut = len(r.Path) + len(strings.TrimSuffix(r.Prefix, "/"))
 		n.put = []byte(strings.TrimSuffix(r.ReplacePrefix, "/"))

@@ -123,6 +123,7 @@ func TestTableRefuses(t *testing.T) {
 		{Route{Service: "a", Request: Edits{Set: []Field{{"content-length", "1"}}}}, "content-length is left to the gateway"},
 		{Route{Service: "a", Request: Edits{Remove: []string{"Transfer-Encoding"}}}, "is left to the gateway"},
 		{Route{Service: "a", Request: Edits{Set: []Field{{"X-Forwarded-For", "1"}}}}, "is left to the gateway"},
+		{Route{Service: "a", Response: Edits{Set: []Field{{"X-Request-ID", "1"}}}}, "is left to the gateway"},
 		{Route{Service: "a", Response: Edits{Set: []Field{{"Connection", "close"}}}}, "response-headers: Connection is left to the gateway"},
 		{Route{Service: "a", Response: Edits{Remove: []string{"Date"}}}, "is left to the gateway"},
 		{Route{Prefix: "/a"}, "service: is missing"},

@@ -40,7 +40,7 @@ listen: "127.0.0.1:0"
 retries: 3
 breaker-failures: 7
 request-timeout: 90s
-log-requests: true
+request-id: true
 via: off
 strategy: ip-hash
 trusted-proxies: [10.0.0.0/8, "::1"]
@@ -60,7 +60,7 @@ routes: [/a=b, /*]
 	}
 	want.File = got.Config
 	want.Config, want.Listen, want.Retries, want.BreakerFailures, want.RequestTimeout = got.Config, "127.0.0.1:0", 4, 9, 90*time.Second
-	want.LogRequests, want.Via, want.Strategy, want.TrustedProxies = true, false, lb.IPHash, prefixes("10.0.0.0/8", "::1/128")
+	want.RequestID, want.Via, want.Strategy, want.TrustedProxies = true, false, lb.IPHash, prefixes("10.0.0.0/8", "::1/128")
 	want.BreakerStatuses, want.AllowMethods, want.MaxBody = []int{500, 503}, []string{"TRACE", "CONNECT"}, 2<<20
 	want.Route = []Route{{Prefix: "/a", Service: "b"}, {Prefix: "/*", Service: ""}}
 	if diff := cmp.Diff(want, got, cmpopts.EquateEmpty(), cmpopts.EquateComparable(prefixes("::/0")[0])); diff != "" {

@@ -38,7 +38,8 @@ type Config struct {
 	Registry  *registry.Registry
 	Ready     func() bool
 	Reloads   func() Reloads
-	MaxSeries int // of services and instances; less than 1 is no limit
+	MaxSeries int           // of services and instances; less than 1 is no limit
+	Unlogged  func() uint64 // lines that the access log has dropped
 	Log       *slog.Logger
 }
 
@@ -111,6 +112,7 @@ var (
 	unwritten   = counter("registry_write_failures_total", "How often registrations could not be written to --data.")
 	reloads     = counter("config_reloads_total", "How often the configuration was read again, by what came of it; a failure has changed nothing.")
 	reloaded    = gauge("config_last_reload_success_timestamp_seconds", "When the configuration in force was read.")
+	unlogged    = counter("access_log_dropped_lines_total", "Lines of the access log that were dropped because its file or reader did not take them.")
 	omitted     = gauge("metrics_omitted", "Services and instances that have no metrics because of --metrics-max-series.")
 )
 
@@ -172,6 +174,7 @@ func (g *gateway) Gather() ([]*dto.MetricFamily, error) {
 	out.add(reloads, float64(read.Done), pairs("outcome", "success"))
 	out.add(reloads, float64(read.Failed), pairs("outcome", "failure"))
 	out.add(reloaded, float64(read.Last.UnixMilli())/1e3, nil)
+	out.add(unlogged, float64(g.cfg.Unlogged()), nil)
 	g.services(out)
 
 	all, err := g.process.Gather()
