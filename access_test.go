@@ -18,7 +18,7 @@ func TestTokens(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := launch(t, nil, "--tokens", path, "--log-requests")
+	g := launch(t, nil, "--tokens", path, "--access-log", "stdout")
 	bearer := func(name string) string { return "Authorization: Bearer " + name + "-0123456789abcdef\r\n" }
 	ask := func(addr, line, name, body string) (int, string) {
 		t.Helper()
@@ -60,7 +60,7 @@ func TestTokens(t *testing.T) {
 	if n := refused(); n != 7 {
 		t.Errorf("%d lines tell of calls that were refused", n)
 	}
-	if strings.Contains(g.stderr.String(), "0123456789abcdef") {
+	if strings.Contains(g.stderr.String()+g.stdout.String(), "0123456789abcdef") {
 		t.Error("a token is in the log")
 	}
 }

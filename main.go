@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -24,11 +25,13 @@ import (
 
 	"kerberos/cb"
 	"kerberos/internal/access"
+	"kerberos/internal/accesslog"
 	"kerberos/internal/admin"
 	"kerberos/internal/cli"
 	"kerberos/internal/config"
 	"kerberos/internal/memory"
 	"kerberos/internal/metrics"
+	"kerberos/internal/tracing"
 	"kerberos/proxy"
 	"kerberos/registry"
 )
@@ -107,12 +110,21 @@ type gatewayCommand struct {
 func (c *gatewayCommand) Run() error {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	reopen := make(chan os.Signal, 1)
+	accesslog.NotifyReopen(reopen) // without a log too: it shall not end the process
 	log := slog.New(logHandler(os.Stderr))
 	memory.Tune()
 	g, err := start(c.Gateway, log)
 	if err != nil {
 		return err
 	}
+	go func() {
+		for range reopen {
+			if g.accessLog != nil {
+				g.accessLog.Reopen()
+			}
+		}
+	}()
 	select {
 	case s := <-signals:
 		log.Info("stopping", "signal", s.String(), "shutdown_delay", c.ShutdownDelay.String(), "drain_timeout", c.DrainTimeout.String())
@@ -142,7 +154,9 @@ type gateway struct {
 	data, admin net.Listener // admin is nil if off
 	registry    *registry.Registry
 	proxy       *proxy.Proxy
-	ops         *admin.Server // nil with admin
+	accessLog   *accesslog.Log  // nil if off
+	tracer      *tracing.Tracer // nil if off
+	ops         *admin.Server   // nil with admin
 	rule        *access.Rule
 	tls         *access.TLS // of admin; nil: it has none
 	serving     sync.WaitGroup
@@ -230,14 +244,35 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		NoVia:            !bool(cfg.Via),
 		HealthPath:       cfg.HealthPath,
 		Ready:            g.ready.Load,
-		LogRequests:      bool(cfg.LogRequests),
 		NoMetrics:        !bool(cfg.Metrics),
+		RequestIDs:       bool(cfg.RequestID),
+		Loops:            runtime.GOMAXPROCS(0),
 		AmbiguousPaths:   proxy.PathPolicy(cfg.AmbiguousPaths),
 		AllowMethods:     cfg.AllowMethods,
 		Log:              log,
 	}
 	for _, route := range cfg.Route {
 		forwarding.Routes = append(forwarding.Routes, proxy.RoutePrefix(route))
+	}
+	if cfg.AccessLog != config.Off {
+		g.accessLog, err = accesslog.Open(accesslog.Config{
+			Path:   cfg.AccessLog,
+			Format: accesslog.Format(cfg.AccessLogFormat),
+			Share:  float64(cfg.AccessLogSample),
+			Loops:  forwarding.Loops,
+			Log:    log,
+		})
+		if err != nil {
+			return nil, fmt.Errorf("--access-log: %w", err)
+		}
+		forwarding.AccessLog = g.accessLog.Write
+	}
+	if cfg.OTLPEndpoint != "" {
+		g.tracer, err = tracing.New(tracing.Config{Endpoint: cfg.OTLPEndpoint, GRPC: cfg.OTLPProtocol == config.GRPC, Log: log})
+		if err != nil {
+			return nil, usageError{err}
+		}
+		forwarding.Trace, forwarding.TraceShare = g.tracer.Trace, float64(cfg.TraceSample)
 	}
 	if cfg.API.OnData() {
 		registration.Reserved = registry.ServedNames()
@@ -267,7 +302,7 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		}
 		if cfg.Metrics {
 			operation.Metrics = metrics.Handler(metrics.Config{
-				Proxy: g.proxy, Registry: g.registry, Ready: g.ready.Load, MaxSeries: cfg.MetricsMaxSeries, Log: log,
+				Proxy: g.proxy, Registry: g.registry, Ready: g.ready.Load, MaxSeries: cfg.MetricsMaxSeries, Unlogged: g.accessLog.Dropped, Log: log,
 			})
 		}
 		if cfg.API.OnAdmin() {
@@ -335,6 +370,7 @@ func (g *gateway) stop() {
 	if cut == 0 {
 		g.proxy.Close() // it would wait for those that were cut, which end with the process
 	}
+	g.closeLogs()
 	g.log.Info("stopped")
 }
 
@@ -351,6 +387,23 @@ func (g *gateway) close() {
 	}
 	if g.proxy != nil {
 		g.proxy.Close()
+	}
+	g.closeLogs()
+}
+
+// closeLogs writes and sends what there is to say of requests that have ended.
+func (g *gateway) closeLogs() {
+	if g.accessLog != nil {
+		if err := g.accessLog.Close(); err != nil {
+			g.log.Warn("the access log was not written to its end", "reason", err.Error())
+		}
+	}
+	if g.tracer != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), tracing.CloseTimeout)
+		defer cancel()
+		if err := g.tracer.Close(ctx); err != nil {
+			g.log.Warn("the last traces were not sent", "reason", err.Error())
+		}
 	}
 }
 

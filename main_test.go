@@ -41,7 +41,8 @@ func TestArrows(t *testing.T) {
 		case from == "internal/metrics" && to == "proxy": // it reads what that counts
 			return true
 		case strings.HasPrefix(from, "internal/"):
-			return to == "registry" || to == "lb" || strings.HasPrefix(to, "internal/")
+			told := from == "internal/accesslog" || from == "internal/tracing" // what becomes of requests
+			return to == "registry" || to == "lb" || strings.HasPrefix(to, "internal/") || told && to == "proxy"
 		default: // lb, cb, registry and what is below them
 			top, _, _ := strings.Cut(from, "/")
 			return to == top || strings.HasPrefix(to, top+"/")
@@ -344,7 +345,7 @@ func TestFlagsAreWired(t *testing.T) {
 	})
 	t.Run("via, health path, request log", func(t *testing.T) {
 		echo := func(w http.ResponseWriter, r *http.Request) { fmt.Fprintf(w, "via %q", r.Header.Get("Via")) }
-		g := launch(t, nil, "--health-path", "/up", "--log-requests")
+		g := launch(t, nil, "--health-path", "/up", "--access-log", "stdout")
 		g.register("echo", "a", backend(t, echo))
 		if _, body := g.get("/echo"); !strings.Contains(body, `via "1.1 `) {
 			t.Errorf("by default: %s", body)
@@ -352,13 +353,15 @@ func TestFlagsAreWired(t *testing.T) {
 		if status, _ := g.get("/up"); status != 200 {
 			t.Errorf("the health path: %d", status)
 		}
-		eventually(t, "the request is logged", func() bool { return g.logged("/echo", "200") })
+		eventually(t, "the request is logged", func() bool {
+			return strings.Contains(g.stdout.String(), `"path":"/echo"`) && strings.Contains(g.stdout.String(), `"status":200`)
+		})
 		g = launch(t, nil, "--no-via")
 		g.register("echo", "a", backend(t, echo))
 		if _, body := g.get("/echo"); body != `via ""` {
 			t.Errorf("with --no-via: %s", body)
 		}
-		if g.logged("/echo", "200") {
+		if strings.Contains(g.stdout.String(), "/echo") {
 			t.Error("requests are logged without being asked for")
 		}
 	})

@@ -244,7 +244,7 @@ func TestReadme(t *testing.T) {
 			if i == 0 || all[i-1].language != "sh" {
 				t.Errorf("line %d: an output of no command", b.line)
 			}
-		case "", "nginx", "haproxy", "ini", "yaml": // a picture; what TestClientBehindTrustedFront and TestReadmeUnits run
+		case "", "nginx", "haproxy", "ini", "yaml", "json": // a picture; what TestClientBehindTrustedFront, TestReadmeUnits and TestReadmeAccessLog run
 		default:
 			t.Errorf("line %d: nothing tests a block of %s", b.line, b.language)
 		}
@@ -275,6 +275,27 @@ func TestReadmeUnits(t *testing.T) {
 	if !slices.Equal(did, []string{"register", "unregister", "unregister"}) {
 		t.Errorf("commands: %v", did)
 	}
+}
+
+// The line that the README shows has the fields of a real one, in their order.
+func TestReadmeAccessLog(t *testing.T) {
+	g := launch(t, nil, "--access-log", "stdout", "--request-id", "--route", "/users=users")
+	g.register("users", "a", named(t, "a"))
+	exchange(t, g.data, strings.Replace(get("/users/7?tab=a"), "\r\n\r\n", "\r\nUser-Agent: curl\r\nReferer: http://a/\r\n"+
+		"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n\r\n", 1))
+	eventually(t, "the line is there", func() bool { return strings.HasSuffix(g.stdout.String(), "}\n") })
+	key := regexp.MustCompile(`"(\w+)":`)
+	for _, b := range blocks(t) {
+		if b.language != "json" {
+			continue
+		}
+		want, got := key.FindAllString(b.text, -1), key.FindAllString(g.stdout.String(), -1)
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("README -, real +:\n%s", diff)
+		}
+		return
+	}
+	t.Error("the README has no line")
 }
 
 // rows are the cells of the table below a heading, without its head.

@@ -34,6 +34,7 @@ func (c *conn) refuse(err *refusal, last bool) (keep bool) {
 // the next one to the same request may be another.
 func (c *conn) refuseWith(err *refusal, last bool, text string, retryAfter int) (keep bool) {
 	c.p.noteRefusal(err)
+	c.x.tally.reason = err.kind
 	contentType, body := c.explanation(err.status, text)
 	out := c.ownHead(err.status, contentType)
 	out = append(out, "Cache-Control: no-store\r\nProxy-Status: kerberos; error="...)
@@ -98,7 +99,7 @@ const plainText = "text/plain; charset=utf-8"
 // ownHead begins a response of the gateway's own.
 func (c *conn) ownHead(status int, contentType string) []byte {
 	c.x.status, c.x.tally.by = status, byGateway
-	return c.p.appendOwnHead(c.out[:0], status, contentType)
+	return c.x.appendID(c.p.appendOwnHead(c.out[:0], status, contentType))
 }
 
 func (p *Proxy) appendOwnHead(dst []byte, status int, contentType string) []byte {
@@ -123,7 +124,9 @@ func (c *conn) endOwnHead(out []byte, length int, last bool) []byte {
 	case c.req.minor == 0:
 		out = append(out, "Connection: keep-alive\r\n"...)
 	}
-	return append(out, "\r\n"...)
+	out = append(out, "\r\n"...)
+	c.x.tally.head = c.x.tally.sent + int64(len(out))
+	return out
 }
 
 // passBody passes over a body that nobody reads, and reports whether the connection goes on behind an answer of the
@@ -187,7 +190,7 @@ func (x *exchange) noteGone(err error) bool {
 	if slow {
 		x.c.reset() // what waits for it in the socket would wait there for minutes
 	}
-	x.status, x.tally.by = statusClientGone, byNobody
+	x.status, x.tally.by, x.tally.reason = statusClientGone, byNobody, kindOf(err)
 	return true
 }
 
@@ -365,6 +368,9 @@ func (c *conn) api() (keep bool) {
 	} else if c.req.minor == 0 {
 		ctx.Response.Header.Set("Connection", "keep-alive")
 	}
+	if x.id != nil {
+		ctx.Response.Header.SetBytesV("X-Request-Id", x.id)
+	}
 	ctx.Response.SkipBody = ctx.IsHead()
 	x.status = ctx.Response.StatusCode()
 	out := bytes.NewBuffer(c.out[:0])
@@ -373,6 +379,9 @@ func (c *conn) api() (keep bool) {
 		return false
 	}
 	c.out = out.Bytes()
+	if end := bytes.Index(c.out, headEnd); end >= 0 {
+		x.tally.head = x.tally.sent + int64(end+len(headEnd))
+	}
 	return c.flush() == nil && keep
 }
 

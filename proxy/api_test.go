@@ -263,7 +263,7 @@ func TestHealthPath(t *testing.T) {
 
 // One line a request, with what is known of it.
 func TestLogRequests(t *testing.T) {
-	g := startGateway(t, func(cfg *Config) { patient(0)(cfg); cfg.LogRequests = true }, nil)
+	g := startGateway(t, func(cfg *Config) { patient(0)(cfg); logRequests(cfg) }, nil)
 	g.register(t, "echo", "a", refusedAddr(t))
 	g.register(t, "echo", "b", startActor(t, says("b")).url())
 	c := g.dial(t)
@@ -298,6 +298,7 @@ func TestBadConfig(t *testing.T) {
 		{Config{Registry: reg, Breaker: cb.Config{OpenFor: -1}}, []string{"Breaker", "OpenFor", "-1ns"}},
 		{Config{Registry: reg, BreakerStatuses: []int{503, 99}}, []string{"BreakerStatuses", "99"}},
 		{Config{Registry: reg, BreakerStatuses: []int{600}}, []string{"BreakerStatuses", "600"}},
+		{Config{Registry: reg, TraceShare: 1.5}, []string{"TraceShare", "1.5", "0 to 1"}},
 		{Config{Registry: reg, Routes: []RoutePrefix{{"api", "x"}}}, []string{"api=x"}},
 	} {
 		p, err := New(tt.cfg, nil)

@@ -137,6 +137,9 @@ var exchanges = []struct {
 	{"ip-hash", withStrategy(lb.IPHash), smallGet, smallResponse},
 	{"path with an escape", nil, "GET /echo/a%20b HTTP/1.1\r\nHost: x\r\n\r\n", smallResponse},
 	{"prefix table", func(cfg *Config) { cfg.Routes = parseRoutes("/echo=echo /=other /*=") }, smallGet, smallResponse},
+	{"told of", func(cfg *Config) { cfg.AccessLog = func(*Record) {} }, browserGet, smallResponse},
+	{"request ids", func(cfg *Config) { cfg.RequestIDs = true }, browserGet, smallResponse},
+	{"traced, not sampled", func(cfg *Config) { cfg.Trace = func(*Record) {} }, browserGet, smallResponse},
 }
 
 // A proxied request costs no allocation: client and origin here make none, so what is counted is the gateway's.
@@ -408,7 +411,7 @@ func BenchmarkMetrics(b *testing.B) {
 				x.noteAsked()
 				x.noteAnswered(now)
 				x.end(success, nil)
-				x.c.count()
+				x.c.ended()
 			}
 		})
 	}

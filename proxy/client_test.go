@@ -75,7 +75,7 @@ func TestClientEndsItsHalf(t *testing.T) {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
 			th := startThinking(t)
-			g := startGateway(t, func(cfg *Config) { cfg.IgnoreFIN, cfg.LogRequests = row.ignore, true }, nil)
+			g := startGateway(t, func(cfg *Config) { cfg.IgnoreFIN = row.ignore; logRequests(cfg) }, nil)
 			g.register(t, "echo", "1", th.url())
 			c := g.dial(t)
 			c.send(toHTTP11)
@@ -177,7 +177,7 @@ func TestClientIsGone(t *testing.T) {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
 			th := startThinking(t)
-			g := startGateway(t, func(cfg *Config) { cfg.IgnoreFIN, cfg.LogRequests = row.ignore, true }, nil)
+			g := startGateway(t, func(cfg *Config) { cfg.IgnoreFIN = row.ignore; logRequests(cfg) }, nil)
 			g.register(t, "echo", "1", th.url())
 			c := g.dial(t)
 			c.send(toHTTP11)

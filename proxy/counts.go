@@ -42,19 +42,57 @@ const (
 	byHalf   // it broke off
 )
 
-// tally is what an exchange keeps to be counted by. Times are since exchange.began.
+// tally is what an exchange keeps to be counted by and told of. Times are since exchange.began.
 type tally struct {
+	told           bool // it was counted and told of
 	by             answerer
+	reason         string        // see Record
 	streamed       bool          // the response went on as it came
 	received, sent int64         // bytes
+	head           int64         // of sent, what is no body
 	held           time.Duration // how long the client was waited for, for its body
 	asked          time.Duration // when the first attempt began
 	uploaded       time.Duration // when the backend had the rest of the body; 0: there was none
 	answered       time.Duration // when the answer was there; 0: never
 }
 
-// count counts a request that has ended.
-func (c *conn) count() {
+// times is what a request took.
+type times struct {
+	whole   time.Duration // from the end of its head to the end of its response
+	gateway time.Duration // of that, what the gateway itself took
+	backend time.Duration // and what instances took up to their answer; 0: none was asked
+}
+
+func (x *exchange) times() times {
+	t, whole := &x.tally, time.Since(x.began)
+	if x.attempts == 0 {
+		return times{whole, max(0, whole-t.held), 0}
+	}
+	gateway, answered := t.asked, t.answered
+	switch {
+	case answered == 0:
+		answered = whole
+	case !t.streamed: // else the rest is the pace of client and backend
+		gateway += whole - answered
+	}
+	return times{whole, max(0, gateway-t.held), max(0, answered-max(t.asked, t.uploaded))}
+}
+
+// ended counts a request that has ended, and tells of it.
+func (c *conn) ended() {
+	if !c.p.timed || c.x.tally.told {
+		return
+	}
+	c.x.tally.told = true // also if who is told panics
+	took := c.x.times()
+	c.count(took)
+	if c.p.recorded {
+		c.record(took)
+	}
+}
+
+// count counts a request.
+func (c *conn) count(took times) {
 	x, p := &c.x, c.p
 	if p.cfg.NoMetrics {
 		return
@@ -64,21 +102,11 @@ func (c *conn) count() {
 		return
 	}
 	n, t := x.service.counted(c.pool()), &x.tally
-	whole := time.Since(x.began)
-	gateway := whole
 	if x.attempts > 0 {
-		gateway = t.asked
-		answered := t.answered
-		switch {
-		case answered == 0:
-			answered = whole
-		case !t.streamed: // else the rest is the pace of client and backend
-			gateway += whole - answered
-		}
-		n.backend.observe(answered - max(t.asked, t.uploaded))
+		n.backend.observe(took.backend)
 	}
-	n.gateway.observe(gateway - t.held)
-	n.whole.observe(whole)
+	n.gateway.observe(took.gateway)
+	n.whole.observe(took.whole)
 	n.outcomes[x.finale()].Add(1)
 	n.received.Add(uint64(t.received) + uint64(len(c.head)))
 	n.sent.Add(uint64(t.sent))
@@ -100,7 +128,7 @@ func (x *exchange) finale() finale {
 
 // noteAsked notes that the first attempt has begun.
 func (x *exchange) noteAsked() {
-	if !x.p().cfg.NoMetrics && x.tally.asked == 0 {
+	if x.p().timed && x.tally.asked == 0 {
 		x.tally.asked = time.Since(x.began)
 	}
 }

@@ -299,7 +299,7 @@ func TestFullQueueRefusesBeforeTheBody(t *testing.T) {
 func TestClientLeavesTheQueue(t *testing.T) {
 	g := startLoops(t, 1, func(cfg *Config) {
 		cfg.Limits = Limits{InFlightPerService: 2, QueueTimeout: time.Minute}
-		cfg.LogRequests = true
+		logRequests(cfg)
 	}, nil)
 	h := startHeld(t, "x")
 	g.register(t, "echo", "a", h.url())

@@ -91,6 +91,7 @@ type exchange struct {
 	chunks  bool      // it is sent in chunks
 	status  int
 	tally   tally
+	marks
 
 	buffers [3]*[]byte // pooled, by use; given back by giveBack
 }
@@ -135,6 +136,9 @@ func (x *exchange) begin(now time.Time) {
 	x.uploadPace, x.download = pace{}, pace{}
 	x.counted, x.full, x.queued = false, false, false
 	x.tally = tally{}
+	if x.p().marked {
+		x.mark()
+	}
 }
 
 // over is when the request has taken as long as it may in all.
@@ -199,6 +203,9 @@ func (x *exchange) end(o outcome, reason error) {
 	}
 	x.running = false
 	u := x.upstream
+	if x.trace.spans != nil {
+		x.trace.spans.endAttempt(x.res.status, reason)
+	}
 	switch {
 	case x.settled:
 	case o == success:
@@ -765,7 +772,10 @@ func (x *exchange) appendResponse(dst []byte) []byte {
 	if !bodyless && res.length < 0 && r.minor == 0 {
 		x.keep = false // the end of the connection is the end of the body
 	}
-	out := res.append(dst)
+	if x.id != nil {
+		res.dropID()
+	}
+	out := x.appendID(res.append(dst))
 	if !res.hasDate {
 		out = x.p().appendDate(out)
 	}
@@ -778,7 +788,9 @@ func (x *exchange) appendResponse(dst []byte) []byte {
 	case r.minor == 0:
 		out = append(out, "Connection: keep-alive\r\n"...)
 	}
-	return append(out, '\r', '\n')
+	out = append(out, '\r', '\n')
+	x.tally.head = x.tally.sent + int64(len(out)-len(dst))
+	return out
 }
 
 // finish sends the response and ends the exchange. What has not come in yet is passed on as it comes.
@@ -789,7 +801,9 @@ func (x *exchange) finish() (keep bool) {
 	}
 	x.started, x.status = true, x.res.status
 	x.tally.streamed = !x.resEnded
-	x.noteAnswered(time.Now())
+	if x.p().timed {
+		x.noteAnswered(time.Now())
+	}
 	if x.switches() {
 		x.openTunnel()
 		return false
@@ -804,6 +818,7 @@ func (x *exchange) finish() (keep bool) {
 	}
 	err := x.relay()
 	x.endUpload()
+	x.tally.reason = kindOf(err)
 	switch {
 	case err == nil:
 		x.end(x.verdict())

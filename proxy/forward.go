@@ -104,6 +104,9 @@ func (c *conn) appendHead(dst []byte, r *Request, t *registry.Target) []byte {
 			dst = append(dst, "X-Forwarded-Proto: http\r\n"...)
 		}
 	}
+	if c.p.marked {
+		dst = c.x.appendRequestMarks(dst)
+	}
 	if !r.hasFwdHost && len(r.Host) > 0 {
 		dst = append(dst, "X-Forwarded-Host: "...)
 		dst = append(dst, r.Host...)

@@ -65,6 +65,22 @@ func startGateway(t testing.TB, change func(*Config), route RouteFunc) *gateway 
 	return g
 }
 
+// logRequests has a line in the log of a gateway for each Record.
+func logRequests(cfg *Config) {
+	log := cfg.Log
+	cfg.AccessLog = func(r *Record) {
+		attrs := []slog.Attr{
+			slog.String("client", r.Client.String()), slog.String("method", string(r.Method)), slog.String("target", string(r.Target)),
+			slog.Int("status", r.Status), slog.Int("attempts", r.Attempts), slog.String("service", r.Service), slog.String("instance", r.Instance),
+			slog.String("took", r.Took.String()), slog.String("reason", r.Reason),
+		}
+		if r.Tunnel {
+			attrs = append(attrs, slog.Int64("up", r.Received), slog.Int64("down", r.Sent))
+		}
+		log.LogAttrs(context.Background(), slog.LevelInfo, "request", attrs...)
+	}
+}
+
 func (g *gateway) register(t testing.TB, service, id, addr string) {
 	t.Helper()
 	if err := g.reg.Register(service, registry.Instance{ID: id, Addr: addr}); err != nil {

@@ -134,7 +134,8 @@ func TestWriteTimeout(t *testing.T) {
 				close(left)
 			})
 			g := startGateway(t, func(cfg *Config) {
-				cfg.Limits.WriteTimeout, cfg.UpstreamIdle, cfg.LogRequests = 200*time.Millisecond, time.Second, true
+				cfg.Limits.WriteTimeout, cfg.UpstreamIdle = 200*time.Millisecond, time.Second
+				logRequests(cfg)
 			}, nil)
 			g.register(t, "echo", "1", o.url())
 			c := g.dial(t)

@@ -789,7 +789,7 @@ func TestHandedOverAndBack(t *testing.T) {
 // Many connections of all kinds at once: what is answered is right, and nothing is left behind.
 func TestManyConnections(t *testing.T) {
 	eachLoops(t, func(t *testing.T, loops int) {
-		g := startLoops(t, loops, func(cfg *Config) { cfg.Breaker = cb.Config{Failures: 1 << 20}; cfg.LogRequests = true }, nil)
+		g := startLoops(t, loops, func(cfg *Config) { cfg.Breaker = cb.Config{Failures: 1 << 20}; logRequests(cfg) }, nil)
 		g.waits(3 * time.Millisecond)
 		var actors []*actor
 		for i := range 3 {
@@ -863,9 +863,9 @@ func TestManyConnections(t *testing.T) {
 	})
 }
 
-// The line of --log-requests is written once a request, wherever it was served.
+// A request is told of once, wherever it was served.
 func TestLinesOfRequests(t *testing.T) {
-	g := startLoops(t, 2, func(cfg *Config) { cfg.LogRequests = true }, nil)
+	g := startLoops(t, 2, logRequests, nil)
 	g.waits(3 * time.Millisecond)
 	var resets atomic.Bool
 	a := startActor(t, func(c net.Conn, m *message) bool {
@@ -1259,7 +1259,7 @@ func TestPanicsOnLoops(t *testing.T) {
 func TestPanicInAnAnswer(t *testing.T) {
 	var panics atomic.Bool
 	handler := &panickingLog{panics: &panics}
-	g := startLoops(t, 1, func(cfg *Config) { cfg.LogRequests, cfg.Log = true, handler.logger() }, nil)
+	g := startLoops(t, 1, func(cfg *Config) { cfg.Log = handler.logger(); logRequests(cfg) }, nil)
 	g.waits(time.Minute)
 	a := startActor(t, echoing)
 	g.register(t, "echo", "a", a.url())

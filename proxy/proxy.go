@@ -16,7 +16,6 @@
 package proxy
 
 import (
-	"context"
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/hex"
@@ -81,9 +80,13 @@ type Config struct {
 
 	Loops int // GOMAXPROCS: how many goroutines serve what needs no waiting; each has its own connections to instances
 
-	LogRequests bool         // one line a request
-	NoMetrics   bool         // requests are neither counted by service nor timed
-	Log         *slog.Logger // nil: slog.Default()
+	NoMetrics bool         // requests are neither counted by service nor timed
+	Log       *slog.Logger // nil: slog.Default()
+
+	AccessLog  func(*Record) // nil: none; it is told of each request that has ended, and must not wait
+	RequestIDs bool          // each request has an X-Request-Id: that of a trusted peer, or one made here
+	Trace      func(*Record) // nil: there are no traces; it is told of those requests that are sampled, and must not wait
+	TraceShare float64       // 0 to 1: of the requests, those that are sampled, unless a trusted peer has decided
 }
 
 // withDefaults checks a Config and fills its gaps.
@@ -149,6 +152,9 @@ func (cfg Config) withDefaults() (Config, error) {
 	if cfg.Loops == 0 {
 		cfg.Loops = runtime.GOMAXPROCS(0)
 	}
+	if !(cfg.TraceShare >= 0 && cfg.TraceShare <= 1) {
+		return cfg, fmt.Errorf("proxy: Config.TraceShare is %v: it must be from 0 to 1", cfg.TraceShare)
+	}
 	if cfg.Ready == nil {
 		cfg.Ready = func() bool { return true }
 	}
@@ -163,11 +169,16 @@ type Proxy struct {
 	cfg        Config
 	log        *slog.Logger
 	route      RouteFunc
-	upgrades   [][]byte  // Config.Upgrades
-	pseudonym  []byte    // our name in Via, unique to the process (RFC 9110 section 7.6.3); nil if we add none
-	allow      []byte    // the Allow field
-	failing    [600]bool // by status: Config.BreakerStatuses
-	capped     bool      // requests in flight are limited
+	table      *prefixTable // what route asks; nil without Config.Routes
+	upgrades   [][]byte     // Config.Upgrades
+	pseudonym  []byte       // our name in Via, unique to the process (RFC 9110 section 7.6.3); nil if we add none
+	allow      []byte       // the Allow field
+	failing    [600]bool    // by status: Config.BreakerStatuses
+	capped     bool         // requests in flight are limited
+	timed      bool         // requests that have ended are counted or told of
+	recorded   bool         // somebody is told of them
+	traced     bool         // Config.Trace is set
+	marked     bool         // requests have marks
 	limited    limited
 	services   sync.Map // name -> *service
 	checks     *health.Checker
@@ -214,6 +225,9 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 	rand.Read(id[:]) // never fails
 	p := &Proxy{cfg: cfg, log: cfg.Log, route: route, limited: cfg.Limits.refusals(), allow: allowField(cfg.AllowMethods), checks: health.New()}
 	p.capped = cfg.Limits.InFlightPerInstance > 0 || cfg.Limits.InFlightPerService > 0
+	p.timed = !cfg.NoMetrics || cfg.AccessLog != nil || cfg.Trace != nil
+	p.recorded, p.traced = cfg.AccessLog != nil || cfg.Trace != nil, cfg.Trace != nil
+	p.marked = cfg.RequestIDs || p.traced
 	if !cfg.NoVia {
 		p.pseudonym = []byte("kerberos-" + hex.EncodeToString(id[:]))
 	}
@@ -233,7 +247,7 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 		return w
 	}
 	p.scratches.New = func() any {
-		return &scratch{make([]byte, firstBuffer), make([]byte, 0, firstBuffer), make([]byte, 0, firstBuffer)}
+		return &scratch{back: make([]byte, firstBuffer), backOut: make([]byte, 0, firstBuffer), out: make([]byte, 0, firstBuffer)}
 	}
 	p.workers = make([]*worker, cfg.Loops)
 	for i := range p.workers {
@@ -249,7 +263,7 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 			return nil, err
 		}
 		if len(cfg.Routes) > 0 {
-			p.route = table.route
+			p.route, p.table = table.route, table
 		}
 		for _, name := range table.services {
 			p.addService(name, true)
@@ -419,6 +433,10 @@ func (x *exchange) admit(u *upstream) bool {
 	}
 	x.asked.add(u)
 	x.upstream, x.token, x.running, x.settled, x.covered = u, token, true, false, false
+	x.res.status = 0
+	if x.trace.spans != nil {
+		x.trace.spans.beginAttempt(u)
+	}
 	return true
 }
 
@@ -445,28 +463,4 @@ func (x *exchange) again(err error) bool {
 	}
 	x.retries--
 	return true
-}
-
-// logRequest writes the line of --log-requests.
-func (c *conn) logRequest() { c.p.logLine(c.line(), c.x.began) }
-
-func (p *Proxy) logLine(line []slog.Attr, began time.Time, more ...slog.Attr) {
-	line = append(append(line, slog.String("took", time.Since(began).String())), more...)
-	p.log.LogAttrs(context.Background(), slog.LevelInfo, "request", line...)
-}
-
-// line is what there is to say of a request, but for how long it took. It keeps nothing of the request's bytes.
-func (c *conn) line() []slog.Attr {
-	r, x := &c.req, &c.x
-	attrs := []slog.Attr{
-		slog.String("client", r.Client.String()), slog.String("method", string(r.Method)), slog.String("target", string(r.target)),
-		slog.Int("status", x.status), slog.Int("attempts", x.attempts),
-	}
-	if x.service != nil {
-		attrs = append(attrs, slog.String("service", x.service.name))
-	}
-	if x.upstream != nil {
-		attrs = append(attrs, slog.String("instance", x.upstream.id))
-	}
-	return attrs
 }

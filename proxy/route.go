@@ -67,19 +67,28 @@ func newPrefixTable(routes []RoutePrefix) (*prefixTable, error) {
 
 // route is a RouteFunc.
 func (t *prefixTable) route(r *Request) string {
+	_, service := t.match(r)
+	return service
+}
+
+// match returns the prefix too; it may point into the request's bytes.
+func (t *prefixTable) match(r *Request) (prefix, service string) {
 	end := len(r.Path)
 	if end > t.longest {
 		end = bytes.LastIndexByte(r.Path[:t.longest+1], '/')
 	}
 	for ; end >= 0; end = bytes.LastIndexByte(r.Path[:end], '/') {
 		if service, ok := t.services[string(r.Path[:end])]; ok {
-			return service
+			if end == 0 {
+				return "/", service
+			}
+			return unsafe.String(unsafe.SliceData(r.Path), end), service
 		}
 	}
 	if t.firstSegment {
-		return FirstSegment(r)
+		return firstSegmentRule, FirstSegment(r)
 	}
-	return ""
+	return "", ""
 }
 
 // PathPolicy says what becomes of a path that a backend may read in another way than routing did. P is the path with

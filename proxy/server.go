@@ -75,7 +75,10 @@ type workspace struct {
 }
 
 // scratch is the buffers of a goroutine that serves requests: where exchange.back, exchange.backOut and workspace.out begin.
-type scratch struct{ back, backOut, out []byte }
+type scratch struct {
+	back, backOut, out []byte
+	record             Record
+}
 
 // occupy takes a workspace, and vacate gives it back.
 func (c *conn) occupy() {
@@ -302,17 +305,14 @@ func (c *conn) unreadable(err *refusal) {
 	c.req.lines, c.req.xff = nil, c.req.xff[:0] // what could be read of them says nothing
 	c.x.begin(time.Now())
 	c.refuse(err, true)
-	c.count()
+	c.ended()
 	c.linger()
 }
 
 // after ends a request, and reports whether the connection can serve another one.
 func (c *conn) after(keep bool) bool {
 	if c.x.tunnel == nil { // else it has ended with its answer
-		c.count()
-		if c.p.cfg.LogRequests {
-			c.logRequest()
-		}
+		c.ended()
 	}
 	c.x.leave()
 	if c.x.unread || c.req.authority && c.x.tunnel == nil { // or what its client sent into a tunnel that is none
@@ -344,7 +344,7 @@ func (c *conn) afterPanic() {
 		c.linger()
 	}
 	if c.x.tunnel == nil {
-		c.count()
+		c.ended()
 	}
 	c.workspace = nil
 }

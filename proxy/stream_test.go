@@ -710,7 +710,7 @@ func TestClientLeaves(t *testing.T) {
 				io.Copy(io.Discard, r)
 				close(left)
 			})
-			g := startGateway(t, func(cfg *Config) { cfg.LogRequests = true }, nil)
+			g := startGateway(t, logRequests, nil)
 			g.register(t, "echo", "1", o.url())
 			c := g.dial(t)
 			c.send(toHTTP11)

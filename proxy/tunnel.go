@@ -3,7 +3,6 @@ package proxy
 import (
 	"errors"
 	"io"
-	"log/slog"
 	"net"
 	"slices"
 	"sync"
@@ -31,8 +30,7 @@ type tunnel struct {
 	up, down flow        // from the client, to the client
 	broken   atomic.Bool // one side has failed: the other shall not take that for the end
 	released bool
-	began    time.Time   // of the request
-	line     []slog.Attr // for --log-requests; nil if that is off
+	record   *Record // of the request; nil if nobody is told
 
 	// for goroutines
 	since time.Time    // the clock of moved
@@ -154,20 +152,21 @@ func (x *exchange) appendSwitch(dst []byte) []byte {
 // tunnel has ended; otherwise the tunnel begins when the caller, who has them, leaves the connections to it.
 func (x *exchange) openTunnel() {
 	c := x.c
-	t := &tunnel{c: c, upstream: x.upstream, backend: x.backend, began: x.began}
+	t := &tunnel{c: c, upstream: x.upstream, backend: x.backend}
 	t.up = flow{t: t, from: c.sock, to: x.backend.sock, back: &t.down, waiting: slices.Clone(c.in.waiting())}
 	t.down = flow{t: t, from: x.backend.sock, to: c.sock, back: &t.up, waiting: append(slices.Clone(c.out), x.back.waiting()...)}
 	t.down.total = -int64(len(c.out)) // the head does not count
-	if c.p.cfg.LogRequests {
-		t.line = c.line()
-	}
 	n := x.service.counted(c.pool())
 	t.up.counter, t.down.counter = &n.received, &n.sent
-	c.count()
+	took := x.times()
+	c.count(took)
 	t.upstream.tunnels.Add(1)
 	x.tunnel, x.lease = t, nil
 	x.watchClient(false)
 	x.end(success, nil)
+	if c.p.recorded {
+		t.record = c.tunnelRecord(took)
+	}
 	x.leave()
 	c.out = c.out[:0]
 	x.giveBack()
@@ -212,8 +211,9 @@ func (t *tunnel) release() {
 	}
 	t.backend.Close()
 	t.upstream.tunnels.Add(-1)
-	if t.line != nil {
-		t.c.p.logLine(t.line, t.began, slog.Int64("up", t.up.total), slog.Int64("down", max(t.down.total, 0)))
+	if r := t.record; r != nil {
+		r.Took, r.Received, r.Sent = time.Since(r.Began), t.up.total, max(t.down.total, 0)
+		t.c.p.tell(r)
 	}
 }
 

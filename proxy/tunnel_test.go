@@ -202,7 +202,7 @@ func (tt *tunnels) wantBroken(t testing.TB, r io.Reader) {
 
 // What both sides see of a handshake, and what the books say of the tunnel.
 func TestUpgrade(t *testing.T) {
-	eachTunnel(t, func(cfg *Config) { cfg.LogRequests = true }, func(t *testing.T, tt *tunnels) {
+	eachTunnel(t, logRequests, func(t *testing.T, tt *tunnels) {
 		c := tt.dial(t)
 		c.send(strings.Replace(handshake, "Connection:", "Upgrade: h2c, , foo\r\nX: y\r\nConnection: x, keep-alive\r\nConnection:", 1))
 		m := c.headOf()

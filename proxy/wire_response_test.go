@@ -259,7 +259,7 @@ func TestRefusedResponses(t *testing.T) {
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
-			g := startGateway(t, func(cfg *Config) { steady(cfg); cfg.LogRequests = true }, nil)
+			g := startGateway(t, func(cfg *Config) { steady(cfg); logRequests(cfg) }, nil)
 			o, came := scripted(t, row.response, true)
 			g.register(t, "echo", "1", o.url())
 			c := g.dial(t)

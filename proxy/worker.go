@@ -45,6 +45,7 @@ type worker struct {
 	began   time.Time // when second was 0
 	conns   int       // in the wheel
 	leaving []*parting
+	record  Record
 }
 
 // startLoops starts the loops, one for each CPU that the program may use.
@@ -521,7 +522,7 @@ func (c *conn) answered(e loop.Events) {
 		c.out = append(c.out[:0], out[max(n, 0):]...)
 		c.slow(stageAnswered)
 	default:
-		x.status, x.tally.by = statusClientGone, byNobody
+		x.status, x.tally.by, x.tally.reason = statusClientGone, byNobody, reasonGone
 		c.after(false)
 		c.close()
 	}

@@ -22,7 +22,6 @@ type Gateway struct {
 	Listen        string        `default:":8080" type:"listen" placeholder:"ADDR" group:"listeners" help:"Where clients are served; port 0 takes a free one."`
 	Admin         string        `default:"127.0.0.1:9901" type:"listen-or-off" placeholder:"ADDR" group:"listeners" help:"Where /healthz, /readyz, /metrics, /debug/pprof/ and the API are served, or off."`
 	HealthPath    string        `type:"path" placeholder:"PATH" group:"listeners" help:"A path answered on --listen by the gateway itself, for a load balancer in front: 200 while ready, else 503."`
-	LogRequests   Switch        `default:"off" group:"listeners" help:"Log a line for each request."`
 	Metrics       Switch        `default:"on" negatable:"" group:"listeners" help:"Count and time requests, and serve /metrics on --admin."`
 	DrainTimeout  time.Duration `default:"30s" min:"0s" group:"listeners" help:"How long requests in flight may take to end at a shutdown."`
 	ShutdownDelay time.Duration `default:"0s" min:"0s" group:"listeners" help:"How long the listeners stay open at a shutdown, with /readyz failing."`
@@ -57,6 +56,14 @@ type Gateway struct {
 	UpstreamCA       *x509.CertPool `placeholder:"FILE" group:"traffic" help:"PEM file of the certificate authorities for https backends, instead of the system's."`
 	UpstreamInsecure Switch         `default:"off" group:"traffic" help:"Do not verify https backends. For trials only."`
 	Via              Switch         `default:"on" negatable:"" group:"traffic" help:"Add Via to what is passed on, so that loops are found."`
+
+	AccessLog       string  `default:"off" type:"access-log" placeholder:"FILE" group:"logs" help:"Write a line for each request to stdout or a file; or off. SIGUSR1 opens the file anew."`
+	AccessLogFormat string  `default:"json" enum:"json,combined" group:"logs" help:"How a line looks: json, or combined as Apache and nginx write it."`
+	AccessLogSample Portion `default:"100%" group:"logs" help:"Of the requests, those that are logged, such as 1%; statuses from 500 and responses that broke off always are."`
+	RequestID       Switch  `default:"off" group:"logs" help:"Give each request an X-Request-Id, for the backend and on the response; one from --trusted-proxies is kept."`
+	OTLPEndpoint    string  `type:"otlp" placeholder:"URL" group:"logs" help:"Send traces to this OpenTelemetry collector, such as http://127.0.0.1:4318."`
+	OTLPProtocol    string  `default:"http" enum:"http,grpc" group:"logs" help:"How it is spoken to: http or grpc."`
+	TraceSample     Portion `default:"1%" group:"logs" help:"Of the requests, those that are traced, unless one of --trusted-proxies has decided."`
 
 	ClientFirstByteTimeout time.Duration `default:"30s" min:"0s" group:"limits" help:"A new connection that sends nothing is closed."`
 	ClientHeadTimeout      time.Duration `default:"10s" min:"0s" group:"limits" help:"From the first byte of a request head to its end."`

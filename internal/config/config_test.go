@@ -53,6 +53,7 @@ func TestValues(t *testing.T) {
 		MaxConnections: Share{Percent: 90}, QueueTimeout: time.Second, MetricsMaxSeries: 100_000,
 		AmbiguousPaths: "refuse", MaxHead: 32 << 10, MaxFields: 200, MaxRequestLine: 16 << 10,
 		AllowUpgrades: []string{"websocket"}, TunnelIdleTimeout: time.Hour,
+		AccessLog: "off", AccessLogFormat: "json", AccessLogSample: 1, OTLPProtocol: "http", TraceSample: 0.01,
 	}
 	tests := []struct {
 		name string
@@ -67,9 +68,9 @@ func TestValues(t *testing.T) {
 		{"listeners", "--listen [::1]:80 --admin off --health-path /up", nil, func(g *Gateway) {
 			g.Listen, g.Admin, g.HealthPath = "[::1]:80", "off", "/up"
 		}},
-		{"switches", "--no-via --log-requests --no-metrics", nil, func(g *Gateway) { g.Via, g.LogRequests, g.Metrics = false, true, false }},
-		{"switches with words", "--via=off --log-requests=on --upstream-insecure=yes", nil, func(g *Gateway) {
-			g.Via, g.LogRequests, g.UpstreamInsecure = false, true, true
+		{"switches", "--no-via --request-id --no-metrics", nil, func(g *Gateway) { g.Via, g.RequestID, g.Metrics = false, true, false }},
+		{"switches with words", "--via=off --request-id=on --upstream-insecure=yes", nil, func(g *Gateway) {
+			g.Via, g.RequestID, g.UpstreamInsecure = false, true, true
 		}},
 		{"the last one counts", "--no-via --via", nil, func(*Gateway) {}},
 		{"networks", "--trusted-proxies 10.1.2.3/8,::1 --trusted-proxies ::ffff:192.0.2.1", nil, func(g *Gateway) {
@@ -116,15 +117,19 @@ func TestValues(t *testing.T) {
 			g.AllowUpgrades, g.TunnelIdleTimeout = []string{"websocket", "foo/2"}, 0
 		}},
 		{"no upgrades", "", map[string]string{"KERBEROS_ALLOW_UPGRADES": "none"}, func(g *Gateway) { g.AllowUpgrades = []string{} }},
+		{"logs and traces", "--access-log a.log --access-log-format combined --access-log-sample 1% --otlp-endpoint https://c:4317 --otlp-protocol grpc --trace-sample 0.25", nil, func(g *Gateway) {
+			g.AccessLog, g.AccessLogFormat, g.AccessLogSample = "a.log", "combined", 0.01
+			g.OTLPEndpoint, g.OTLPProtocol, g.TraceSample = "https://c:4317", "grpc", 0.25
+		}},
 		{"access", "--tokens t --admin-cert a --admin-key b --admin-client-ca c", nil, func(g *Gateway) {
 			g.Tokens, g.AdminCert, g.AdminKey, g.AdminClientCA = "t", "a", "b", "c"
 		}},
 		{"no retries", "--retries 0", nil, func(g *Gateway) { g.Retries = 0 }},
 		{"environment", "", map[string]string{
-			"KERBEROS_ROUTE": "/a=a,/*", "KERBEROS_VIA": "off", "KERBEROS_LOG_REQUESTS": "1", "KERBEROS_API_ALLOW": "none",
+			"KERBEROS_ROUTE": "/a=a,/*", "KERBEROS_VIA": "off", "KERBEROS_REQUEST_ID": "1", "KERBEROS_API_ALLOW": "none",
 			"KERBEROS_BREAKER_STATUSES": "500", "KERBEROS_TOKEN": "s3cret", "KERBEROS_REQUEST_TIMEOUT": "1m30s",
 		}, func(g *Gateway) {
-			g.Route, g.Via, g.LogRequests, g.APIAllow = []Route{{"/a", "a"}, {"/*", ""}}, false, true, Allow{None: true, Set: true}
+			g.Route, g.Via, g.RequestID, g.APIAllow = []Route{{"/a", "a"}, {"/*", ""}}, false, true, Allow{None: true, Set: true}
 			g.BreakerStatuses, g.Token, g.RequestTimeout = []int{500}, "s3cret", 90*time.Second
 		}},
 		{"second names", "", map[string]string{
@@ -227,7 +232,16 @@ func TestRefused(t *testing.T) {
 		{"--route /*,/=a", nil, []string{"--route", "/*", "beside /"}},
 		{"--request-timeout -1s", nil, []string{"--request-timeout", `"-1s"`, "at least 0s"}},
 		{"--retries -1", nil, []string{"--retries", `"-1"`, "at least 0"}},
-		{"--log-requests on", nil, []string{"--log-requests=on"}},
+		{"--request-id on", nil, []string{"--request-id=on"}},
+		{"--access-log=", nil, []string{"--access-log", `""`, "stdout", "off"}},
+		{"--access-log-format text", nil, []string{"--access-log-format", `"text"`, "json", "combined"}},
+		{"--access-log-sample 101%", nil, []string{"--access-log-sample", `"101%"`, "0% to 100%", "0 to 1"}},
+		{"--access-log-sample 2", nil, []string{"--access-log-sample", `"2"`, "0% to 100%"}},
+		{"--access-log-sample NaN", nil, []string{"--access-log-sample", `"NaN"`, "0% to 100%"}},
+		{"--trace-sample=-1%", nil, []string{"--trace-sample", `"-1%"`, "0% to 100%"}},
+		{"--otlp-endpoint collector:4318", nil, []string{"--otlp-endpoint", `"collector:4318"`, "http://HOST:PORT"}},
+		{"--otlp-endpoint http://", nil, []string{"--otlp-endpoint", `"http://"`, "http://HOST:PORT"}},
+		{"--otlp-protocol udp", nil, []string{"--otlp-protocol", `"udp"`, "http", "grpc"}},
 		{"--via off", nil, []string{"--via=off"}},
 		{"--request-timeout 5", nil, []string{"--request-timeout", `"5"`, "30s"}},
 		{"--client-min-upload 5x", nil, []string{"--client-min-upload", `"5x"`, "KiB"}},
@@ -263,7 +277,7 @@ func TestRefused(t *testing.T) {
 		{"--upstream-ca /does/not/exist.pem", nil, []string{"--upstream-ca", "/does/not/exist.pem", "no such file"}},
 		{"--upstream-ca " + noPEM, nil, []string{"--upstream-ca", noPEM, "no certificate"}},
 		{"--via=perhaps", nil, []string{"--via", `"perhaps"`, "on nor off"}},
-		{"", map[string]string{"KERBEROS_LOG_REQUESTS": "perhaps"}, []string{"--log-requests", "KERBEROS_LOG_REQUESTS", `"perhaps"`}},
+		{"", map[string]string{"KERBEROS_REQUEST_ID": "perhaps"}, []string{"--request-id", "KERBEROS_REQUEST_ID", `"perhaps"`}},
 		{"--verbose", nil, []string{"unknown flag --verbose"}},
 		{"serve", nil, []string{"serve"}},
 	}

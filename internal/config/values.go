@@ -19,8 +19,11 @@ import (
 	"kerberos/registry"
 )
 
-// Off is the --admin that opens no admin listener.
+// Off is the --admin that opens no admin listener, and the --access-log that writes none.
 const Off = "off"
+
+// GRPC is the --otlp-protocol beside http.
+const GRPC = "grpc"
 
 // API says which listeners serve the API.
 type API string
@@ -125,6 +128,21 @@ func parseShare(s string) (Share, error) {
 		return Share{Percent: int(n)}, nil
 	}
 	return Share{Number: int(n)}, nil
+}
+
+// Portion is a part of all requests, from 0 to 1.
+type Portion float64
+
+func parsePortion(s string) (Portion, error) {
+	digits, percent := strings.CutSuffix(s, "%")
+	f, err := strconv.ParseFloat(digits, 64)
+	if percent {
+		f /= 100
+	}
+	if err != nil || !(f >= 0 && f <= 1) {
+		return 0, fmt.Errorf("%q is neither a percentage from 0%% to 100%% nor a part from 0 to 1", s)
+	}
+	return Portion(f), nil
 }
 
 // Route sends the paths under Prefix to Service. Service is empty for the prefix "/*", which stands for the rule that the
@@ -264,6 +282,21 @@ func parseURL(s string) (string, error) {
 		return "", fmt.Errorf("%q is not http://HOST:PORT or https://HOST:PORT", s)
 	}
 	return u.Scheme + "://" + u.Host, nil
+}
+
+func parseAccessLog(s string) (string, error) {
+	if s == "" {
+		return "", fmt.Errorf("%q is neither a file, nor stdout, nor %s", s, Off)
+	}
+	return s, nil
+}
+
+func parseOTLP(s string) (string, error) {
+	u, err := url.Parse(s)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil {
+		return "", fmt.Errorf("%q is not http://HOST:PORT or https://HOST:PORT, with a path if the collector has one", s)
+	}
+	return s, nil
 }
 
 // parseToken refuses what no Authorization field can carry. Its error does not show the token.

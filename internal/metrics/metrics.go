@@ -36,7 +36,8 @@ type Config struct {
 	Proxy     *proxy.Proxy
 	Registry  *registry.Registry
 	Ready     func() bool
-	MaxSeries int // of services and instances; less than 1 is no limit
+	MaxSeries int           // of services and instances; less than 1 is no limit
+	Unlogged  func() uint64 // lines that the access log has dropped
 	Log       *slog.Logger
 }
 
@@ -101,6 +102,7 @@ var (
 	holds       = gauge("holds", "Connections that keep instances registered.")
 	expired     = counter("expired_instances_total", "Instances that left without a word: their lease ended, or the connection that held them.")
 	unwritten   = counter("registry_write_failures_total", "How often registrations could not be written to --data.")
+	unlogged    = counter("access_log_dropped_lines_total", "Lines of the access log that were dropped because its file or reader did not take them.")
 	omitted     = gauge("metrics_omitted", "Services and instances that have no metrics because of --metrics-max-series.")
 )
 
@@ -158,6 +160,7 @@ func (g *gateway) Gather() ([]*dto.MetricFamily, error) {
 	out.add(holds, float64(registered.Holds), nil)
 	out.add(expired, float64(registered.Expired), nil)
 	out.add(unwritten, float64(registered.WriteFailures), nil)
+	out.add(unlogged, float64(g.cfg.Unlogged()), nil)
 	g.services(out)
 
 	all, err := g.process.Gather()
