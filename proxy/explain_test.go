@@ -294,65 +294,69 @@ func TestExplainedConnection(t *testing.T) {
 
 // Whatever state the instances are in, wouldPick chooses whom pick then takes.
 func TestExplainedAsPicked(t *testing.T) {
+	all := make([]*upstream, 12) // of each state some, which they keep
+	found := map[string]int{}
 	rnd := rand.New(rand.NewPCG(1, 2))
-	compared, found := 0, map[string]int{}
 	for _, strategy := range []lb.Strategy{lb.RoundRobin, lb.WeightedRoundRobin, lb.IPHash} {
 		for _, limit := range []int{0, 3} {
-			g := startGateway(t, func(cfg *Config) {
-				cfg.Strategy = strategy
-				cfg.Limits.InFlightPerInstance = limit
-				cfg.Breaker = cb.Config{OpenFor: 10 * time.Millisecond, Probes: 2}
-			}, nil)
-			for i := range 12 {
-				if err := g.reg.Register("echo", registry.Instance{ID: fmt.Sprint(i), Addr: "http://127.0.0.1:1", Weight: 1 + i%3}); err != nil {
-					t.Fatal(err)
-				}
+			p, err := New(Config{Registry: registry.New(registry.Config{}), Strategy: strategy, Limits: Limits{InFlightPerInstance: limit}}, nil)
+			if err != nil {
+				t.Fatal(err)
 			}
-			s := g.service("echo")
-			all := [12]*upstream{}
-			for u := range s.view.Load().all {
-				i, _ := strconv.Atoi(u.id)
-				all[i] = u
+			s := p.service("echo")
+			for i := range all {
+				all[i] = &upstream{service: s, id: fmt.Sprintf("%02d", i), gate: gateIn(t, cb.State(i%3))}
+				all[i].addresses.Store(&addresses{})
 			}
-			var tokens [12][]cb.Token
-			for range 300 {
-				for i, u := range all { // some change
-					switch rnd.IntN(12) {
-					case 0:
-						openBreaker(t, g, u.id)
-					case 1:
-						u.inFlight.Store(rnd.Int64N(4))
-					case 2:
+			for range 1000 {
+				var tokens []func()
+				part, v := &viewPart{}, &view{starts: []int{0}, inForce: strategy}
+				most := [3]int{rnd.IntN(3), rnd.IntN(3), rnd.IntN(3)} // how many there are of each state: none, half, all
+				busy := rnd.Int64N(4)
+				for i, u := range all {
+					if rnd.IntN(2) >= most[i%3] {
+						continue
+					}
+					u.inFlight.Store(busy + rnd.Int64N(4-busy))
+					for range rnd.IntN(3) {
 						if token, ok := u.gate.Allow(); ok {
-							tokens[i] = append(tokens[i], token)
+							tokens = append(tokens, func() { u.gate.Ignored(token) })
 						}
-					case 3:
-						for _, token := range tokens[i] {
-							u.gate.Success(token)
-						}
-						tokens[i] = nil
+					}
+					part.members = append(part.members, member{upstream: u})
+					switch late := rnd.IntN(5) == 0; { // a view that has not seen yet that a breaker has opened
+					case u.gate.State() == cb.Closed, u.gate.State() == cb.Open && late:
+						part.ready = append(part.ready, u)
+						part.endpoints = append(part.endpoints, lb.Endpoint{ID: u.id, Weight: 1 + rnd.IntN(3)})
+					case u.gate.State() == cb.HalfOpen:
+						v.probing = append(v.probing, u)
 					}
 				}
+				if len(part.members) == 0 {
+					continue
+				}
+				v.parts, v.ready = []*viewPart{part}, len(part.ready)
+				v.balancer = lb.New(strategy, part.endpoints, &s.counter)
+				v.ipHash, _ = v.balancer.(*lb.Rendezvous)
+				s.view.Store(v)
+
 				method, began := []string{"GET", "POST"}[rnd.IntN(2)], time.Now().Add(-time.Duration(rnd.IntN(2))*probePatience)
 				client := netip.AddrFrom4([4]byte{10, 0, 0, byte(rnd.IntN(256))})
 				x, y := s.dry(method, client, began), s.dry(method, client, began)
-				view, gates := s.view.Load(), states(all[:])
-				v := *view
-				v.balancer = lb.Fork(v.balancer)
-				want, got := x.wouldPick(&v), y.pick()
-				if got != nil {
-					y.end(ignored, nil)
+				ahead := *v
+				ahead.balancer = lb.Fork(v.balancer)
+				before := states(part.members)
+				want := x.wouldPick(&ahead)
+				if after := states(part.members); after != before {
+					t.Fatalf("what was %s is %s", before, after)
 				}
-				if s.view.Load() != view || states(all[:]) != gates {
-					continue // something changed meanwhile
-				}
-				compared++
+				got := y.pick()
 				if got != want || x.full != y.full || got != nil && x.covered != y.covered {
 					t.Fatalf("%s, %s, limit %d: %s is explained, full %v, covered %v; %s is picked, full %v, covered %v; instances %s",
-						method, strategy, limit, idOf(want), x.full, x.covered, idOf(got), y.full, y.covered, gates)
+						strategy, method, limit, idOf(want), x.full, x.covered, idOf(got), y.full, y.covered, before)
 				}
 				switch {
-				case got != nil && got.gate.State() != cb.Closed:
+				case got != nil && got.gate.State() == cb.HalfOpen:
 					found["probe"]++
 				case got != nil:
 					found["ready"]++
@@ -361,18 +365,38 @@ func TestExplainedAsPicked(t *testing.T) {
 				default:
 					found["nobody"]++
 				}
-			}
-			for i, u := range all {
-				u.inFlight.Store(0)
-				for _, token := range tokens[i] {
-					u.gate.Ignored(token)
+				y.end(ignored, nil)
+				for _, end := range tokens {
+					end()
 				}
 			}
+			p.Close()
 		}
 	}
-	if compared < 500 || len(found) < 4 {
-		t.Errorf("of %d that were compared, these were found: %v", compared, found)
+	for _, kind := range []string{"ready", "probe", "full", "nobody"} {
+		if found[kind] < 20 {
+			t.Errorf("there were %v", found)
+		}
 	}
+}
+
+// gateIn returns a gate that stays in a state.
+func gateIn(t *testing.T, state cb.State) *cb.Gate {
+	t.Helper()
+	cfg := cb.Config{Failures: 1, OpenFor: time.Hour, Probes: 2, ProbeTimeout: time.Hour}
+	if state == cb.HalfOpen {
+		cfg.OpenFor = time.Nanosecond
+	}
+	gate, err := cb.New(cfg, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(gate.Close)
+	if token, ok := gate.Allow(); ok && state != cb.Closed {
+		gate.Failure(token, nil)
+	}
+	eventually(t, "the gate is "+state.String(), func() bool { return gate.State() == state })
+	return gate
 }
 
 // dry is an exchange that has found its service.
@@ -394,7 +418,7 @@ func idOf(u *upstream) string {
 }
 
 // states is what decides whether instances are picked.
-func states(all []*upstream) (text string) {
+func states(all []member) (text string) {
 	for _, u := range all {
 		text += fmt.Sprintf("%s: %s, %d free, %d in flight; ", u.id, u.gate.State(), u.gate.FreeProbes(), u.inFlight.Load())
 	}
