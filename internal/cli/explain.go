@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -126,8 +125,11 @@ func (c *Explain) Run(p *Process) error {
 		return err
 	}
 	var e explained
-	if err := json.Unmarshal(answer, &e); err != nil || e.Outcome.Kind == "" {
-		return errors.Join(errNotTheAPI, err)
+	if err := json.Unmarshal(answer, &e); err != nil {
+		return fmt.Errorf("%w: %w", errNotTheAPI, err)
+	}
+	if e.Outcome.Kind == "" {
+		return errNotTheAPI
 	}
 	return e.print(p.Out)
 }
