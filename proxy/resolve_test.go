@@ -17,6 +17,7 @@ import (
 
 	"github.com/valyala/fasthttp"
 
+	"kerberos/proxy/loop"
 	"kerberos/registry"
 )
 
@@ -381,5 +382,22 @@ func TestResolverEnds(t *testing.T) {
 	defer u.resolver.mu.Unlock()
 	if u.resolver.timer != nil || u.resolver.ctx.Err() == nil {
 		t.Error("the name will be looked up again")
+	}
+}
+
+// A name may lose its addresses between the look at them and the connection.
+func TestConnectionToNowhere(t *testing.T) {
+	if !loop.Supported {
+		t.Skip("no loops here")
+	}
+	g := startGateway(t, nil, nil)
+	g.register(t, "echo", "a", "http://127.0.0.1:1")
+	if err := g.startLoops(); err != nil {
+		t.Fatal(err)
+	}
+	u := g.service("echo").view.Load().upstream("a")
+	u.addresses.Store(&addresses{err: errProhibited})
+	if _, err := u.start(0); err != errUnreachable {
+		t.Error(err)
 	}
 }

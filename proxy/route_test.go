@@ -144,6 +144,46 @@ func TestForgottenServices(t *testing.T) {
 	})
 }
 
+// A service that comes and goes leaves one trace, and is forgotten an hour after it left for the last time.
+func TestServiceThatComesAndGoes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		reg := registry.New(registry.Config{})
+		p, err := New(Config{Registry: reg}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Close()
+		reg.OnChange(p.Update)
+		round := func(name string) {
+			t.Helper()
+			if err := reg.Register(name, registry.Instance{ID: "1", Addr: "http://127.0.0.1:1"}); err != nil {
+				t.Fatal(err)
+			}
+			if err := reg.Unregister(name, "1", ""); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 1000 {
+			round("users")
+			time.Sleep(3 * time.Second)
+		}
+		if n := len(p.departures); n != 1 {
+			t.Errorf("%d departures of one service", n)
+		}
+		for n := range 3 {
+			time.Sleep(61 * time.Minute)
+			round(fmt.Sprint("other", n)) // sweeps
+			synctest.Wait()
+		}
+		if p.service("users") != nil {
+			t.Error("it is not forgotten")
+		}
+		if n := len(p.departures); n != 1 {
+			t.Errorf("%d departures in the end", n)
+		}
+	})
+}
+
 func TestPrefixRouting(t *testing.T) {
 	tests := []struct {
 		name   string

@@ -402,7 +402,11 @@ func (u *upstream) begin(i int) (l lease, conn *backendConn, reused bool) {
 
 // start makes that connection. On the loop.
 func (u *upstream) start(i int) (net.Conn, error) {
-	ap := u.addresses.Load().list[0]
+	list := u.addresses.Load().list
+	if len(list) == 0 { // it was none when begin looked
+		return nil, errUnreachable
+	}
+	ap := list[0]
 	if u.check(ap) != nil {
 		return nil, errProhibited
 	}

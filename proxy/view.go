@@ -38,8 +38,10 @@ type service struct {
 	retriesDenied atomic.Uint64 // by the budget
 	queueRefused  atomic.Uint64 // requests that found no place
 
-	dirtyMu sync.Mutex           // guards what follows
-	dirty   map[string]*upstream // by id: those that may have become ready, or no longer are
+	listed bool // in Proxy.departures; guarded by Proxy.mu
+
+	dirtyMu sync.Mutex             // guards what follows
+	dirty   map[*upstream]struct{} // those that may have become ready, or no longer are
 
 	mu        sync.Mutex // one builder at a time; guards what follows
 	built     uint64     // of changes: what the view has seen
@@ -96,9 +98,9 @@ const (
 func (s *service) touch(u *upstream) {
 	s.dirtyMu.Lock()
 	if s.dirty == nil {
-		s.dirty = map[string]*upstream{}
+		s.dirty = map[*upstream]struct{}{}
 	}
-	s.dirty[u.id] = u
+	s.dirty[u] = struct{}{}
 	s.dirtyMu.Unlock()
 	s.changes.Add(1)
 	if s.touched.CompareAndSwap(false, true) {
@@ -222,12 +224,12 @@ func (s *service) parts(before []*viewPart, snapshot *registry.Snapshot) (next [
 }
 
 // hasAny reports whether one of these upstreams is in the part.
-func (p *viewPart) hasAny(upstreams map[string]*upstream) bool {
+func (p *viewPart) hasAny(upstreams map[*upstream]struct{}) bool {
 	if len(upstreams) > len(p.members) {
-		return slices.ContainsFunc(p.members, func(m member) bool { return upstreams[m.id] == m.upstream })
+		return slices.ContainsFunc(p.members, func(m member) bool { _, is := upstreams[m.upstream]; return is })
 	}
-	for id, u := range upstreams {
-		if p.upstream(id) == u {
+	for u := range upstreams {
+		if p.upstream(u.id) == u {
 			return true
 		}
 	}
@@ -243,7 +245,7 @@ func (p *viewPart) upstream(id string) *upstream {
 }
 
 // part makes a part of a view. have is what is left over from before, sorted by id; what is in neither is added to gone.
-func (s *service) part(have []member, gone []*upstream, instances []*registry.Instance, dirty map[string]*upstream) (*viewPart, []member, []*upstream) {
+func (s *service) part(have []member, gone []*upstream, instances []*registry.Instance, dirty map[*upstream]struct{}) (*viewPart, []member, []*upstream) {
 	strategy := s.proxy.cfg.Strategy
 	p := &viewPart{instances: instances, members: make([]member, 0, len(instances)), ready: make([]*upstream, 0, len(instances))}
 	for _, in := range instances {
@@ -252,7 +254,7 @@ func (s *service) part(have []member, gone []*upstream, instances []*registry.In
 		case len(have) > 0 && have[0].instance == in: // nearly all
 			m, have = have[0], have[1:]
 			before = m.state
-			if len(dirty) > 0 && dirty[m.id] == m.upstream {
+			if _, is := dirty[m.upstream]; is {
 				m.state = m.stateNow()
 			}
 		default:
@@ -428,13 +430,14 @@ func (p *Proxy) departed(s *service) {
 	}
 	now := time.Now()
 	p.mu.Lock()
-	p.departures = append(p.departures, departure{s, now})
 	old := 0
 	for old < len(p.departures) && now.Sub(p.departures[old].at) > rememberName {
+		p.departures[old].service.listed = false
 		old++
 	}
 	due := slices.Clone(p.departures[:old])
 	p.departures = slices.Delete(p.departures, 0, old)
+	p.list(s, now)
 	p.mu.Unlock()
 	for _, d := range due {
 		if d.service != s {
@@ -443,7 +446,15 @@ func (p *Proxy) departed(s *service) {
 	}
 }
 
-// departure is a service without instances, and since when.
+// list has a service looked at an hour later, once however often it comes and goes until then. The caller holds Proxy.mu.
+func (p *Proxy) list(s *service, now time.Time) {
+	if !s.listed {
+		s.listed = true
+		p.departures = append(p.departures, departure{s, now})
+	}
+}
+
+// departure is a service that was without instances, and when it was listed.
 type departure struct {
 	service *service
 	at      time.Time
@@ -452,9 +463,14 @@ type departure struct {
 func (p *Proxy) forget(s *service) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.known() {
+	switch {
+	case !s.known():
 		s.forgotten = true
 		p.services.CompareAndDelete(s.name, s)
+	case s.emptied.Load() != nil: // it was there again, and has left again
+		p.mu.Lock()
+		p.list(s, time.Now())
+		p.mu.Unlock()
 	}
 }
 

@@ -127,3 +127,24 @@ func BenchmarkAt(b *testing.B) {
 		})
 	}
 }
+
+// What happens to an instance that has just left does not hide what happens to the one that came in its place.
+func TestSuccessorTouchedBeforeItsPredecessor(t *testing.T) {
+	g := startGateway(t, nil, nil)
+	g.register(t, "echo", "a", "http://127.0.0.1:1")
+	s := g.service("echo")
+	before := s.view.Load().upstream("a")
+	g.register(t, "echo", "a", "http://127.0.0.1:2")
+	now := s.view.Load().upstream("a")
+	s.touched.Store(true) // nobody builds yet
+	for range 5 {
+		token, _ := now.gate.Allow()
+		now.gate.Failure(token, nil)
+	}
+	s.touch(before) // its name was being looked up
+	s.touched.Store(false)
+	s.refresh()
+	if v := s.view.Load(); v.ready != 0 {
+		t.Errorf("%d are ready with breaker %s", v.ready, now.gate.State())
+	}
+}

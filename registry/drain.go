@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 )
 
@@ -145,6 +146,8 @@ const MaxDrain = time.Hour
 
 // drain is an unregistration that waits for what is under way.
 type drain struct {
+	began  time.Time
+	limit  atomic.Int64 // nanoseconds from then on; whoever drains it too may make it shorter
 	done   chan struct{}
 	cut    int // what was not at its end, and the time that it took; valid once done is closed, as err is
 	waited time.Duration
@@ -158,7 +161,8 @@ type Traffic interface {
 	Succeeded() uint64 // requests that have ended well
 }
 
-// Observe says who knows the traffic of instances; nil for one that gets none. Without it all get none.
+// Observe says who knows the traffic of instances; nil for one that gets none. Without it all get none. Writers wait while it is
+// asked.
 func (r *Registry) Observe(traffic func(service, id string) Traffic) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -170,6 +174,10 @@ func (r *Registry) traffic(service, id string) Traffic {
 	r.mu.Lock()
 	observed := r.observed
 	r.mu.Unlock()
+	return trafficOf(observed, service, id)
+}
+
+func trafficOf(observed func(service, id string) Traffic, service, id string) Traffic {
 	if observed != nil {
 		if t := observed(service, id); t != nil {
 			return t
@@ -185,7 +193,8 @@ func (noTraffic) Cut()              {}
 func (noTraffic) Succeeded() uint64 { return 0 }
 
 // Drain takes an instance out of the balancers at once, and unregisters it when it has nothing under way any more, or after
-// limit, with how much was cut then. Meanwhile it needs no lease. Whoever drains it a second time waits for the first. If it is
+// limit, with how much was cut then. Meanwhile it needs no lease. Whoever drains it a second time waits for the first, but for no longer than his own
+// limit: then that ends both. If it is
 // unregistered meanwhile, or registers with another addr, what it had under way is waited for all the same. The errors are those
 // of Unregister, and ErrClosed. In a file it is gone when Drain returns; if the process ends before that, after the restart.
 func (r *Registry) Drain(service, id, addr string, limit time.Duration) (cut int, waited time.Duration, err error) {
@@ -201,9 +210,11 @@ func (r *Registry) drain(service, id, addr string, limit time.Duration) (d *drai
 	t := r.traffic(service, id)
 	err = r.amend(service, id, addr, func(at *slot, in *Instance) {
 		if d = in.drain; d != nil {
+			d.limit.Store(min(d.limit.Load(), int64(time.Since(d.began)+limit)))
 			return
 		}
-		d, first = &drain{done: make(chan struct{})}, in
+		d, first = &drain{began: time.Now(), done: make(chan struct{})}, in
+		d.limit.Store(int64(limit))
 		r.revoke(in)
 		next := in.copy()
 		next.drain, next.lease, next.hold = d, nil, nil
@@ -214,7 +225,7 @@ func (r *Registry) drain(service, id, addr string, limit time.Duration) (d *drai
 	}
 	if first != nil { // and nobody chooses it any more
 		r.mu.Lock()
-		r.spawn(func() { r.finish(service, id, d, limit, t) })
+		r.spawn(func() { r.finish(service, id, d, t) })
 		r.mu.Unlock()
 	}
 	return d, first, nil
@@ -231,8 +242,7 @@ func (r *Registry) await(service, id string, d *drain) (cut int, waited time.Dur
 }
 
 // finish ends a drain, unless the registry ends before.
-func (r *Registry) finish(service, id string, d *drain, limit time.Duration, t Traffic) {
-	began := time.Now()
+func (r *Registry) finish(service, id string, d *drain, t Traffic) {
 	ticker := time.NewTicker(drainTick)
 	defer ticker.Stop()
 	for quiet := false; ; {
@@ -242,11 +252,11 @@ func (r *Registry) finish(service, id string, d *drain, limit time.Duration, t T
 			return
 		}
 		busy := t.Busy()
-		d.waited = time.Since(began)
+		d.waited = time.Since(d.began)
 		if busy == 0 && quiet { // twice: a request may have chosen it a moment before
 			break
 		}
-		if d.waited >= limit {
+		if d.waited >= time.Duration(d.limit.Load()) {
 			if d.cut = busy; busy > 0 {
 				t.Cut()
 			}

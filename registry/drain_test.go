@@ -62,6 +62,16 @@ func TestDrain(t *testing.T) {
 			time.Sleep(20 * time.Second)
 			u.now.Store(0)
 		}, 21 * time.Second, 0, []string{"b"}, ""},
+		{"drained for a shorter time, then for a longer one", func(t *testing.T, r *Registry, _ *underWay) {
+			for _, limit := range []time.Duration{5 * time.Second, time.Hour} {
+				go func() {
+					if cut, waited, err := r.Drain("echo", "a", "", limit); cut != 2 || waited > 7*time.Second || err != nil {
+						t.Errorf("drained for %v: %d cut after %v, %v", limit, cut, waited, err)
+					}
+				}()
+				synctest.Wait()
+			}
+		}, 6 * time.Second, 2, []string{"b"}, ""},
 		{"the registry ends", func(_ *testing.T, r *Registry, _ *underWay) { go r.Close() }, -1, 0, []string{"a", "b"}, Drain},
 	} {
 		t.Run(row.name, func(t *testing.T) {

@@ -84,13 +84,14 @@ func (h *Held) Lost() {
 	if suspect == nil {
 		return
 	}
-	alive := r.probe(suspect, r.probes[1])
+	alive, gone := r.probe(suspect, r.probes[1]), false
 	_ = r.edit(h.service, h.id, "", func(at *slot, in *Instance) {
 		switch {
 		case in.hold != h.hold:
 			return
 		case !alive:
 			r.lose(at, in)
+			gone = true
 			return
 		}
 		next := in.copy()
@@ -103,7 +104,7 @@ func (h *Held) Lost() {
 		}
 		r.replace(at, next)
 	})
-	if !alive {
+	if gone {
 		r.cfg.Log.Warn("instance has ended: it is not held any more", slog.String("instance", h.service+"/"+h.id))
 	}
 }

@@ -2,8 +2,10 @@ package registry
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"slices"
 	"strings"
@@ -149,5 +151,26 @@ func TestLostHoldsAreBounded(t *testing.T) {
 	}
 	if n := len(r.expired); n != keptExpired {
 		t.Errorf("%d are kept", n)
+	}
+}
+
+// Of an instance that is back before anybody knows whether it has ended, nobody reads in the log that it has.
+func TestLostHoldOfWhoIsBack(t *testing.T) {
+	var log bytes.Buffer
+	r := New(Config{Log: slog.New(slog.NewTextHandler(&log, nil))})
+	defer r.Close()
+	dead := Instance{ID: "a", Addr: "http://127.0.0.1:1"}
+	h, err := r.Hold("echo", dead)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.OnChange(func(string) {
+		if in := r.Snapshot("echo").Instance("a"); in != nil && in.State() == Suspect {
+			_, err = r.Hold("echo", dead)
+		}
+	})
+	h.Lost()
+	if in := r.Snapshot("echo").Instance("a"); err != nil || in == nil || in.State() != Up || log.Len() > 0 {
+		t.Errorf("%v, left: %+v, log: %s", err, in, &log)
 	}
 }

@@ -37,7 +37,8 @@ type lease struct {
 	due       int64  // when it is looked at; guarded by Registry.mu, as what follows is
 	place     int    // in Registry.leases
 	verifying bool   // a probe of its instance is under way
-	succeeded uint64 // requests to its instance, when that was last looked at
+	extended  int64  // until then it lasts because its service is doubted
+	succeeded uint64 // requests to its instance, when it began or was last looked at
 }
 
 // renew has the lease last for another ttl from now on. It reports false if it is over.
@@ -94,6 +95,7 @@ func (r *Registry) grant(service string, in *Instance) {
 	l := &lease{service: service, id: in.ID, ttl: in.TTL}
 	l.due = r.now() + int64(l.ttl)
 	l.until.Store(l.due)
+	l.succeeded = trafficOf(r.observed, service, in.ID).Succeeded()
 	in.lease = l
 	heap.Push(&r.leases, l)
 	if !r.watching {
@@ -215,6 +217,7 @@ func (r *Registry) expire(now int64) (due, left bool) {
 		l := r.leases[0]
 		until := l.until.Load()
 		if l.due = max(until, r.resumed.Load()+int64(l.ttl)); l.due > now {
+			l.succeeded = trafficOf(r.observed, l.service, l.id).Succeeded()
 			heap.Fix(&r.leases, 0)
 			continue
 		}
@@ -236,7 +239,9 @@ func (r *Registry) expire(now int64) (due, left bool) {
 					kept = append(kept, l.service+"/"+l.id)
 					changed = appendNew(changed, l.service)
 				}
-				r.verify(l, in, again)
+				l.extended, l.due = again, again
+				heap.Fix(&r.leases, 0)
+				r.verify(l, in)
 			}
 			continue
 		}
@@ -302,8 +307,9 @@ func (at *slot) judge(now, resumed int64) {
 }
 
 // verify looks whether a stale instance accepts connections, or has answered requests since it was last looked at. If it has done
-// neither, nor renewed its lease, which lasts until then, it is removed. The caller holds mu.
-func (r *Registry) verify(l *lease, in *Instance, until int64) {
+// neither, nor renewed its lease, it is removed, however often that was extended while the probe had to wait for its turn. The caller
+// holds mu.
+func (r *Registry) verify(l *lease, in *Instance) {
 	if l.verifying {
 		return
 	}
@@ -314,7 +320,7 @@ func (r *Registry) verify(l *lease, in *Instance, until int64) {
 		_ = r.edit(l.service, l.id, "", func(at *slot, now *Instance) {
 			alive = alive || succeeded > l.succeeded
 			l.verifying, l.succeeded = false, succeeded
-			if !alive && now.lease == l && l.until.CompareAndSwap(until, leaseOver) {
+			if !alive && now.lease == l && l.until.CompareAndSwap(l.extended, leaseOver) {
 				heap.Remove(&r.leases, l.place)
 				r.lose(at, now)
 			}

@@ -431,3 +431,110 @@ func TestTooManyFallSilent(t *testing.T) {
 		})
 	}
 }
+
+// A probe whose turn comes later than the end of the lease, as where a whole network is silent, counts all the same.
+func TestLateProbeOfTheSilent(t *testing.T) {
+	r := New(Config{})
+	defer r.Close()
+	for range mostProbes {
+		r.probes[0] <- struct{}{} // all turns are taken
+	}
+	for i := range fewest {
+		if err := r.Register("echo", Instance{ID: fmt.Sprint(i), Addr: "http://127.0.0.1:1", TTL: time.Hour}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for hours := range 3 {
+		for due := true; due; {
+			due, _ = r.expire(int64(time.Duration(hours+1)*time.Hour + time.Minute))
+		}
+	}
+	if s := r.Snapshot("echo"); s.Len() != fewest || !s.Instance("0").stale {
+		t.Fatalf("left %v", ids(s))
+	}
+	if err := r.Renew("echo", "1", ""); err != nil {
+		t.Fatal(err)
+	}
+	for range mostProbes {
+		<-r.probes[0]
+	}
+	eventually(t, "only the one that was heard of is left", func() bool { return slices.Equal(ids(r.Snapshot("echo")), []string{"1"}) })
+}
+
+// Requests that were answered before the lease was last renewed are no sign of life.
+func TestTrafficOfLongAgo(t *testing.T) {
+	for _, row := range []struct {
+		name string
+		do   func(r *Registry, id string) error // within the lease
+	}{
+		{"renewed", func(r *Registry, id string) error { return r.Renew("echo", id, "") }},
+		{"registered again", func(r *Registry, id string) error {
+			return r.Register("echo", Instance{ID: id, Addr: "http://127.0.0.1:1", TTL: time.Hour})
+		}},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			r := New(Config{})
+			defer r.Close()
+			u := &underWay{}
+			r.Observe(u.of)
+			for i := range fewest {
+				if err := r.Register("echo", Instance{ID: fmt.Sprint(i), Addr: "http://127.0.0.1:1", TTL: time.Hour}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			var began int64 // when the lease ends that began last
+			for _, l := range r.leases {
+				began = max(began, l.due)
+			}
+			u.succeeded.Store(100)
+			for i := range fewest {
+				if err := row.do(r, fmt.Sprint(i)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			r.expire(began)
+			if s := r.Snapshot("echo"); s.Len() != fewest || s.Instance("0").stale {
+				t.Fatalf("left %v", ids(s))
+			}
+			r.expire(int64(time.Hour + time.Minute))
+			eventually(t, "they are gone", func() bool { return r.Snapshot("echo") == nil })
+		})
+	}
+}
+
+// However many are silent, who was unregistered or drained does not come back.
+func TestStaleLeaveForGood(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	r := New(Config{})
+	defer r.Close()
+	for i := range fewest {
+		if err := r.Register("echo", Instance{ID: fmt.Sprint(i), Addr: "http://" + ln.Addr().String(), TTL: time.Hour}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.expire(int64(time.Hour + time.Minute))
+	if s := r.Snapshot("echo"); s.Len() != fewest || !s.Instance("0").stale || !s.Instance("1").stale {
+		t.Fatalf("left %v", ids(s))
+	}
+	if err := r.Unregister("echo", "0", ""); err != nil {
+		t.Error(err)
+	}
+	if _, _, err := r.Drain("echo", "1", "", time.Minute); err != nil {
+		t.Error(err)
+	}
+	for id := range 2 {
+		if err := r.Renew("echo", fmt.Sprint(id), ""); !errors.Is(err, ErrNotFound) {
+			t.Errorf("%d was renewed: %v", id, err)
+		}
+	}
+	for hours := range 3 {
+		r.expire(int64(time.Duration(hours+2)*time.Hour + 2*time.Minute))
+	}
+	if got := ids(r.Snapshot("echo")); !slices.Equal(got, []string{"2", "3"}) {
+		t.Errorf("left %v", got)
+	}
+}

@@ -110,6 +110,7 @@ type Watch struct {
 	place int   // in the queue of that class; -1: none
 	was   class // before running
 	over  bool  // it was stopped
+	soon  bool  // an address may have come while a check is under way
 
 	// What follows is for whoever runs the check; there is one at a time.
 	passed, failed int    // in a row
@@ -195,12 +196,17 @@ func (w *Watch) Stop() {
 	}
 }
 
-// Soon has the next check come at once, if none is under way: there is a reason to believe that it will end otherwise.
+// Soon has the next check come at once: there may be an address now. One that is under way may have found none a moment before; any
+// other has the last word.
 func (w *Watch) Soon() {
 	c := w.checker
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !w.over && w.place >= 0 && w.class != running {
+	switch {
+	case w.over || w.place < 0:
+	case w.class == running:
+		w.soon = true
+	default:
 		w.phase = time.Now()
 		c.move(w, w.phase)
 		c.wake()
@@ -451,6 +457,10 @@ func (c *Checker) finish(w *Watch, err error) {
 	}
 	c.pull(w)
 	w.plan(now)
+	if w.soon && err == errNowhere {
+		w.phase, w.due = now, now
+	}
+	w.soon = false
 	to := passing
 	if err != nil {
 		to = failing

@@ -121,6 +121,38 @@ func refused(t testing.TB) netip.AddrPort {
 	return netip.MustParseAddrPort(ln.Addr().String())
 }
 
+// A name that is resolved just when a check has found no address is checked at once, not an interval later.
+func TestAddressComesMeanwhile(t *testing.T) {
+	both(t, func(t *testing.T, c *Checker) {
+		b := startBackend(t, always(ok))
+		in := instance(t, b.addr, registry.Check{Path: "/", Interval: time.Hour})
+		up := make(chan Status, 1)
+		var w *Watch
+		ready := make(chan struct{})
+		looks := 0
+		in.Changed = func(s Status) { up <- s }
+		in.Addrs = func() []netip.AddrPort {
+			<-ready
+			if looks++; looks == 1 {
+				w.Soon() // from now on there is one
+				return nil
+			}
+			return []netip.AddrPort{b.addr}
+		}
+		w = c.Watch(in)
+		defer w.Stop()
+		close(ready)
+		select {
+		case s := <-up:
+			if s.State != Up {
+				t.Errorf("%+v", s)
+			}
+		case <-time.After(10 * time.Second):
+			t.Error("it is not checked")
+		}
+	})
+}
+
 // What a backend does, and what its first check says of it.
 func TestVerdicts(t *testing.T) {
 	path := registry.Check{Path: "/health?deep=1"}
@@ -192,7 +224,7 @@ func TestVerdicts(t *testing.T) {
 				check := row.check
 				check.Interval, check.Timeout = time.Hour, time.Second
 				w := c.Watch(instance(t, at, check))
-				if ready, why := w.Ready(); ready || why != "not checked yet" {
+				if ready, why := w.Ready(); w.Status().Checked.IsZero() && (ready || why != "not checked yet") {
 					t.Errorf("before the first check: %t %s", ready, why)
 				}
 				eventually(t, "the first check has ended", func() bool { return w.Status().State != Unknown })
