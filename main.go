@@ -54,6 +54,7 @@ func run(args []string) int {
 		Register   cli.Register   `cmd:"" help:"Register an instance, or change it."`
 		Unregister cli.Unregister `cmd:"" help:"Unregister an instance."`
 		Services   cli.Services   `cmd:"" help:"List services and their instances."`
+		Explain    cli.Explain    `cmd:"" help:"Say what a request would find now: its route, service and instance, or what stands in its way."`
 		Version    cli.Version    `cmd:"" help:"Print the version."`
 	}
 	command, err := config.Parse(&commands, args, os.LookupEnv,
@@ -295,7 +296,10 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		g.proxy.Update(name)
 	}
 	if g.admin != nil {
-		operation := admin.Config{Ready: g.ready.Load, Profiles: g.rule.WrapAdmin(pprofhandler.PprofHandler), Log: log}
+		operation := admin.Config{
+			Ready: g.ready.Load, Profiles: g.rule.WrapAdmin(pprofhandler.PprofHandler),
+			Explain: g.rule.Wrap(registry.NewExplainHandler(g.registry, g.proxy)), Log: log,
+		}
 		if cfg.Metrics {
 			operation.Metrics = metrics.Handler(metrics.Config{
 				Proxy: g.proxy, Registry: g.registry, Ready: g.ready.Load, MaxSeries: cfg.MetricsMaxSeries, Unlogged: g.accessLog.Dropped, Log: log,

@@ -154,7 +154,7 @@ func TestHelp(t *testing.T) {
 	if !strings.Contains(stdout, "\n  --listen=ADDR ") { // and so all the others: TestHelp in internal/config
 		t.Error("the gateway's flags are not in the help")
 	}
-	for _, name := range strings.Fields("demo backend register unregister services version") {
+	for _, name := range strings.Fields("demo backend register unregister services explain version") {
 		if !strings.Contains(stdout, "\n  "+name+" ") {
 			t.Errorf("the command %s is not in the help", name)
 		}

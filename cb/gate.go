@@ -50,8 +50,8 @@ type Config struct {
 	ProbeTimeout time.Duration // a probe that did not end by then counts as failed; 1 min
 }
 
-// withDefaults returns cfg with its zero fields filled, or an error that names the field that is out of range.
-func (cfg Config) withDefaults() (Config, error) {
+// WithDefaults returns cfg with its zero fields filled, or an error that names the field that is out of range.
+func (cfg Config) WithDefaults() (Config, error) {
 	const longest = 365 * 24 * time.Hour // far from where times overflow
 	for _, f := range []struct {
 		name  string
@@ -176,7 +176,7 @@ type Gate struct {
 // Failure or Allow returns, unless another call of onChange is under way. Then nobody waits: the goroutine that made
 // that one makes this one after it.
 func New(cfg Config, onChange func(from, to State, reason error)) (*Gate, error) {
-	cfg, err := cfg.withDefaults()
+	cfg, err := cfg.WithDefaults()
 	if err != nil {
 		return nil, err
 	}

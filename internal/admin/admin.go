@@ -22,6 +22,7 @@ type Config struct {
 	Ready    func() bool             // whether /readyz says so
 	Metrics  fasthttp.RequestHandler // /metrics; nil: not served
 	Profiles fasthttp.RequestHandler // /debug/pprof/, with its own rule of access; nil: not served
+	Explain  fasthttp.RequestHandler // /explain, likewise
 	API      fasthttp.RequestHandler // /register and /services, likewise
 	Log      *slog.Logger
 }
@@ -85,6 +86,10 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 		}
 	case strings.HasPrefix(path, "/debug/pprof/") && s.cfg.Profiles != nil:
 		s.cfg.Profiles(ctx)
+	case path == "/explain" && s.cfg.Explain != nil:
+		if reads(ctx) {
+			s.cfg.Explain(ctx)
+		}
 	case s.cfg.API != nil && registry.Serves(path):
 		s.cfg.API(ctx)
 		if stream := registry.Stream(ctx); stream != nil {
@@ -135,6 +140,9 @@ func (s *Server) paths() string {
 	}
 	if s.cfg.Profiles != nil {
 		paths = append(paths, "/debug/pprof/")
+	}
+	if s.cfg.Explain != nil {
+		paths = append(paths, "/explain")
 	}
 	if s.cfg.API != nil {
 		paths = append(paths, "/register", "/services")
