@@ -54,6 +54,7 @@ func run(args []string) int {
 		Register   cli.Register   `cmd:"" help:"Register an instance, or change it."`
 		Unregister cli.Unregister `cmd:"" help:"Unregister an instance."`
 		Services   cli.Services   `cmd:"" help:"List services and their instances."`
+		Explain    cli.Explain    `cmd:"" help:"Say what a request would find now: its route, service and instance, or what stands in its way."`
 		Config     cli.Config     `cmd:"" help:"Print every setting with where its value comes from."`
 		Routes     cli.Routes     `cmd:"" help:"Print the routes in the order in which they count."`
 		Check      cli.CheckFile  `cmd:"" help:"Judge a file of settings."`
@@ -183,7 +184,7 @@ type gateway struct {
 // from says where they come from.
 func start(cfg config.Gateway, from origin, log *slog.Logger) (_ *gateway, err error) {
 	g := &gateway{cfg: cfg, log: log, loops: runtime.GOMAXPROCS(0), failed: make(chan error, 2)}
-	g.reloader.origin, g.reloader.count.Last = from, time.Now()
+	g.reloader.origin, g.reloader.count.Last = from, clock()
 	defer func() {
 		if err != nil {
 			g.close()
@@ -263,7 +264,10 @@ func start(cfg config.Gateway, from origin, log *slog.Logger) (_ *gateway, err e
 		g.proxy.Update(name)
 	}
 	if g.admin != nil {
-		operation := admin.Config{Ready: g.ready.Load, Profiles: g.rule.WrapAdmin(pprofhandler.PprofHandler), Log: log}
+		operation := admin.Config{
+			Ready: g.ready.Load, Profiles: g.rule.WrapAdmin(pprofhandler.PprofHandler),
+			Explain: g.rule.Wrap(registry.NewExplainHandler(g.registry, g.proxy)), Log: log,
+		}
 		if cfg.Metrics {
 			operation.Metrics = metrics.Handler(metrics.Config{
 				Proxy: g.proxy, Registry: g.registry, Ready: g.ready.Load, Reloads: g.reloads, MaxSeries: cfg.MetricsMaxSeries, Unlogged: g.accessLog.Dropped, Log: log,

@@ -49,7 +49,7 @@ func (g *gateway) reload(why string) error {
 		return err
 	}
 	r.count.Done++
-	r.count.Last = time.Now()
+	r.count.Last = clock()
 	g.log.Info("the configuration has been read again", "by", why, "file", g.cfg.File, "changed", strings.Join(changed, ", "))
 	return nil
 }
@@ -178,6 +178,9 @@ func (g *gateway) followFile() {
 		g.reloader.follow = follow.Files(g.reloader.sources.Seen(), func() { _ = g.reload("a change of the file") }, file) // the error is in the log
 	}
 }
+
+// clock is the time for people.
+func clock() int64 { return time.Now().UnixMilli() }
 
 // reloads is for the metrics.
 func (g *gateway) reloads() metrics.Reloads {

@@ -50,8 +50,8 @@ type Config struct {
 	ProbeTimeout time.Duration // a probe that did not end by then counts as failed; 1 min
 }
 
-// withDefaults returns cfg with its zero fields filled, or an error that names the field that is out of range.
-func (cfg Config) withDefaults() (Config, error) {
+// WithDefaults returns cfg with its zero fields filled, or an error that names the field that is out of range.
+func (cfg Config) WithDefaults() (Config, error) {
 	const longest = 365 * 24 * time.Hour // far from where times overflow
 	for _, f := range []struct {
 		name  string
@@ -177,7 +177,7 @@ type Gate struct {
 // Failure or Allow returns, unless another call of onChange is under way. Then nobody waits: the goroutine that made
 // that one makes this one after it.
 func New(cfg Config, onChange func(from, to State, reason error)) (*Gate, error) {
-	cfg, err := cfg.withDefaults()
+	cfg, err := cfg.WithDefaults()
 	if err != nil {
 		return nil, err
 	}
@@ -202,7 +202,7 @@ func (g *Gate) become(cfg *Config) {
 // Configure has the gate go by another configuration: from now on if it is closed, and its run of failures goes on; else when it
 // is closed again. The error is as that of New, and then nothing has changed.
 func (g *Gate) Configure(cfg Config) error {
-	cfg, err := cfg.withDefaults()
+	cfg, err := cfg.WithDefaults()
 	if err != nil {
 		return err
 	}

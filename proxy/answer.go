@@ -172,17 +172,21 @@ func (c *conn) fail(err error) (keep bool) {
 	default:
 		own = errBadStatus
 	}
-	retryAfter := 0
+	if isFull(own) {
+		x.service.queueRefused.Add(1)
+	}
+	return c.refuseWith(own, !c.passBody(), c.explain(own), x.retryAfter(own))
+}
+
+// retryAfter is when a request that is refused may be sent again, in seconds; 0 if nobody knows.
+func (x *exchange) retryAfter(own *refusal) int {
 	switch {
 	case own == errNoInstance:
-		retryAfter = x.service.view.Load().retryAfter(time.Now())
-	case isFull(own):
-		x.service.queueRefused.Add(1)
-		retryAfter = 1
-	case own == errNoSocket:
-		retryAfter = 1
+		return x.service.view.Load().retryAfter(time.Now())
+	case own == errNoSocket, isFull(own):
+		return 1
 	}
-	return c.refuseWith(own, !c.passBody(), c.explain(own), retryAfter)
+	return 0
 }
 
 // noteGone reports whether an error is that the client has left, or takes nothing, and notes it for the log.
@@ -286,27 +290,48 @@ func (p *Proxy) isHealth(path []byte) bool {
 	return p.cfg().HealthPath != "" && string(path) == p.cfg().HealthPath
 }
 
+// own is what of the gateway itself answers a request.
+type own uint8
+
+const (
+	ownOptions own = iota // an empty 200
+	ownHealth
+	ownAPI
+)
+
 // local answers such a request.
 func (c *conn) local() (keep bool) {
-	r, p := &c.req, c.p
-	if err := c.denied(); err != nil {
+	switch who, err := c.own(); {
+	case err != nil:
 		return c.refuse(err, !c.passBody())
-	}
-	if len(r.Path) == 1 && r.Path[0] == '*' || r.maxForwards == 0 {
+	case who == ownOptions:
 		return c.plain(200, "")
-	}
-	if r.unclear && p.cfg().AmbiguousPaths != PassPaths {
-		if _, err := p.reading(p.cfg(), r); err != nil {
-			return c.refuse(err, !c.passBody())
-		}
-	}
-	switch {
-	case !p.isHealth(r.Path):
+	case who == ownAPI:
 		return c.api()
-	case p.cfg().Ready():
+	case c.p.cfg().Ready():
 		return c.plain(200, "ready\n")
 	}
 	return c.plain(503, "shutting down\n")
+}
+
+// own says who answers such a request, or with which error it is refused.
+func (c *conn) own() (own, *refusal) {
+	r, p := &c.req, c.p
+	if err := c.denied(); err != nil {
+		return 0, err
+	}
+	if len(r.Path) == 1 && r.Path[0] == '*' || r.maxForwards == 0 {
+		return ownOptions, nil
+	}
+	if r.unclear && p.cfg().AmbiguousPaths != PassPaths {
+		if _, err := p.reading(p.cfg(), r); err != nil {
+			return 0, err
+		}
+	}
+	if p.isHealth(r.Path) {
+		return ownHealth, nil
+	}
+	return ownAPI, nil
 }
 
 // apiContext is the request as fasthttp's handlers read it.

@@ -371,17 +371,21 @@ func (x *exchange) choose(v *view) *upstream {
 // probe takes a free probe of a half-open instance that was not asked yet.
 func (x *exchange) probe(v *view, nobodyElse bool) *upstream {
 	for _, u := range v.probing {
-		if u.gate.FreeProbes() == 0 || x.asked.has(u) {
-			continue
-		}
-		covered := !nobodyElse && x.canCover(v, u)
-		late := x.began.Sub(u.gate.Status().Since) >= probePatience
-		if (covered || nobodyElse || late) && x.admit(u) {
+		if covered, ok := x.mayProbe(v, u, nobodyElse); ok && x.admit(u) {
 			x.covered = covered
 			return u
 		}
 	}
 	return nil
+}
+
+// mayProbe says whether the request is one for a probe of u, and whether a ready instance can make up for it.
+func (x *exchange) mayProbe(v *view, u *upstream, nobodyElse bool) (covered, ok bool) {
+	if u.gate.FreeProbes() == 0 || x.asked.has(u) {
+		return false, false
+	}
+	covered = !nobodyElse && x.canCover(v, u)
+	return covered, covered || nobodyElse || x.began.Sub(u.gate.Status().Since) >= probePatience
 }
 
 // canCover reports whether a ready instance can make up for a probe of u that fails: the request may be sent again (not

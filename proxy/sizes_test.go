@@ -116,7 +116,10 @@ func TestResponseLimits(t *testing.T) {
 		{"status line", Limits{Head: 1000}, head(1000), "HTTP/1.1 200 " + strings.Repeat("x", 1000), "1000 bytes"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			g := startGateway(t, func(cfg *Config) { steady(cfg); cfg.Limits = row.limits }, nil)
+			g := startGateway(t, func(cfg *Config) {
+				steady(cfg)
+				cfg.Limits, cfg.UpstreamIdle = row.limits, time.Minute // a head of 1 MiB takes its time
+			}, nil)
 			within, came := scripted(t, row.within+"ok", false)
 			g.register(t, "echo", "1", within.url())
 			past, _ := scripted(t, row.past+"ok", true)

@@ -401,14 +401,19 @@ next:
 			continue
 		}
 		for i := range m.Headers {
-			h := &m.Headers[i]
-			if value := r.Header(h.Name); value == nil || h.Value != "" && string(value) != h.Value {
+			if !m.Headers[i].isIn(r) {
 				continue next
 			}
 		}
 		return m
 	}
 	return nil
+}
+
+// isIn says that the first field line of the name has the value, or any if that is empty.
+func (f *Field) isIn(r *Request) bool {
+	value := r.Header(f.Name)
+	return value != nil && (f.Value == "" || string(value) == f.Value)
 }
 
 // hostName appends the name of a host in lower case, without a port and the dot of the root. One that is too long to be a name is

@@ -541,7 +541,8 @@ type refusal struct {
 
 func (e *refusal) Error() string { return e.detail }
 
-// answer makes a handler of a call: its query has no other parameters than these, and an error is answered as what it is.
+// answer makes a handler of a call: its query has no other parameters than these, each once unless its name has a * behind it, and
+// an error is answered as what it is.
 func answer(call func(*fasthttp.RequestCtx) error, params ...string) fasthttp.RequestHandler {
 	return func(ctx *fasthttp.RequestCtx) {
 		err := checkQuery(ctx, params)
@@ -638,10 +639,12 @@ func checkQuery(ctx *fasthttp.RequestCtx, params []string) error {
 			name = s
 		}
 		switch {
+		case slices.Contains(params, name+"*"):
+			continue
 		case !slices.Contains(params, name) && len(params) == 0:
 			return &refusal{fasthttp.StatusBadRequest, short(name), fmt.Sprintf("unknown query parameter %s: this call takes none", clip(name))}
-		case !slices.Contains(params, name):
-			return &refusal{fasthttp.StatusBadRequest, short(name), fmt.Sprintf("unknown query parameter %s; this call takes %s", clip(name), strings.Join(params, ", "))}
+		case !slices.Contains(params, name) || strings.HasSuffix(name, "*"):
+			return &refusal{fasthttp.StatusBadRequest, short(name), fmt.Sprintf("unknown query parameter %s; this call takes %s", clip(name), strings.ReplaceAll(strings.Join(params, ", "), "*", ""))}
 		case seen[name]:
 			return &refusal{fasthttp.StatusBadRequest, name, name + " is there twice"}
 		}

@@ -23,6 +23,7 @@ type Config struct {
 	Metrics  fasthttp.RequestHandler // /metrics; nil: not served
 	Profiles fasthttp.RequestHandler // /debug/pprof/, with its own rule of access; nil: not served
 	Reload   fasthttp.RequestHandler // POST /reload, with its own rule of access; nil: not served
+	Explain  fasthttp.RequestHandler // /explain, likewise
 	API      fasthttp.RequestHandler // /register and /services, likewise
 	Log      *slog.Logger
 }
@@ -93,6 +94,10 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 			return
 		}
 		s.cfg.Reload(ctx)
+	case path == "/explain" && s.cfg.Explain != nil:
+		if reads(ctx) {
+			s.cfg.Explain(ctx)
+		}
 	case s.cfg.API != nil && registry.Serves(path):
 		s.cfg.API(ctx)
 		if stream := registry.Stream(ctx); stream != nil {
@@ -146,6 +151,9 @@ func (s *Server) paths() string {
 	}
 	if s.cfg.Reload != nil {
 		paths = append(paths, "/reload")
+	}
+	if s.cfg.Explain != nil {
+		paths = append(paths, "/explain")
 	}
 	if s.cfg.API != nil {
 		paths = append(paths, "/register", "/services")

@@ -84,7 +84,7 @@ func TestPaths(t *testing.T) {
 	says := func(text string) fasthttp.RequestHandler {
 		return func(ctx *fasthttp.RequestCtx) { ctx.SetBodyString(text) }
 	}
-	with := serve(t, Config{Ready: ready.Load, API: api, Metrics: says("metrics"), Profiles: says("profiles")}, plain)
+	with := serve(t, Config{Ready: ready.Load, API: api, Metrics: says("metrics"), Profiles: says("profiles"), Explain: says("explained")}, plain)
 	without := serve(t, Config{Ready: ready.Load}, plain)
 	long := strings.Repeat("x", 20<<10)
 	tests := []struct {
@@ -105,13 +105,16 @@ func TestPaths(t *testing.T) {
 		{"api", with, "POST /register HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n", true, 200, "the API"},
 		{"api, list", with, "GET /services?x HTTP/1.1\r\nHost: a\r\n\r\n", true, 200, "the API"},
 		{"api, one", with, "GET /services/echo HTTP/1.1\r\nHost: a\r\n\r\n", true, 200, "the API"},
-		{"api, not quite", with, "GET /servicesx HTTP/1.1\r\nHost: a\r\n\r\n", true, 404, "/healthz, /readyz, /metrics, /debug/pprof/, /register and /services"},
+		{"api, not quite", with, "GET /servicesx HTTP/1.1\r\nHost: a\r\n\r\n", true, 404, "/healthz, /readyz, /metrics, /debug/pprof/, /explain, /register and /services"},
 		{"metrics", with, "GET /metrics?x HTTP/1.1\r\nHost: evil.example\r\nX-Forwarded-For: 1.2.3.4\r\n\r\n", false, 200, "metrics"},
 		{"metrics, method", with, "POST /metrics HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n", true, 405, "GET and HEAD"},
-		{"metrics, not quite", with, "GET /metrics/ HTTP/1.1\r\nHost: a\r\n\r\n", true, 404, "/metrics, /debug/pprof/, /register and /services"},
+		{"metrics, not quite", with, "GET /metrics/ HTTP/1.1\r\nHost: a\r\n\r\n", true, 404, "/metrics, /debug/pprof/, /explain, /register and /services"},
 		{"no metrics", without, "GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n", true, 404, "there are /healthz and /readyz"},
 		{"profiles", with, "GET /debug/pprof/heap HTTP/1.1\r\nHost: a\r\n\r\n", false, 200, "profiles"},
 		{"no profiles", without, "GET /debug/pprof/ HTTP/1.1\r\nHost: a\r\n\r\n", true, 404, "there are /healthz and /readyz"},
+		{"explain", with, "GET /explain?path=/ HTTP/1.1\r\nHost: a\r\n\r\n", false, 200, "explained"},
+		{"explain, method", with, "POST /explain?path=/ HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n", true, 405, "GET and HEAD"},
+		{"no explain", without, "GET /explain?path=/ HTTP/1.1\r\nHost: a\r\n\r\n", true, 404, "there are /healthz and /readyz"},
 		{"a panic", with, "DELETE /register HTTP/1.1\r\nHost: a\r\n\r\n", true, 500, "a defect of the gateway"},
 		{"no api", without, "GET /services HTTP/1.1\r\nHost: a\r\n\r\n", true, 404, "there are /healthz and /readyz"},
 		{"root", with, "GET / HTTP/1.1\r\nHost: a\r\n\r\n", true, 404, "nothing is served"},

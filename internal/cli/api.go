@@ -371,15 +371,22 @@ func decode(answer []byte, one bool) ([]service, []expired, error) {
 }
 
 func table(out io.Writer, services []service) error {
+	return columns(out, func(w *tabwriter.Writer) {
+		fmt.Fprintln(w, "SERVICE\tSTRATEGY\tINSTANCE\tADDR\tWEIGHT\tREADY\tBREAKER\tIN FLIGHT\tTUNNELS\tSUCCESS\tFAILURE\tNOTE")
+		for _, s := range services {
+			for _, in := range s.Instances {
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\t%s\t%d\t%d\t%d\t%d\t%s\n", s.Name, s.InForce, in.ID, in.Addr, in.Weight,
+					yesNo(in.Ready), in.Breaker.State, in.InFlight, in.Tunnels, in.Success, in.Failure, note(s, in))
+			}
+		}
+	})
+}
+
+// columns prints lines whose cells end with tabs.
+func columns(out io.Writer, lines func(*tabwriter.Writer)) error {
 	var text bytes.Buffer
 	w := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "SERVICE\tSTRATEGY\tINSTANCE\tADDR\tWEIGHT\tREADY\tBREAKER\tIN FLIGHT\tTUNNELS\tSUCCESS\tFAILURE\tNOTE")
-	for _, s := range services {
-		for _, in := range s.Instances {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\t%s\t%d\t%d\t%d\t%d\t%s\n", s.Name, s.InForce, in.ID, in.Addr, in.Weight,
-				map[bool]string{true: "yes", false: "no"}[in.Ready], in.Breaker.State, in.InFlight, in.Tunnels, in.Success, in.Failure, note(s, in))
-		}
-	}
+	lines(w)
 	if err := w.Flush(); err != nil {
 		return err
 	}
@@ -389,6 +396,13 @@ func table(out io.Writer, services []service) error {
 		}
 	}
 	return nil
+}
+
+func yesNo(is bool) string {
+	if is {
+		return "yes"
+	}
+	return "no"
 }
 
 // note is why an instance or its service's strategy is not as one would expect, or nothing.

@@ -9,7 +9,6 @@ import (
 	"math"
 	"slices"
 	"strconv"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -46,7 +45,7 @@ type Config struct {
 // Reloads is how often the configuration was read again.
 type Reloads struct {
 	Done, Failed uint64
-	Last         time.Time // that it was taken over; at the start too
+	Last         int64 // when it was taken over, in Unix milliseconds; at the start too
 }
 
 // Handler answers scrapes: in the text format, OpenMetrics or protobuf, which alone has native histograms.
@@ -173,7 +172,7 @@ func (g *gateway) Gather() ([]*dto.MetricFamily, error) {
 	read := g.cfg.Reloads()
 	out.add(reloads, float64(read.Done), pairs("outcome", "success"))
 	out.add(reloads, float64(read.Failed), pairs("outcome", "failure"))
-	out.add(reloaded, float64(read.Last.UnixMilli())/1e3, nil)
+	out.add(reloaded, float64(read.Last)/1e3, nil)
 	out.add(unlogged, float64(g.cfg.Unlogged()), nil)
 	g.services(out)
 
