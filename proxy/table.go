@@ -168,32 +168,53 @@ func newTable(all []Route, of func(service string) *route) (*table, error) {
 
 func newPaths() *paths { return &paths{exact: map[string][]*route{}, prefixes: map[string][]*route{}} }
 
-// compareRoutes is the order of precedence.
-func compareRoutes(a, b *Route) int {
-	rank := func(r *Route) int {
-		switch {
-		case r.Prefix == FirstSegmentRule:
-			return 3
-		case r.Host == "":
-			return 2
-		case r.Host[0] == '*':
-			return 1
-		}
-		return 0
-	}
-	wildcard := 0
-	if rank(a) == 1 && rank(b) == 1 {
-		wildcard = cmp.Compare(len(b.Host), len(a.Host))
-	}
-	exact := func(r *Route) int {
-		if r.Path != "" {
+// precedence is who comes first of two routes, by the first rule that tells them apart.
+var precedence = []struct {
+	why     string // the other one comes first
+	compare func(a, b *Route) int
+}{
+	{"the other is more exact about the host", func(a, b *Route) int { return cmp.Compare(a.hostRank(), b.hostRank()) }},
+	{"the other has the longer host", func(a, b *Route) int {
+		if a.hostRank() != wildcardHost {
 			return 0
 		}
-		return 1
+		return cmp.Compare(len(b.Host), len(a.Host))
+	}},
+	{"the other has the whole path", func(a, b *Route) int { return cmp.Compare(min(len(b.Path), 1), min(len(a.Path), 1)) }},
+	{"the other has the longer prefix", func(a, b *Route) int {
+		return cmp.Compare(len(strings.TrimSuffix(b.Prefix, "/")), len(strings.TrimSuffix(a.Prefix, "/")))
+	}},
+	{"the other has more conditions", func(a, b *Route) int { return cmp.Compare(b.conditions(), a.conditions()) }},
+}
+
+// compareRoutes is the order of precedence.
+func compareRoutes(a, b *Route) int {
+	for _, rule := range precedence {
+		if c := rule.compare(a, b); c != 0 {
+			return c
+		}
 	}
-	return cmp.Or(cmp.Compare(rank(a), rank(b)), wildcard, cmp.Compare(exact(a), exact(b)),
-		cmp.Compare(len(strings.TrimSuffix(b.Prefix, "/")), len(strings.TrimSuffix(a.Prefix, "/"))),
-		cmp.Compare(b.conditions(), a.conditions()))
+	return 0
+}
+
+// How exact a route is about the host.
+const (
+	exactHost = iota
+	wildcardHost
+	anyHost
+	firstSegment // comes behind all others
+)
+
+func (r *Route) hostRank() int {
+	switch {
+	case r.Prefix == FirstSegmentRule:
+		return firstSegment
+	case r.Host == "":
+		return anyHost
+	case r.Host[0] == '*':
+		return wildcardHost
+	}
+	return exactHost
 }
 
 func (r *Route) conditions() int { return min(len(r.Methods), 1) + len(r.Headers) }

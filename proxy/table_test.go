@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -392,39 +391,6 @@ func TestServiceSettings(t *testing.T) {
 		if _, err := New(Config{Registry: registry.New(registry.Config{}), Services: map[string]Service{"x": bad}}, nil); err == nil || !strings.Contains(err.Error(), "Services: x: ") {
 			t.Errorf("%+v: %v", bad, err)
 		}
-	}
-}
-
-// What explains a request tells its route, and why others are not the one.
-func TestExplainRoutes(t *testing.T) {
-	g := startGateway(t, func(cfg *Config) {
-		cfg.Routes = []Route{
-			{Prefix: "/api", Service: "api"},
-			{Prefix: "/api", Methods: []string{"POST"}, Service: "writes"},
-			{Prefix: "/api", Headers: []Field{{"X-Canary", "1"}}, Service: "canary"},
-			{Host: "other.example.com", Service: "other"},
-			{Prefix: "/*"},
-		}
-	}, nil)
-	ask := func(path string, fields ...string) registry.Explanation {
-		return g.Explain(registry.Question{Method: "GET", Host: "h", Path: path, Fields: fields, Client: netip.MustParseAddr("127.0.0.1")})
-	}
-	e := ask("/api/x", "X-Canary: 2")
-	if e.Route == nil || e.Route.Match != "/api" || e.Route.Service != "api" {
-		t.Errorf("/api/x: %+v", e.Route)
-	}
-	want := []registry.RouteExplanation{{Match: "POST /api", Service: "writes", Why: "it is for POST"}, {Match: "/api X-Canary", Service: "canary", Why: "it is for another value of X-Canary"}}
-	if !slices.Equal(e.Near, want) {
-		t.Errorf("near: %+v, want %+v", e.Near, want)
-	}
-	if e := ask("/api/x", "X-Canary: 1"); e.Route.Service != "canary" || len(e.Near) != 2 || e.Near[1].Why != "it matches too, and comes behind" {
-		t.Errorf("with the field: %+v %+v", e.Route, e.Near)
-	}
-	if e := ask("/users/1"); e.Route.Match != "/*" || e.Route.Service != "users" || len(e.Near) != 0 {
-		t.Errorf("/users/1: %+v %+v", e.Route, e.Near)
-	}
-	if e := ask("/api/%2e%2e/api"); e.Outcome.Status != 404 && e.Outcome.Status != 503 {
-		t.Errorf("two readings of one route: %+v", e.Outcome)
 	}
 }
 
