@@ -374,7 +374,7 @@ func TestReadmeAPI(t *testing.T) {
 		"PUT /services/{service}/{id}":   `{"addr":"http://127.0.0.1:1"}`,
 		"PATCH /services/{service}/{id}": `{"state":"down"}`,
 	}
-	names := strings.NewReplacer("{service}", "echo", "{id}", "a")
+	names := strings.NewReplacer("{service}", "echo", "{id}", "a", "{path}", "/echo")
 	calls := 0
 	for _, row := range rows(t, "The API") {
 		call := strings.Trim(row[0], "`")
@@ -388,7 +388,7 @@ func TestReadmeAPI(t *testing.T) {
 			t.Errorf("%s: README %q, real %s %s", call, row[2], status, body)
 		}
 	}
-	if calls != 9 {
+	if calls != 10 {
 		t.Errorf("%d calls", calls)
 	}
 }
