@@ -32,7 +32,7 @@ var (
 
 // FieldError refuses one field of a registration. Its texts are meant for the client that sent it.
 type FieldError struct {
-	Field  string // service, id, addr, weight, ttl, metadata, check and its members (check.path), slow_start, state or drain
+	Field  string // service, id, addr, weight, ttl, metadata, check and its members (check.path), slow_start, state, drain, or a parameter of the query
 	Detail string // what is wrong, and what would be right
 }
 

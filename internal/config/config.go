@@ -25,7 +25,7 @@ type Gateway struct {
 	Config string `type:"file" placeholder:"FILE" nofile:"" group:"listeners" help:"YAML file of settings, routes and services; without it kerberos.yaml of the working directory, if it is there."`
 
 	Listen        string        `live:"" default:":8080" type:"listen" placeholder:"ADDR" group:"listeners" help:"Where clients are served; port 0 takes a free one."`
-	Admin         string        `live:"" default:"127.0.0.1:9901" type:"listen-or-off" placeholder:"ADDR" group:"listeners" help:"Where /healthz, /readyz, /metrics, /debug/pprof/ and the API are served, or off."`
+	Admin         string        `live:"" default:"127.0.0.1:9901" type:"listen-or-off" placeholder:"ADDR" group:"listeners" help:"Where /healthz, /readyz, /metrics, /debug/pprof/, /explain, /reload and the API are served, or off."`
 	HealthPath    string        `live:"" type:"path" placeholder:"PATH" group:"listeners" help:"A path answered on --listen by the gateway itself, for a load balancer in front: 200 while ready, else 503."`
 	Metrics       Switch        `default:"on" negatable:"" group:"listeners" help:"Count and time requests, and serve /metrics on --admin."`
 	DrainTimeout  time.Duration `live:"" default:"30s" min:"0s" group:"listeners" help:"How long requests in flight may take to end at a shutdown."`
