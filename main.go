@@ -55,6 +55,9 @@ func run(args []string) int {
 		Unregister cli.Unregister `cmd:"" help:"Unregister an instance."`
 		Services   cli.Services   `cmd:"" help:"List services and their instances."`
 		Explain    cli.Explain    `cmd:"" help:"Say what a request would find now: its route, service and instance, or what stands in its way."`
+		Config     cli.Config     `cmd:"" help:"Print every setting with where its value comes from."`
+		Routes     cli.Routes     `cmd:"" help:"Print the routes in the order in which they count."`
+		Check      cli.CheckFile  `cmd:"" help:"Judge a file of settings."`
 		Version    cli.Version    `cmd:"" help:"Print the version."`
 	}
 	command, err := config.Parse(&commands, args, os.LookupEnv,
@@ -91,7 +94,7 @@ func process() *cli.Process {
 		Out:      os.Stdout,
 		Terminal: term.IsTerminal(int(os.Stdout.Fd())),
 		Start: func(cfg config.Gateway, log *slog.Logger) (cli.Gateway, error) {
-			g, err := start(cfg, log)
+			g, err := start(cfg, origin{}, log)
 			if err != nil {
 				return cli.Gateway{}, err
 			}
@@ -106,15 +109,18 @@ type gatewayCommand struct {
 }
 
 // Run serves until a signal. Then /readyz fails at once, the listeners stay open for --shutdown-delay, and requests in
-// flight have --drain-timeout to end. A second signal ends the process where it is.
-func (c *gatewayCommand) Run() error {
-	signals := make(chan os.Signal, 2)
+// flight have --drain-timeout to end. A second signal ends the process where it is. SIGHUP has the configuration read again.
+func (c *gatewayCommand) Run(command *kong.Context, sources *config.Sources) error {
+	signals, again := make(chan os.Signal, 2), make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	signal.Notify(again, syscall.SIGHUP)
 	reopen := make(chan os.Signal, 1)
 	accesslog.NotifyReopen(reopen) // without a log too: it shall not end the process
 	log := slog.New(logHandler(os.Stderr))
 	memory.Tune()
-	g, err := start(c.Gateway, log)
+	g, err := start(c.Gateway, origin{sources: sources, load: func() (config.Gateway, *config.Sources, error) {
+		return config.Load(command.Args, os.LookupEnv)
+	}}, log)
 	if err != nil {
 		return err
 	}
@@ -125,10 +131,17 @@ func (c *gatewayCommand) Run() error {
 			}
 		}
 	}()
-	select {
-	case s := <-signals:
-		log.Info("stopping", "signal", s.String(), "shutdown_delay", c.ShutdownDelay.String(), "drain_timeout", c.DrainTimeout.String())
-	case err = <-g.failed:
+	for running := true; running; {
+		select {
+		case <-again:
+			_ = g.reload("SIGHUP") // the error is in the log
+		case s := <-signals:
+			g.reloader.end()
+			log.Info("stopping", "signal", s.String(), "shutdown_delay", g.cfg.ShutdownDelay.String(), "drain_timeout", g.cfg.DrainTimeout.String())
+			running = false
+		case err = <-g.failed:
+			running = false
+		}
 	}
 	go func() {
 		<-signals
@@ -154,6 +167,10 @@ type gateway struct {
 	data, admin net.Listener // admin is nil if off
 	registry    *registry.Registry
 	proxy       *proxy.Proxy
+	api         fasthttp.RequestHandler
+	loops       int
+	left        sync.Map // admin listeners that another one has replaced
+	reloader    reloader
 	accessLog   *accesslog.Log  // nil if off
 	tracer      *tracing.Tracer // nil if off
 	ops         *admin.Server   // nil with admin
@@ -164,23 +181,25 @@ type gateway struct {
 }
 
 // start opens the listeners and serves. Flags that only the packages themselves can judge end in its error too.
-func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
-	g := &gateway{cfg: cfg, log: log, failed: make(chan error, 2)}
+// from says where they come from.
+func start(cfg config.Gateway, from origin, log *slog.Logger) (_ *gateway, err error) {
+	g := &gateway{cfg: cfg, log: log, loops: runtime.GOMAXPROCS(0), failed: make(chan error, 2)}
+	g.reloader.origin, g.reloader.count.Last = from, clock()
 	defer func() {
 		if err != nil {
 			g.close()
 		}
 	}()
-	var own []netip.AddrPort
+	if cfg.File != "" {
+		log.Info("settings are read from a file", "file", cfg.File)
+	}
 	if g.data, err = net.Listen("tcp", cfg.Listen); err != nil {
 		return nil, fmt.Errorf("--listen: %w", err)
 	}
-	own = append(own, bound(g.data))
 	if cfg.Admin != config.Off {
 		if g.admin, err = net.Listen("tcp", cfg.Admin); err != nil {
 			return nil, fmt.Errorf("--admin: %w", err)
 		}
-		own = append(own, bound(g.admin))
 	}
 
 	g.rule, err = access.New(access.Config{
@@ -203,11 +222,83 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		}
 	}
 	var api fasthttp.RequestHandler // describes what the proxy does, which is made with it
-	guarded := g.rule.Wrap(func(ctx *fasthttp.RequestCtx) { api(ctx) })
+	g.api = g.rule.Wrap(func(ctx *fasthttp.RequestCtx) { api(ctx) })
 
-	registration := registry.Config{Addrs: registry.AddrPolicy{Allow: cfg.AddrAllow, Deny: cfg.AddrDeny, Own: own}, Log: log}
+	if cfg.AccessLog != config.Off {
+		g.accessLog, err = accesslog.Open(accesslog.Config{
+			Path:   cfg.AccessLog,
+			Format: accesslog.Format(cfg.AccessLogFormat),
+			Share:  float64(cfg.AccessLogSample),
+			Loops:  g.loops,
+			Log:    log,
+		})
+		if err != nil {
+			return nil, fmt.Errorf("--access-log: %w", err)
+		}
+	}
+	if cfg.OTLPEndpoint != "" {
+		g.tracer, err = tracing.New(tracing.Config{Endpoint: cfg.OTLPEndpoint, GRPC: cfg.OTLPProtocol == config.GRPC, Log: log})
+		if err != nil {
+			return nil, usageError{err}
+		}
+	}
+	registration := registry.Config{Addrs: addresses(cfg, g.data, g.admin), Log: log}
+	if cfg.API.OnData() {
+		registration.Reserved = registry.ServedNames()
+	}
+	if cfg.Data == "" {
+		g.registry = registry.New(registration)
+		log.Info("registrations end with this process; --data keeps them")
+	} else if g.registry, err = registry.Open(registration, cfg.Data); err != nil {
+		return nil, fmt.Errorf("--data: %w", err)
+	}
+	if err = g.registry.Pin(cfg.File, cfg.Pinned()); err != nil {
+		return nil, usageError{fmt.Errorf("%s: %w", cfg.File, err)}
+	}
+	if g.proxy, err = proxy.New(g.forwarding(cfg), nil); err != nil {
+		return nil, usageError{err}
+	}
+	api = registry.NewHandler(g.registry, g.proxy)
+	g.registry.OnChange(g.proxy.Update)
+	for _, name := range g.registry.Names() { // what has changed since proxy.New looked, a lease's end for example
+		g.proxy.Update(name)
+	}
+	if g.admin != nil {
+		operation := admin.Config{
+			Ready: g.ready.Load, Profiles: g.rule.WrapAdmin(pprofhandler.PprofHandler),
+			Explain: g.rule.Wrap(registry.NewExplainHandler(g.registry, g.proxy)), Log: log,
+		}
+		if cfg.Metrics {
+			operation.Metrics = metrics.Handler(metrics.Config{
+				Proxy: g.proxy, Registry: g.registry, Ready: g.ready.Load, Reloads: g.reloads, MaxSeries: cfg.MetricsMaxSeries, Unlogged: g.accessLog.Dropped, Log: log,
+			})
+		}
+		if from.load != nil {
+			operation.Reload = g.rule.WrapAdmin(g.answerReload)
+		}
+		if cfg.API.OnAdmin() {
+			operation.API = g.api
+		}
+		g.ops = admin.New(operation)
+	}
+
+	g.warnOpen(cfg, g.data)
+	g.followFile()
+	g.ready.Store(true)
+	g.serve("data", g.data, g.proxy.Serve)
+	if g.admin != nil {
+		g.serve("admin", g.admin, g.serveAdmin)
+	}
+	return g, nil
+}
+
+// forwarding is what the proxy is told. What is no setting is the same each time.
+func (g *gateway) forwarding(cfg config.Gateway) proxy.Config {
 	forwarding := proxy.Config{
+		Registry:       g.registry,
 		Strategy:       cfg.Strategy,
+		Routes:         cfg.Route,
+		Services:       cfg.ServiceSettings(),
 		RequestTimeout: limit(cfg.RequestTimeout),
 		ConnectTimeout: limit(cfg.ConnectTimeout),
 		UpstreamIdle:   limit(cfg.UpstreamIdleTimeout),
@@ -239,95 +330,53 @@ func start(cfg config.Gateway, log *slog.Logger) (_ *gateway, err error) {
 		BreakerStatuses:  cfg.BreakerStatuses,
 		Upgrades:         cfg.AllowUpgrades,
 		TrustedProxies:   cfg.TrustedProxies,
-		UpstreamCA:       cfg.UpstreamCA,
+		UpstreamCA:       cfg.UpstreamCA.Pool,
 		UpstreamInsecure: bool(cfg.UpstreamInsecure),
 		NoVia:            !bool(cfg.Via),
 		HealthPath:       cfg.HealthPath,
 		Ready:            g.ready.Load,
 		NoMetrics:        !bool(cfg.Metrics),
 		RequestIDs:       bool(cfg.RequestID),
-		Loops:            runtime.GOMAXPROCS(0),
+		Loops:            g.loops,
 		AmbiguousPaths:   proxy.PathPolicy(cfg.AmbiguousPaths),
 		AllowMethods:     cfg.AllowMethods,
-		Log:              log,
+		Log:              g.log,
 	}
-	for _, route := range cfg.Route {
-		forwarding.Routes = append(forwarding.Routes, proxy.RoutePrefix(route))
-	}
-	if cfg.AccessLog != config.Off {
-		g.accessLog, err = accesslog.Open(accesslog.Config{
-			Path:   cfg.AccessLog,
-			Format: accesslog.Format(cfg.AccessLogFormat),
-			Share:  float64(cfg.AccessLogSample),
-			Loops:  forwarding.Loops,
-			Log:    log,
-		})
-		if err != nil {
-			return nil, fmt.Errorf("--access-log: %w", err)
-		}
+	if g.accessLog != nil {
 		forwarding.AccessLog = g.accessLog.Write
 	}
-	if cfg.OTLPEndpoint != "" {
-		g.tracer, err = tracing.New(tracing.Config{Endpoint: cfg.OTLPEndpoint, GRPC: cfg.OTLPProtocol == config.GRPC, Log: log})
-		if err != nil {
-			return nil, usageError{err}
-		}
+	if g.tracer != nil {
 		forwarding.Trace, forwarding.TraceShare = g.tracer.Trace, float64(cfg.TraceSample)
 	}
 	if cfg.API.OnData() {
-		registration.Reserved = registry.ServedNames()
-		forwarding.API = guarded
+		forwarding.API = g.api
 		forwarding.MayRead = g.rule.MayReadAll
 	}
+	return forwarding
+}
 
-	if cfg.Data == "" {
-		g.registry = registry.New(registration)
-		log.Info("registrations end with this process; --data keeps them")
-	} else if g.registry, err = registry.Open(registration, cfg.Data); err != nil {
-		return nil, fmt.Errorf("--data: %w", err)
-	}
-	forwarding.Registry = g.registry
-	if g.proxy, err = proxy.New(forwarding, nil); err != nil {
-		return nil, usageError{err}
-	}
-	api = registry.NewHandler(g.registry, g.proxy)
-	g.registry.OnChange(g.proxy.Update)
-	for _, name := range g.registry.Names() { // what has changed since proxy.New looked, a lease's end for example
-		g.proxy.Update(name)
-	}
-	if g.admin != nil {
-		operation := admin.Config{
-			Ready: g.ready.Load, Profiles: g.rule.WrapAdmin(pprofhandler.PprofHandler),
-			Explain: g.rule.Wrap(registry.NewExplainHandler(g.registry, g.proxy)), Log: log,
-		}
-		if cfg.Metrics {
-			operation.Metrics = metrics.Handler(metrics.Config{
-				Proxy: g.proxy, Registry: g.registry, Ready: g.ready.Load, MaxSeries: cfg.MetricsMaxSeries, Unlogged: g.accessLog.Dropped, Log: log,
-			})
-		}
-		if cfg.API.OnAdmin() {
-			operation.API = guarded
-		}
-		g.ops = admin.New(operation)
-	}
-
+// warnOpen warns of an API that is open to more than it may be meant for, or to nobody.
+func (g *gateway) warnOpen(cfg config.Gateway, data net.Listener) {
 	switch {
 	case cfg.Token != "" || cfg.Tokens != "" || cfg.AdminClientCA != "" || cfg.APIAllow.None:
 	case len(cfg.TrustedProxies) > 0:
-		log.Warn("nobody may use the API: with --trusted-proxies it needs a token; set --token or --tokens")
-	case cfg.API.OnData() && !bound(g.data).Addr().IsLoopback():
-		log.Warn("the API is served on the data listener without a token: whoever passes the rule of --api-allow may change where traffic goes; set --token or --api=admin")
+		g.log.Warn("nobody may use the API: with --trusted-proxies it needs a token; set --token or --tokens")
+	case cfg.API.OnData() && !bound(data).Addr().IsLoopback():
+		g.log.Warn("the API is served on the data listener without a token: whoever passes the rule of --api-allow may change where traffic goes; set --token or --api=admin")
 	}
-	g.ready.Store(true)
-	g.serve("data", g.data, g.proxy.Serve)
-	if g.admin != nil {
-		serve := g.ops.Serve
-		if g.tls != nil {
-			serve = func(ln net.Listener) error { return g.ops.Serve(g.tls.Listener(ln)) }
-		}
-		g.serve("admin", g.admin, serve)
+}
+
+// serveAdmin serves the admin listener.
+func (g *gateway) serveAdmin(ln net.Listener) error {
+	served := ln
+	if g.tls != nil {
+		served = g.tls.Listener(ln)
 	}
-	return g, nil
+	err := g.ops.Serve(served)
+	if _, left := g.left.LoadAndDelete(ln); left {
+		return nil
+	}
+	return err
 }
 
 // limit is what a package that is configured takes for a flag: there 0 is the default, and less is none.
@@ -349,6 +398,7 @@ func (g *gateway) serve(name string, ln net.Listener, serve func(net.Listener) e
 
 // stop ends the gateway as its flags say.
 func (g *gateway) stop() {
+	g.reloader.end()
 	g.ready.Store(false)
 	time.Sleep(g.cfg.ShutdownDelay)
 	g.registry.Close() // who waits for a drain is answered, and no lease ends any more

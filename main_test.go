@@ -40,6 +40,8 @@ func TestArrows(t *testing.T) {
 			return to == "registry/client"
 		case from == "internal/metrics" && to == "proxy": // it reads what that counts
 			return true
+		case (from == "internal/config" || from == "internal/cli") && to == "proxy": // they read and print its routes
+			return true
 		case strings.HasPrefix(from, "internal/"):
 			told := from == "internal/accesslog" || from == "internal/tracing" // what becomes of requests
 			return to == "registry" || to == "lb" || strings.HasPrefix(to, "internal/") || told && to == "proxy"
@@ -154,7 +156,7 @@ func TestHelp(t *testing.T) {
 	if !strings.Contains(stdout, "\n  --listen=ADDR ") { // and so all the others: TestHelp in internal/config
 		t.Error("the gateway's flags are not in the help")
 	}
-	for _, name := range strings.Fields("demo backend register unregister services explain version") {
+	for _, name := range strings.Fields("demo backend register unregister services explain config routes check version") {
 		if !strings.Contains(stdout, "\n  "+name+" ") {
 			t.Errorf("the command %s is not in the help", name)
 		}

@@ -109,6 +109,7 @@ func (s *session) here(text string) string {
 }
 
 func (s *session) there(text string) string {
+	text = strings.ReplaceAll(text, filepath.Dir(s.file), "/tmp")
 	for port, here := range s.ports {
 		text = strings.ReplaceAll(text, here, port)
 	}
@@ -544,7 +545,7 @@ func TestReadmeLimits(t *testing.T) {
 		"field lines of a request or a response":                                 {"200 -> 431; 502 for a backend's", fields(200), fields(201)},
 		"first line of a request":                                                {"16KiB -> 414", line(16 << 10), line(16<<10 + 1)},
 		"attempts on the API that failed, of one address (IPv6: of one /64)":     {"10 at once, then 1 a second -> 429 with `Retry-After`, but to those who have a right", 0, guess(t, 100)},
-		"file of `--tokens`, and those of certificates":                          {"1 MiB -> it is refused, or what it was stays in force", 0, 0}, // TestNewRefuses in internal/access
+		"file of `--config` or `--tokens`, and those of certificates":            {"1 MiB -> it is refused, or what it was stays in force", 0, 0}, // TestNewRefuses in internal/access
 	} {
 		if limits[what] != test.want {
 			t.Errorf("%s: README %q, real %q", what, limits[what], test.want)

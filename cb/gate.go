@@ -150,7 +150,7 @@ type Gate struct {
 	word atomic.Uint64
 	_    [120]byte
 
-	cfg      Config
+	cfg      atomic.Pointer[Config]
 	onChange func(from, to State, reason error) // or nil
 
 	mu      sync.Mutex // guards what follows; never held while onChange runs
@@ -163,6 +163,7 @@ type Gate struct {
 	changes []change    // not yet told to onChange
 	telling bool        // a goroutine is telling them
 	stopped bool        // by Close
+	next    *Config     // by Configure, while it is not closed; nil: none
 }
 
 // New returns a closed Gate. Its error names the field of cfg that is out of range. Close it to stop its timer.
@@ -180,8 +181,15 @@ func New(cfg Config, onChange func(from, to State, reason error)) (*Gate, error)
 	if err != nil {
 		return nil, err
 	}
-	g := &Gate{cfg: cfg, onChange: onChange, since: time.Now()}
+	g := &Gate{onChange: onChange, since: time.Now()}
 	g.word.Store(pack(1, Closed, 0))
+	g.become(&cfg)
+	return g, nil
+}
+
+// become takes over a configuration while it is closed: then gobreaker has nothing to remember. mu is held.
+func (g *Gate) become(cfg *Config) {
+	g.cfg.Store(cfg)
 	g.slow = gobreaker.NewTwoStepCircuitBreaker[struct{}](gobreaker.Settings{
 		MaxRequests:   uint32(cfg.Probes),
 		Timeout:       cfg.OpenFor,
@@ -189,7 +197,17 @@ func New(cfg Config, onChange func(from, to State, reason error)) (*Gate, error)
 		IsExcluded:    func(err error) bool { return err == errIgnored },
 		OnStateChange: g.changed,
 	})
-	return g, nil
+}
+
+// Configure has the gate go by another configuration: from now on if it is closed, and its run of failures goes on; else when it
+// is closed again. The error is as that of New, and then nothing has changed.
+func (g *Gate) Configure(cfg Config) error {
+	cfg, err := cfg.WithDefaults()
+	if err != nil {
+		return err
+	}
+	g.locked(func() { g.next = &cfg })
+	return nil
 }
 
 // State returns the state at this moment: one atomic load.
@@ -253,7 +271,7 @@ func (g *Gate) Failure(t Token, reason error) {
 		switch {
 		case era(w) != t.era:
 			return // of an earlier generation
-		case count(w)+1 >= g.cfg.Failures:
+		case count(w)+1 >= g.cfg.Load().Failures:
 			if g.trip(w, reason) {
 				return
 			}
@@ -298,7 +316,7 @@ func (g *Gate) allowProbe() (t Token, ok bool) {
 		if err != nil {
 			return
 		}
-		p := &probe{report: report, deadline: time.Now().Add(g.cfg.ProbeTimeout)}
+		p := &probe{report: report, deadline: time.Now().Add(g.cfg.Load().ProbeTimeout)}
 		g.probes = append(g.probes, p)
 		g.word.Add(^uint64(0)) // one free probe less
 		t, ok = Token{probe: p}, true
@@ -313,7 +331,7 @@ func (g *Gate) trip(w uint64, reason error) bool {
 		if tripped = g.word.CompareAndSwap(w, pack(generation(w), Open, 0)); !tripped {
 			return
 		}
-		g.reason = because(fmt.Sprintf("%d failures in a row", g.cfg.Failures), reason)
+		g.reason = because(fmt.Sprintf("%d failures in a row", g.cfg.Load().Failures), reason)
 		report, _ := g.slow.Allow() // never refused: it is closed as long as the word is
 		report(errFailed)
 	})
@@ -349,7 +367,7 @@ func (g *Gate) tick() {
 		case g.State() == Open:
 			g.slow.State() // gobreaker looks at its clock when asked
 		case len(g.probes) > 0 && !now.Before(g.probes[0].deadline):
-			g.end(g.probes[0], errFailed, fmt.Errorf("probe lost: no outcome within %v", g.cfg.ProbeTimeout))
+			g.end(g.probes[0], errFailed, fmt.Errorf("probe lost: no outcome within %v", g.cfg.Load().ProbeTimeout))
 		}
 	})
 }
@@ -388,13 +406,13 @@ func (g *Gate) changed(_ string, gFrom, gTo gobreaker.State) {
 	free := 0
 	switch to {
 	case Open:
-		g.until = g.since.Add(g.cfg.OpenFor)
+		g.until = g.since.Add(g.cfg.Load().OpenFor)
 	case HalfOpen:
-		free = g.cfg.Probes
-		c.reason = fmt.Errorf("open for %v", g.cfg.OpenFor)
+		free = g.cfg.Load().Probes
+		c.reason = fmt.Errorf("open for %v", g.cfg.Load().OpenFor)
 	case Closed:
 		g.reason = nil
-		c.reason = fmt.Errorf("%d of %[1]d probes succeeded", g.cfg.Probes)
+		c.reason = fmt.Errorf("%d of %[1]d probes succeeded", g.cfg.Load().Probes)
 	}
 	g.word.Store(pack(generation(g.word.Load())+1, to, free))
 	if g.onChange != nil {
@@ -410,6 +428,10 @@ func (g *Gate) locked(step func()) {
 		return
 	}
 	step()
+	if g.next != nil && g.State() == Closed {
+		g.become(g.next)
+		g.next = nil
+	}
 	g.arm()
 	if g.telling {
 		return // whoever is telling goes on to these

@@ -68,10 +68,10 @@ func wantRefused(t *testing.T, g *Gate) {
 // halfOpen fails a closed gate and waits until it is half-open.
 func halfOpen(t *testing.T, g *Gate) {
 	t.Helper()
-	fail(t, g, g.cfg.Failures)
-	time.Sleep(g.cfg.OpenFor + 1)
+	fail(t, g, g.cfg.Load().Failures)
+	time.Sleep(g.cfg.Load().OpenFor + 1)
 	synctest.Wait()
-	wantGate(t, g, HalfOpen, g.cfg.Probes)
+	wantGate(t, g, HalfOpen, g.cfg.Load().Probes)
 }
 
 func TestConfig(t *testing.T) {
@@ -104,8 +104,8 @@ func TestConfig(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer g.Close()
-			if g.cfg != tt.want {
-				t.Errorf("config %+v, want %+v", g.cfg, tt.want)
+			if *g.cfg.Load() != tt.want {
+				t.Errorf("config %+v, want %+v", *g.cfg.Load(), tt.want)
 			}
 		})
 	}
@@ -761,4 +761,39 @@ func TestNoAllocations(t *testing.T) {
 			t.Errorf("%s: %v allocations, want 0", name, n)
 		}
 	}
+}
+
+// Another configuration is in force at once while the gate is closed, and else when it is closed again.
+func TestConfigure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, err := New(Config{Failures: 3, OpenFor: time.Second, Probes: 1}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer g.Close()
+		if err := g.Configure(Config{Failures: -1}); err == nil {
+			t.Error("a bad one was accepted")
+		}
+		fail(t, g, 1)
+		if err := g.Configure(Config{Failures: 2, OpenFor: time.Minute, Probes: 2}); err != nil {
+			t.Fatal(err)
+		}
+		fail(t, g, 1) // the run went on
+		wantGate(t, g, Open, 0)
+		if err := g.Configure(Config{Failures: 1, OpenFor: time.Hour, Probes: 3}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute + 1) // the open time that it began with
+		synctest.Wait()
+		wantGate(t, g, HalfOpen, 2)
+		for range 2 {
+			g.Success(probeOf(t, g))
+		}
+		wantGate(t, g, Closed, 0)
+		fail(t, g, 1)
+		wantGate(t, g, Open, 0)
+		time.Sleep(time.Hour + 1)
+		synctest.Wait()
+		wantGate(t, g, HalfOpen, 3)
+	})
 }

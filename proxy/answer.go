@@ -27,7 +27,15 @@ const maxNamed = 50
 
 // refuse sends an error of the gateway's own: status, why, Proxy-Status (RFC 9209).
 func (c *conn) refuse(err *refusal, last bool) (keep bool) {
-	return c.refuseWith(err, last, c.p.cfg.Limits.explain(err), 0)
+	return c.refuseWith(err, last, c.explain(err), 0)
+}
+
+// explain is the text of a refusal, with the limit that was passed if it is one.
+func (c *conn) explain(err *refusal) string {
+	if err == errBodyTooLarge {
+		return err.text + " of " + bytesText(c.x.route.body)
+	}
+	return c.p.cfg().Limits.explain(err)
 }
 
 // refuseWith is refuse with another text, and Retry-After (in seconds) if that is more than 0. Nobody may keep the answer:
@@ -41,7 +49,7 @@ func (c *conn) refuseWith(err *refusal, last bool, text string, retryAfter int) 
 	out = append(out, err.kind...)
 	out = append(out, "\r\n"...)
 	if err.status == 405 {
-		out = append(out, c.p.allow...)
+		out = append(out, c.p.cfg().allow...)
 	}
 	if retryAfter > 0 {
 		out = append(out, "Retry-After: "...)
@@ -77,7 +85,7 @@ func (c *conn) plain(status int, text string) (keep bool) {
 	last := !c.passBody()
 	out := c.ownHead(status, plainText)
 	if string(c.req.Method) == "OPTIONS" {
-		out = append(out, c.p.allow...)
+		out = append(out, c.p.cfg().allow...)
 	}
 	out = c.endOwnHead(out, len(text), last)
 	if string(c.req.Method) != "HEAD" {
@@ -164,10 +172,10 @@ func (c *conn) fail(err error) (keep bool) {
 	default:
 		own = errBadStatus
 	}
-	if c.p.limited.has(own) {
+	if isFull(own) {
 		x.service.queueRefused.Add(1)
 	}
-	return c.refuseWith(own, !c.passBody(), c.p.cfg.Limits.explain(own), x.retryAfter(own))
+	return c.refuseWith(own, !c.passBody(), c.explain(own), x.retryAfter(own))
 }
 
 // retryAfter is when a request that is refused may be sent again, in seconds; 0 if nobody knows.
@@ -175,7 +183,7 @@ func (x *exchange) retryAfter(own *refusal) int {
 	switch {
 	case own == errNoInstance:
 		return x.service.view.Load().retryAfter(time.Now())
-	case own == errNoSocket, x.p().limited.has(own):
+	case own == errNoSocket, isFull(own):
 		return 1
 	}
 	return 0
@@ -204,7 +212,7 @@ func (x *exchange) deliver() bool {
 // noRoute answers a request that has no service.
 func (c *conn) noRoute(err *refusal) (keep bool) {
 	text := err.text
-	if err == errNoRoute && c.p.cfg.MayRead != nil && c.p.cfg.MayRead(c.apiContext(nil)) {
+	if err == errNoRoute && c.p.cfg().MayRead != nil && c.p.cfg().MayRead(c.apiContext(nil)) {
 		text = c.p.routes(text)
 	}
 	return c.refuseWith(err, !c.passBody(), text, 0)
@@ -212,7 +220,7 @@ func (c *conn) noRoute(err *refusal) (keep bool) {
 
 // routes adds to a text which services there are.
 func (p *Proxy) routes(text string) string {
-	names := p.cfg.Registry.Names()
+	names := p.cfg().Registry.Names()
 	if len(names) == 0 {
 		return text + "; none is registered"
 	}
@@ -220,14 +228,18 @@ func (p *Proxy) routes(text string) string {
 	if len(names) > maxNamed {
 		names, more = names[:maxNamed], ", ..."
 	}
-	if len(p.cfg.Routes) == 0 {
+	routes := p.cfg().Routes
+	if len(routes) == 0 {
 		return text + "; known: /" + strings.Join(names, ", /") + more
 	}
-	prefixes := make([]string, len(p.cfg.Routes))
-	for i, r := range p.cfg.Routes {
-		prefixes[i] = r.Prefix
+	if more = ""; len(routes) > maxNamed {
+		routes, more = routes[:maxNamed], ", ..."
 	}
-	return text + "; known: " + strings.Join(prefixes, ", ")
+	known := make([]string, len(routes))
+	for i := range routes {
+		known[i] = routes[i].String()
+	}
+	return text + "; known: " + strings.Join(known, ", ") + more
 }
 
 // isLocal says that a request is not for a backend: methods that are not forwarded, expectations, upgrades, loops, the
@@ -257,7 +269,7 @@ func (p *Proxy) restricted(r *Request) *refusal {
 	switch {
 	case !connect && !is(r.Method, "trace"):
 		return nil
-	case !slices.Contains(p.cfg.AllowMethods, unsafe.String(unsafe.SliceData(r.Method), len(r.Method))):
+	case !slices.Contains(p.cfg().AllowMethods, unsafe.String(unsafe.SliceData(r.Method), len(r.Method))):
 		return errMethod
 	case r.chunked || r.length > 0:
 		return errMethodBody
@@ -271,11 +283,11 @@ func (p *Proxy) restricted(r *Request) *refusal {
 
 // owns says whether the gateway itself answers at a path.
 func (p *Proxy) owns(path []byte) bool {
-	return p.isHealth(path) || p.cfg.API != nil && registry.Serves(unsafe.String(unsafe.SliceData(path), len(path)))
+	return p.isHealth(path) || p.cfg().API != nil && registry.Serves(unsafe.String(unsafe.SliceData(path), len(path)))
 }
 
 func (p *Proxy) isHealth(path []byte) bool {
-	return p.cfg.HealthPath != "" && string(path) == p.cfg.HealthPath
+	return p.cfg().HealthPath != "" && string(path) == p.cfg().HealthPath
 }
 
 // own is what of the gateway itself answers a request.
@@ -296,7 +308,7 @@ func (c *conn) local() (keep bool) {
 		return c.plain(200, "")
 	case who == ownAPI:
 		return c.api()
-	case c.p.cfg.Ready():
+	case c.p.cfg().Ready():
 		return c.plain(200, "ready\n")
 	}
 	return c.plain(503, "shutting down\n")
@@ -311,8 +323,8 @@ func (c *conn) own() (own, *refusal) {
 	if len(r.Path) == 1 && r.Path[0] == '*' || r.maxForwards == 0 {
 		return ownOptions, nil
 	}
-	if r.unclear && p.cfg.AmbiguousPaths != PassPaths {
-		if _, err := p.reading(r); err != nil {
+	if r.unclear && p.cfg().AmbiguousPaths != PassPaths {
+		if _, err := p.reading(p.cfg(), r); err != nil {
 			return 0, err
 		}
 	}
@@ -350,7 +362,7 @@ func (c *conn) api() (keep bool) {
 	}
 	ctx := c.apiContext(x.held)
 	if x.complete {
-		c.p.cfg.API(ctx)
+		c.p.cfg().API(ctx)
 	} else {
 		registry.ErrorHandler(ctx, fasthttp.ErrBodyTooLarge)
 	}

@@ -298,8 +298,8 @@ func TestBadConfig(t *testing.T) {
 		{Config{Registry: reg, Breaker: cb.Config{OpenFor: -1}}, []string{"Breaker", "OpenFor", "-1ns"}},
 		{Config{Registry: reg, BreakerStatuses: []int{503, 99}}, []string{"BreakerStatuses", "99"}},
 		{Config{Registry: reg, BreakerStatuses: []int{600}}, []string{"BreakerStatuses", "600"}},
+		{Config{Registry: reg, Routes: []Route{{Prefix: "api", Service: "x"}}}, []string{"route api"}},
 		{Config{Registry: reg, TraceShare: 1.5}, []string{"TraceShare", "1.5", "0 to 1"}},
-		{Config{Registry: reg, Routes: []RoutePrefix{{"api", "x"}}}, []string{"api=x"}},
 	} {
 		p, err := New(tt.cfg, nil)
 		if err == nil || p != nil {
@@ -322,11 +322,11 @@ func TestDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.Close()
-	got := p.cfg
+	got := p.cfg()
 	if got.Strategy != "round-robin" || got.RequestTimeout != 30*time.Second || got.ConnectTimeout != 2*time.Second || got.Retries != 2 {
 		t.Errorf("defaults are %+v", got)
 	}
-	for status, failing := range p.failing {
+	for status, failing := range p.cfg().failing {
 		if failing != (status == 502 || status == 503 || status == 504) {
 			t.Errorf("status %d counts as a failure: %v", status, failing)
 		}

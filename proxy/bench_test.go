@@ -241,7 +241,7 @@ func BenchmarkPick(b *testing.B) {
 				b.ReportAllocs()
 				for b.Loop() {
 					x.begin(now)
-					s, err := x.p().find(&x.c.req)
+					s, err := x.find()
 					if err != nil {
 						b.Fatal(err)
 					}
@@ -308,7 +308,7 @@ func BenchmarkView(b *testing.B) {
 		for _, n := range []int{100, 1000, 10_000} {
 			b.Run(fmt.Sprintf("%s/%d", strategy, n), func(b *testing.B) {
 				x := startExchange(b, strategy, n)
-				s, reg := x.p().service("echo"), x.p().cfg.Registry
+				s, reg := x.p().service("echo"), x.p().cfg().Registry
 				both := [2]*registry.Snapshot{reg.Snapshot("echo")}
 				in := *both[0].Instances()[n/2]
 				in.Weight++
@@ -369,7 +369,7 @@ func TestPickDoesNotAllocate(t *testing.T) {
 		}
 		if allocs := testing.AllocsPerRun(300, func() {
 			x.begin(x.began)
-			x.service, _ = x.p().find(&x.c.req)
+			x.service, _ = x.find()
 			seen[x.pick()] = true
 			x.end(success, nil)
 		}); allocs != 0 {
@@ -392,14 +392,14 @@ func BenchmarkMetrics(b *testing.B) {
 	for _, metrics := range []string{"off", "on"} {
 		b.Run(metrics, func(b *testing.B) {
 			x := startExchange(b, lb.RoundRobin, 10)
-			x.p().cfg.NoMetrics = metrics == "off"
+			x.p().cfg().NoMetrics = metrics == "off"
 			x.c.head = []byte(smallGet)
 			x.status = 200
 			b.ReportAllocs()
 			for b.Loop() {
 				now := time.Now()
 				x.begin(now)
-				s, err := x.p().find(&x.c.req)
+				s, err := x.find()
 				if err != nil {
 					b.Fatal(err)
 				}

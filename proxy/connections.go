@@ -36,14 +36,14 @@ func (p *Proxy) add(c *conn) error {
 
 // refuses is why add would not take a connection now. The lock is held.
 func (p *Proxy) refuses(c *conn) error {
-	limits := &p.cfg.Limits
+	limits := &p.cfg().Limits
 	switch {
 	case p.closing.Load():
 		return net.ErrClosed
-	case c.isCounted() && p.clients[c.peer] >= limits.ConnectionsPerClient:
-		return p.limited.client
+	case limits.ConnectionsPerClient > 0 && c.isCounted() && p.clients[c.peer] >= limits.ConnectionsPerClient:
+		return errClientFull
 	case limits.Connections > 0 && len(p.conns) >= limits.Connections:
-		return p.limited.connections
+		return errGatewayFull
 	}
 	return nil
 }
@@ -52,7 +52,7 @@ func (p *Proxy) refuses(c *conn) error {
 func (p *Proxy) crowded(c *conn) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.refuses(c) == error(p.limited.connections)
+	return p.refuses(c) == error(errGatewayFull)
 }
 
 // remove may be called again.
@@ -75,7 +75,7 @@ func (p *Proxy) remove(c *conn) {
 
 // isCounted says whether the connection counts for its client's address. Of a proxy that is trusted it does not.
 func (c *conn) isCounted() bool {
-	return c.p.cfg.Limits.ConnectionsPerClient > 0 && !c.trusted && c.peer.IsValid()
+	return !c.trusted && c.peer.IsValid()
 }
 
 // spare returns a connection of the loop that can make room for a new one, or nil: one on which nothing has come for a
@@ -188,7 +188,7 @@ func (c *conn) turnAway(err error) {
 
 // appendTurnAway appends the whole answer to whatever the client asks for.
 func (p *Proxy) appendTurnAway(dst []byte, r *refusal) []byte {
-	body := strconv.Itoa(r.status) + " " + fasthttp.StatusMessage(r.status) + ": " + r.text + "\n"
+	body := strconv.Itoa(r.status) + " " + fasthttp.StatusMessage(r.status) + ": " + p.cfg().Limits.explain(r) + "\n"
 	dst = p.appendOwnHead(dst, r.status, plainText)
 	dst = append(dst, "Cache-Control: no-store\r\nProxy-Status: kerberos; error="+r.kind+"\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: "...)
 	dst = strconv.AppendInt(dst, int64(len(body)), 10)
@@ -209,6 +209,6 @@ func (p *Proxy) logTurnAway(r *refusal) {
 	}
 	p.mu.Unlock()
 	if n > 0 {
-		p.log.Warn("connections refused", slog.Int("count", n), slog.String("latest", r.text))
+		p.log.Warn("connections refused", slog.Int("count", n), slog.String("latest", p.cfg().Limits.explain(r)))
 	}
 }

@@ -94,7 +94,7 @@ func (c *conn) ended() {
 // count counts a request.
 func (c *conn) count(took times) {
 	x, p := &c.x, c.p
-	if p.cfg.NoMetrics {
+	if p.cfg().NoMetrics {
 		return
 	}
 	if x.service == nil {

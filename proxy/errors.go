@@ -20,6 +20,14 @@ type refusal struct {
 
 func (r *refusal) Error() string { return r.text }
 
+// What is too much at once; Limits.explain says how much there may be.
+var (
+	errServiceFull   = &refusal{503, "connection_limit_reached", "the service"}
+	errInstancesFull = &refusal{503, "connection_limit_reached", "all instances"}
+	errGatewayFull   = &refusal{503, "connection_limit_reached", "the gateway"}
+	errClientFull    = &refusal{429, "connection_limit_reached", "your address"}
+)
+
 // What clients did wrong. What makes a head or body unclear ends the connection: neither is clear then where the next
 // request begins.
 var (

@@ -36,9 +36,10 @@ const (
 type exchange struct {
 	c       *conn
 	began   time.Time // when the head was there
+	route   *route    // how it is served
 	service *service
 	key     uint64        // of the client, for ip-hash
-	retries int           // what is left of Config.Retries
+	retries int           // what is left of them
 	waited  time.Duration // of the request timeout, by attempts that failed
 	counted bool          // it has a place below the limit of the service
 	full    bool          // an instance had no place for it
@@ -121,12 +122,13 @@ func (x *exchange) p() *Proxy { return x.c.p }
 // begin starts an exchange for the request in c.req.
 func (x *exchange) begin(now time.Time) {
 	r := &x.c.req
+	x.route = x.p().cfg().standard // until it is routed
 	r.Client = x.c.peer
 	if len(r.xff) > 0 {
 		r.Client = x.p().client(r, x.c.peer)
 	}
 	x.back.base, x.back.r, x.back.w = 0, 0, 0
-	x.began, x.service, x.key, x.retries, x.waited = now, nil, 0, x.p().cfg.Retries, 0
+	x.began, x.service, x.key, x.retries, x.waited = now, nil, 0, 0, 0
 	x.view, x.asked.n, x.upstream, x.running, x.covered, x.err, x.attempts = nil, 0, nil, false, false, nil, 0
 	x.held, x.complete, x.upload, x.unread = nil, true, nil, false
 	x.bodyRead = !r.chunked && r.length <= 0
@@ -142,7 +144,7 @@ func (x *exchange) begin(now time.Time) {
 }
 
 // over is when the request has taken as long as it may in all.
-func (x *exchange) over() time.Time { return x.began.Add(x.p().cfg.Limits.TotalTimeout) }
+func (x *exchange) over() time.Time { return x.began.Add(x.route.totalTimeout) }
 
 // within is d, or less if the request is over before.
 func (x *exchange) within(now time.Time, d time.Duration) time.Duration {
@@ -162,7 +164,7 @@ func (x *exchange) left(now time.Time) bool {
 		return false
 	case client.Lost():
 		return true
-	case x.p().cfg.IgnoreFIN:
+	case x.p().cfg().IgnoreFIN:
 		return false
 	}
 	x.noteFIN(now)
@@ -220,7 +222,7 @@ func (x *exchange) end(o outcome, reason error) {
 	}
 	u.outcomes[o].Add(1)
 	u.inFlight.Add(-1)
-	if x.p().cfg.Limits.InFlightPerInstance > 0 {
+	if x.p().cfg().Limits.InFlightPerInstance > 0 {
 		u.service.crowd.wake()
 	}
 }
@@ -240,7 +242,7 @@ func (x *exchange) settle() {
 
 // verdict is what a complete response says of its instance.
 func (x *exchange) verdict() (outcome, error) {
-	if x.p().failing[x.res.status] {
+	if x.p().cfg().failing[x.res.status] {
 		return failure, statusError(x.res.status)
 	}
 	return success, nil
@@ -260,7 +262,7 @@ func (x *exchange) repeatable() bool {
 
 // timeLeft is what is left of the request timeout.
 func (x *exchange) timeLeft() time.Duration {
-	return x.within(time.Now(), x.p().cfg.RequestTimeout-x.waited)
+	return x.within(time.Now(), x.route.requestTimeout-x.waited)
 }
 
 // hold reads a request body that is small enough to be sent twice. One that is larger, or comes slowly in chunks, is
@@ -305,7 +307,7 @@ func (x *exchange) hold(patient bool) error {
 		switch {
 		case err != nil:
 			return errChunk
-		case int64(len(held)) > x.p().cfg.Limits.Body:
+		case int64(len(held)) > x.route.body:
 			return errBodyTooLarge
 		case done:
 			x.bodyRead = true
@@ -316,7 +318,7 @@ func (x *exchange) hold(patient bool) error {
 			x.complete = false
 			return nil
 		}
-		patience := x.p().cfg.Limits.BodyTimeout
+		patience := x.p().cfg().Limits.BodyTimeout
 		if r.chunked && !patient {
 			c.read.disarm()
 			patience = min(patience, time.Until(slowest))
@@ -393,7 +395,7 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 	if !x.reused {
 		x.sent = time.Now()
 	}
-	out := x.c.appendHead(x.backOut[:0], &x.c.req, &u.target)
+	out := x.c.appendHead(x.backOut[:0], &x.c.req, x.route, &u.target)
 	x.backOut = out[:0]
 	rest := x.held
 	switch {
@@ -421,7 +423,7 @@ func (x *exchange) connected() error {
 		return nil
 	}
 	if b.failed == nil {
-		b.failed = b.sock.AwaitConnected(earlier(x.sent.Add(x.p().cfg.ConnectTimeout), time.Now().Add(x.timeLeft())))
+		b.failed = b.sock.AwaitConnected(earlier(x.sent.Add(x.p().cfg().ConnectTimeout), time.Now().Add(x.timeLeft())))
 	}
 	if b.failed != nil {
 		return x.undialled(b.failed)
@@ -545,7 +547,7 @@ func (x *exchange) watchClient(on bool) {
 func (x *exchange) await(reused bool) error {
 	b := &x.back
 	began := x.sent
-	limit := x.p().cfg.RequestTimeout - x.waited
+	limit := x.route.requestTimeout - x.waited
 	if x.covered {
 		limit /= 2 // leave the other half to the instance that makes up for a probe that hangs
 	}
@@ -557,7 +559,7 @@ func (x *exchange) await(reused bool) error {
 }
 
 func (x *exchange) head(b *buffer, limit time.Time, reused bool) error {
-	scanned, limits := 0, &x.p().cfg.Limits
+	scanned, limits := 0, &x.p().cfg().Limits
 	for interim := 0; ; {
 		w := b.waiting()
 		if end := bytes.Index(w[scanned:], headEnd); end >= 0 {
@@ -620,7 +622,7 @@ func (x *exchange) passInterim() error {
 		return nil
 	}
 	x.interim = true
-	x.c.out = append(x.res.append(x.c.out[:0]), '\r', '\n')
+	x.c.out = append(x.res.append(x.c.out[:0], nil), '\r', '\n')
 	return x.c.flush()
 }
 
@@ -671,7 +673,7 @@ func (x *exchange) receive(room []byte, now, limit time.Time) (int, error) {
 		now = time.Now()
 		if x.upload != nil && !x.started {
 			// Time in which an upload makes progress does not count. It may have ended since the last look.
-			if later := x.upload.since(now).Add(x.p().cfg.RequestTimeout - x.waited); later.After(limit) {
+			if later := x.upload.since(now).Add(x.route.requestTimeout - x.waited); later.After(limit) {
 				limit = later
 			}
 		}
@@ -701,7 +703,7 @@ func earlier(a, b time.Time) time.Time {
 // Then nothing has reached the client yet if the backend breaks off.
 func (x *exchange) compose() error {
 	c, res := x.c, &x.res
-	if x.covered && x.p().failing[res.status] {
+	if x.covered && x.p().cfg().failing[res.status] {
 		return statusError(res.status)
 	}
 	if x.switches() {
@@ -775,7 +777,7 @@ func (x *exchange) appendResponse(dst []byte) []byte {
 	if x.id != nil {
 		res.dropID()
 	}
-	out := x.appendID(res.append(dst))
+	out := x.appendID(res.append(dst, x.route.response))
 	if !res.hasDate {
 		out = x.p().appendDate(out)
 	}
@@ -796,7 +798,7 @@ func (x *exchange) appendResponse(dst []byte) []byte {
 // finish sends the response and ends the exchange. What has not come in yet is passed on as it comes.
 func (x *exchange) finish() (keep bool) {
 	c := x.c
-	if c.sock != nil && c.sock.HungUp() && !x.p().cfg.IgnoreFIN {
+	if c.sock != nil && c.sock.HungUp() && !x.p().cfg().IgnoreFIN {
 		x.noteFIN(time.Now())
 	}
 	x.started, x.status = true, x.res.status
@@ -922,7 +924,7 @@ func (x *exchange) more(total int64, room []byte) (int, error) {
 	if x.running && (total >= settledBytes || now.Sub(x.sent) >= settledTime) {
 		x.settle()
 	}
-	return x.receive(room, now, now.Add(x.p().cfg.Limits.SilenceTimeout))
+	return x.receive(room, now, now.Add(x.p().cfg().Limits.SilenceTimeout))
 }
 
 // splice is relay for a large body with a length, between two sockets.

@@ -28,12 +28,12 @@ func (p *Proxy) Explain(q registry.Question) registry.Explanation {
 		head += field + "\r\n"
 	}
 	head += "\r\n"
-	limits := &p.cfg.Limits
+	limits := &p.cfg().Limits
 	if len(head) > limits.Head {
 		e.Outcome = x.refused(errHeadTooLarge)
 		return e
 	}
-	if err := c.req.parse([]byte(head), p.pseudonym, c.trusted, limits); err != nil {
+	if err := c.req.parse([]byte(head), p.cfg().via, c.trusted, limits); err != nil {
 		e.Outcome = x.refused(err)
 		return e
 	}
@@ -60,7 +60,7 @@ func (c *conn) turnedAway() *registry.Outcome {
 		return &registry.Outcome{Kind: registry.ToRefusal, Why: "the gateway shuts down, and takes no more connections"}
 	}
 	out := c.x.refused(own)
-	if own == c.p.limited.connections {
+	if own == errGatewayFull {
 		out.Why += ", and one that is idle has to make room"
 	}
 	return &out
@@ -75,7 +75,7 @@ func (c *conn) ownOutcome() registry.Outcome {
 		return registry.Outcome{Kind: registry.ToGateway, Status: 200, Why: "the gateway says which methods it allows"}
 	case who == ownAPI:
 		return registry.Outcome{Kind: registry.ToGateway, Why: "the path is the API's, which is served on this listener (--api)"}
-	case c.p.cfg.Ready():
+	case c.p.cfg().Ready():
 		return registry.Outcome{Kind: registry.ToGateway, Status: 200, Why: "the path is --health-path, and the gateway is ready"}
 	}
 	return registry.Outcome{Kind: registry.ToGateway, Status: 503, Why: "the path is --health-path, and the gateway shuts down"}
@@ -85,22 +85,23 @@ func (c *conn) ownOutcome() registry.Outcome {
 func (x *exchange) refused(err *refusal, more ...string) registry.Outcome {
 	return registry.Outcome{
 		Kind: registry.ToRefusal, Status: err.status, Error: err.kind, RetryAfter: x.retryAfter(err),
-		Why: strings.Join(append([]string{x.p().cfg.Limits.explain(err)}, more...), ": "),
+		Why: strings.Join(append([]string{x.c.explain(err)}, more...), ": "),
 	}
 }
 
 // explain goes on from the route. What there is to say beside the outcome is added to e.
 func (x *exchange) explain(e *registry.Explanation) registry.Outcome {
 	p, r := x.p(), &x.c.req
-	name := p.route(r)
+	now := p.cfg()
+	way, name := now.choose(r)
 	if r.unclear {
-		came := name
+		cameBy, came := way, name
 		var err *refusal
-		if name, err = p.settle(r, name); err != nil {
-			return x.refused(err, x.readings(err, came)...)
+		if way, name, err = p.settle(now, r, way, name); err != nil {
+			return x.refused(err, x.readings(err, cameBy, came)...)
 		}
 	}
-	x.explainRoute(e, name)
+	x.explainRoute(e, way, name)
 	s := p.service(name)
 	if s == nil || !s.known() {
 		why := "no instance of " + name + " was registered within the hour"
@@ -109,7 +110,10 @@ func (x *exchange) explain(e *registry.Explanation) registry.Outcome {
 		}
 		return x.refused(errNoRoute, why)
 	}
-	x.service = s
+	if x.service, x.route = s, way; way == nil {
+		x.route = now.of(name)
+	}
+	x.retries = x.route.retries
 	v := *s.view.Load()
 	if v.balancer != nil {
 		v.balancer = lb.Fork(v.balancer)
@@ -119,7 +123,7 @@ func (x *exchange) explain(e *registry.Explanation) registry.Outcome {
 }
 
 // readings says where the two readings of an ambiguous path lead.
-func (x *exchange) readings(err *refusal, came string) []string {
+func (x *exchange) readings(err *refusal, cameBy *route, came string) []string {
 	r := &x.c.req
 	if err != errPath {
 		return nil
@@ -131,17 +135,20 @@ func (x *exchange) readings(err *refusal, came string) []string {
 	raw := r.Path
 	defer func() { r.Path = raw }()
 	r.Path = reading
-	read := x.p().route(r)
-	whom := func(path []byte, service string) string {
+	readBy, read := x.p().cfg().choose(r)
+	whom := func(path []byte, way *route, service string) string {
 		switch {
 		case x.p().owns(path):
 			return "the gateway itself"
 		case service == "":
 			return "nobody"
 		}
+		if way != nil {
+			return "the service " + service + " by the route " + way.name
+		}
 		return "the service " + service
 	}
-	return []string{fmt.Sprintf("as it came it is for %s, and as %s it is for %s", whom(raw, came), reading, whom(reading, read))}
+	return []string{fmt.Sprintf("as it came it is for %s, and as %s it is for %s", whom(raw, cameBy, came), reading, whom(reading, readBy, read))}
 }
 
 // explainChoice is handle from where it has found the service, which has the view v.
@@ -150,11 +157,11 @@ func (x *exchange) explainChoice(v *view) registry.Outcome {
 	if v.nobody() {
 		return x.refused(errNoInstance, v.unready())
 	}
-	if r.length > p.cfg.Limits.Body {
+	if r.length > x.route.body {
 		return x.refused(errBodyTooLarge)
 	}
 	x.complete = !r.chunked && r.length <= maxHeld && !r.expect // as far as hold can tell from a head
-	if !p.capped || s.crowd.waiting.Load() == 0 {
+	if !p.cfg().capped || s.crowd.waiting.Load() == 0 {
 		switch u, err := x.wouldLook(v); {
 		case u != nil:
 			return x.chosen(v, u)
@@ -166,7 +173,7 @@ func (x *exchange) explainChoice(v *view) registry.Outcome {
 	s.crowd.mu.Lock()
 	n, packed := s.crowd.list.Len(), s.full()
 	s.crowd.mu.Unlock()
-	switch timeout := p.cfg.Limits.QueueTimeout; {
+	switch timeout := p.cfg().Limits.QueueTimeout; {
 	case timeout == 0:
 		return x.refused(full, "there is no queue (--queue-timeout)")
 	case packed:
@@ -180,14 +187,14 @@ func (x *exchange) explainChoice(v *view) registry.Outcome {
 
 // wouldLook is look without taking anything: no turn, since the balancer of v is a fork, no place, and no probe.
 func (x *exchange) wouldLook(v *view) (*upstream, *refusal) {
-	if limit := x.p().cfg.Limits.InFlightPerService; limit > 0 && x.service.crowd.inFlight.Load() >= int64(limit) {
-		return nil, x.p().limited.service
+	if limit := x.p().cfg().Limits.InFlightPerService; limit > 0 && x.service.crowd.inFlight.Load() >= int64(limit) {
+		return nil, errServiceFull
 	}
 	if u := x.wouldPick(v); u != nil {
 		return u, nil
 	}
 	if x.full {
-		return nil, x.p().limited.instances
+		return nil, errInstancesFull
 	}
 	return nil, errNoInstance
 }
@@ -238,7 +245,7 @@ func (x *exchange) wouldAdmit(u *upstream) bool {
 
 // full says that it has as many requests in flight as it may.
 func (u *upstream) full() bool {
-	limit := u.service.proxy.cfg.Limits.InFlightPerInstance
+	limit := u.service.proxy.cfg().Limits.InFlightPerInstance
 	return limit > 0 && u.inFlight.Load() >= int64(limit)
 }
 
@@ -308,8 +315,8 @@ const maxReasons = 5
 
 // explain says what is set for a service, and what its requests find there.
 func (s *service) explain(v *view) *registry.ServiceExplanation {
-	cfg := &s.proxy.cfg
-	breaker, err := cfg.Breaker.WithDefaults()
+	cfg := s.proxy.cfg()
+	breaker, err := cfg.breaker(s.name).WithDefaults()
 	if err != nil {
 		panic(err) // New has built one of the same configuration
 	}
@@ -322,7 +329,7 @@ func (s *service) explain(v *view) *registry.ServiceExplanation {
 		},
 		Instances: map[string]registry.InstanceExplanation{},
 	}
-	if s.proxy.capped {
+	if s.proxy.cfg().capped {
 		out.Limits.Queue = s.places()
 	}
 	var shares []float64

@@ -11,7 +11,7 @@ import (
 
 // trusts says whether the peer's forwarding fields are believed.
 func (p *Proxy) trusts(peer netip.Addr) bool {
-	for _, network := range p.cfg.TrustedProxies {
+	for _, network := range p.cfg().TrustedProxies {
 		if network.Contains(peer) {
 			return true
 		}
@@ -68,16 +68,17 @@ func forwardingFields(peer netip.Addr) []byte {
 }
 
 // appendHead appends the head as the backend gets it: the request line with the base path of its addr, the client's field
-// lines byte for byte without those that are for this hop, and ours.
-func (c *conn) appendHead(dst []byte, r *Request, t *registry.Target) []byte {
+// lines byte for byte without those that are for this hop, and ours; all as its route says.
+func (c *conn) appendHead(dst []byte, r *Request, way *route, t *registry.Target) []byte {
 	dst = append(dst, r.Method...)
 	dst = append(dst, ' ')
 	if !r.authority {
 		dst = append(dst, t.BasePath...)
 	}
-	dst = append(dst, r.target...)
+	dst = way.appendTarget(dst, r)
 	dst = append(dst, " HTTP/1.1\r\n"...)
-	if !r.hasHost {
+	edits := way.request
+	if !r.hasHost && (edits == nil || !edits.host) {
 		dst = append(dst, "Host: "...)
 		if len(r.Host) > 0 {
 			dst = append(dst, r.Host...) // of an absolute-form target
@@ -86,7 +87,7 @@ func (c *conn) appendHead(dst []byte, r *Request, t *registry.Target) []byte {
 		}
 		dst = append(dst, '\r', '\n')
 	}
-	dst = appendLines(dst, r.lines, r.drops)
+	dst = appendEdited(dst, r.lines, r.drops, edits)
 	if !c.trusted {
 		dst = append(dst, c.constant...)
 	} else {
@@ -112,10 +113,10 @@ func (c *conn) appendHead(dst []byte, r *Request, t *registry.Target) []byte {
 		dst = append(dst, r.Host...)
 		dst = append(dst, '\r', '\n')
 	}
-	if c.p.pseudonym != nil {
+	if via := c.p.cfg().via; via != nil {
 		dst = append(dst, "Via: 1."...)
 		dst = append(dst, '0'+r.minor, ' ')
-		dst = append(dst, c.p.pseudonym...)
+		dst = append(dst, via...)
 		dst = append(dst, '\r', '\n')
 	}
 	switch {

@@ -110,7 +110,7 @@ func checkRequestHead(t *testing.T, c *conn, data []byte, trusted bool) bool {
 	}
 	head := data[:end+len(headEnd)]
 	r := &Request{}
-	if r.parse(head, c.p.pseudonym, trusted, &standard) != nil || is(r.Method, "connect") && !r.authority {
+	if r.parse(head, c.p.cfg().via, trusted, &standard) != nil || is(r.Method, "connect") && !r.authority {
 		return false // such a CONNECT is refused, whatever its target means
 	}
 	want, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(head)))
@@ -124,7 +124,7 @@ func checkRequestHead(t *testing.T, c *conn, data []byte, trusted bool) bool {
 
 	r.Client = c.peer
 	c.trusted = trusted
-	sent := c.appendHead(nil, r, &registry.Target{Authority: "backend:80"})
+	sent := c.appendHead(nil, r, &route{}, &registry.Target{Authority: "backend:80"})
 	again := &Request{}
 	if err := again.parse(sent, nil, false, &standard); err != nil {
 		t.Fatalf("%q goes on as %q, which we would not take: %v", head, sent, err)
@@ -263,7 +263,7 @@ func checkResponseHead(t *testing.T, data []byte, head bool) bool {
 		t.Fatalf("%q: we read length %d, chunked %v, net/http %d, %v", data, r.length, r.chunked, want.ContentLength, chunked)
 	}
 
-	sent := append(r.append(nil), "\r\n"...)
+	sent := append(r.append(nil, nil), "\r\n"...)
 	var again response
 	if again.parse(sent, &standard) != nil {
 		t.Fatalf("%q goes on as %q, which we would not take", data, sent)

@@ -90,9 +90,7 @@ func (l Limits) withDefaults() (Limits, error) {
 			*n.value = n.none
 		}
 	}
-	if l.Body <= 0 {
-		l.Body = math.MaxInt64
-	}
+	l.Body = orEndless(l.Body)
 	l.MinUpload, l.MinDownload = max(l.MinUpload, 0), max(l.MinDownload, 0)
 	for _, n := range []*int{&l.Connections, &l.ConnectionsPerClient, &l.InFlightPerInstance, &l.InFlightPerService} {
 		*n = min(max(*n, 0), maxCount) // 0 is no limit
@@ -113,6 +111,14 @@ func orForever(d, standard time.Duration) time.Duration {
 		return forever
 	}
 	return d
+}
+
+// orEndless reads a limit of bytes in the same way.
+func orEndless(n int64) int64 {
+	if n <= 0 {
+		return math.MaxInt64
+	}
+	return n
 }
 
 // paceWindow is how long a client must have been waited for before its rate says anything.
@@ -144,8 +150,14 @@ func (l *Limits) explain(err *refusal) string {
 		return err.text + " of " + strconv.Itoa(l.Fields)
 	case errRequestLineTooLong:
 		return err.text + " of " + bytesText(int64(l.RequestLine))
-	case errBodyTooLarge:
-		return err.text + " of " + bytesText(l.Body)
+	case errServiceFull:
+		return fmt.Sprintf("the service has %d requests in flight, its limit", l.InFlightPerService)
+	case errInstancesFull:
+		return fmt.Sprintf("all instances are at their limit of %d requests in flight", l.InFlightPerInstance)
+	case errGatewayFull:
+		return fmt.Sprintf("the gateway has %d connections, its limit", l.Connections)
+	case errClientFull:
+		return fmt.Sprintf("your address has %d connections here, the limit for one", l.ConnectionsPerClient)
 	}
 	return err.text
 }

@@ -42,7 +42,7 @@ func startLoops(t testing.TB, loops int, change func(*Config), route RouteFunc) 
 }
 
 // waits sets how long loops wait for backends, before there is traffic.
-func (g *gateway) waits(d time.Duration) { g.slowAfter = d }
+func (g *gateway) waits(d time.Duration) { g.cfg().slowAfter = d }
 
 // onLoops has f run for each worker, on its loop.
 func (g *gateway) onLoops(f func(w *worker)) {
@@ -755,8 +755,8 @@ func TestClientThatReadsNothing(t *testing.T) {
 func TestHandedOverAndBack(t *testing.T) {
 	eachLoops(t, func(t *testing.T, loops int) {
 		g := startLoops(t, loops, nil, nil)
-		if g.slowAfter != slowAfter {
-			t.Errorf("a loop waits %v", g.slowAfter)
+		if g.cfg().slowAfter != slowAfter {
+			t.Errorf("a loop waits %v", g.cfg().slowAfter)
 		}
 		a := startActor(t, echoing)
 		g.register(t, "echo", "a", a.url())

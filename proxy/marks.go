@@ -41,14 +41,14 @@ func (x *exchange) mark() {
 		case line[11] == ':' && p.traced && is(line[:11], "traceparent"):
 			parent = trim(line[12 : len(line)-2])
 			parents++
-		case line[12] == ':' && p.cfg.RequestIDs && isRequestID(line[:12]):
+		case line[12] == ':' && p.cfg().RequestIDs && isRequestID(line[:12]):
 			if line[1] == '-' && line[9] == '-' && id == nil {
 				id = trim(line[13 : len(line)-2])
 			}
 			r.drops = insertSpan(r.drops, at, to)
 		}
 	}
-	if p.cfg.RequestIDs {
+	if p.cfg().RequestIDs {
 		if x.id = id; !x.c.trusted || !validRequestID(id) {
 			x.id = x.madeID[:]
 			putUUID(&x.madeID, x.began, rand.Uint64(), rand.Uint64())
@@ -68,7 +68,7 @@ func (x *exchange) join(parent []byte, parents int, states bool) {
 	ok = ok && parents == 1
 	sampled := flagged
 	if !ok || !x.c.trusted {
-		sampled = rand.Float64() < p.cfg.TraceShare
+		sampled = rand.Float64() < p.cfg().TraceShare
 	}
 	t.id, t.spans, t.ours = id, nil, !ok || sampled || flagged
 	if !t.ours {

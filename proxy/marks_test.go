@@ -66,7 +66,7 @@ func TestRequestIDs(t *testing.T) {
 					}
 				}, nil)
 				if slow {
-					g.slowAfter = 0
+					g.cfg().slowAfter = 0
 				}
 				asked := make(chan *message, 1)
 				a := startActor(t, func(c net.Conn, m *message) bool {

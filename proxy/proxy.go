@@ -21,7 +21,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/netip"
 	"runtime"
@@ -49,7 +48,8 @@ const defaultService = "echo"
 type Config struct {
 	Registry *registry.Registry // who is there; needed
 	Strategy lb.Strategy        // round-robin
-	Routes   []RoutePrefix      // none: FirstSegment
+	Routes   []Route            // none: FirstSegment
+	Services map[string]Service // none: what is set for some of them
 
 	// Time limits: zero is the default, negative is none.
 	RequestTimeout time.Duration // 30 s: from the last byte of a request sent to the response head, over all attempts
@@ -166,20 +166,13 @@ func (cfg Config) withDefaults() (Config, error) {
 
 // Proxy forwards requests to the instances of a registry.
 type Proxy struct {
-	cfg        Config
+	live       atomic.Pointer[settings] // see cfg
 	log        *slog.Logger
-	route      RouteFunc
-	table      *prefixTable // what route asks; nil without Config.Routes
-	upgrades   [][]byte     // Config.Upgrades
-	pseudonym  []byte       // our name in Via, unique to the process (RFC 9110 section 7.6.3); nil if we add none
-	allow      []byte       // the Allow field
-	failing    [600]bool    // by status: Config.BreakerStatuses
-	capped     bool         // requests in flight are limited
-	timed      bool         // requests that have ended are counted or told of
-	recorded   bool         // somebody is told of them
-	traced     bool         // Config.Trace is set
-	marked     bool         // requests have marks
-	limited    limited
+	pseudonym  []byte   // our name in Via, unique to the process (RFC 9110 section 7.6.3)
+	timed      bool     // requests that have ended are counted or told of
+	recorded   bool     // somebody is told of them
+	traced     bool     // Config.Trace is set
+	marked     bool     // requests have marks
 	services   sync.Map // name -> *service
 	checks     *health.Checker
 	large      sync.Pool // of *[]byte, for bodies
@@ -191,7 +184,6 @@ type Proxy struct {
 	unrouted   [finales]atomic.Uint64
 	refusals   sync.Map                 // *refusal -> *atomic.Uint64: how many answers of ours
 	socketless [shortages]atomic.Uint64 // how often the system had no socket for us
-	slowAfter  time.Duration            // see the constant; less with a short request timeout
 
 	loops    sync.Once // starts what follows
 	group    *loop.Group
@@ -201,10 +193,10 @@ type Proxy struct {
 	background sync.WaitGroup // what Close waits for
 
 	mu         sync.Mutex // guards what follows
-	listeners  []io.Closer
+	listeners  []listener
 	conns      map[*conn]struct{}  // open client connections
 	noConns    *sync.Cond          // conns has become empty
-	clients    map[netip.Addr]int  // how many of them have that address; only counted where there is a limit
+	clients    map[netip.Addr]int  // how many of them have that address; but for trusted proxies
 	refused    int                 // connections, since the last line in the log
 	refusedAt  time.Time           // of that line
 	turnedAway map[*refusal]uint64 // connections
@@ -217,26 +209,19 @@ type Proxy struct {
 // New makes a Proxy for a Registry; route nil means cfg.Routes, and if there are none FirstSegment.
 // Give Update to Registry.OnChange.
 func New(cfg Config, route RouteFunc) (*Proxy, error) {
-	cfg, err := cfg.withDefaults()
+	var id [6]byte
+	rand.Read(id[:]) // never fails
+	p := &Proxy{pseudonym: []byte("kerberos-" + hex.EncodeToString(id[:])), checks: health.New()}
+	now, err := p.settings(cfg, route)
 	if err != nil {
 		return nil, err
 	}
-	var id [6]byte
-	rand.Read(id[:]) // never fails
-	p := &Proxy{cfg: cfg, log: cfg.Log, route: route, limited: cfg.Limits.refusals(), allow: allowField(cfg.AllowMethods), checks: health.New()}
-	p.capped = cfg.Limits.InFlightPerInstance > 0 || cfg.Limits.InFlightPerService > 0
+	cfg = now.Config
+	p.log = cfg.Log
+	p.live.Store(now)
 	p.timed = !cfg.NoMetrics || cfg.AccessLog != nil || cfg.Trace != nil
 	p.recorded, p.traced = cfg.AccessLog != nil || cfg.Trace != nil, cfg.Trace != nil
 	p.marked = cfg.RequestIDs || p.traced
-	if !cfg.NoVia {
-		p.pseudonym = []byte("kerberos-" + hex.EncodeToString(id[:]))
-	}
-	for _, status := range cfg.BreakerStatuses {
-		p.failing[status] = true
-	}
-	for _, protocol := range cfg.Upgrades {
-		p.upgrades = append(p.upgrades, []byte(protocol))
-	}
 	p.large.New = func() any {
 		b := make([]byte, maxWhole+2*firstBuffer)
 		return &b
@@ -253,23 +238,11 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 	for i := range p.workers {
 		p.workers[i] = &worker{}
 	}
-	p.slowAfter = min(slowAfter, cfg.RequestTimeout/8, cfg.Limits.TotalTimeout/8)
 	p.conns, p.clients, p.turnedAway = map[*conn]struct{}{}, map[netip.Addr]int{}, map[*refusal]uint64{}
 	p.noConns = sync.NewCond(&p.mu)
-	if route == nil {
-		p.route = FirstSegment
-		table, err := newPrefixTable(cfg.Routes)
-		if err != nil {
-			return nil, err
-		}
-		if len(cfg.Routes) > 0 {
-			p.route, p.table = table.route, table
-		}
-		for _, name := range table.services {
-			p.addService(name, true)
-		}
+	for name := range now.kept {
+		p.addService(name)
 	}
-	p.addService(defaultService, true)
 	cfg.Registry.Observe(p.traffic)
 	for _, name := range cfg.Registry.Names() {
 		p.Update(name)
@@ -279,12 +252,12 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 
 // handle serves the request that c.req holds, and reports whether the connection can serve another one.
 func (c *conn) handle() (keep bool) {
-	p, r, x := c.p, &c.req, &c.x
+	r, x := &c.req, &c.x
 	x.begin(time.Now())
 	if c.isLocal() {
 		return c.local()
 	}
-	s, err := p.find(r)
+	s, err := x.find()
 	if err != nil {
 		return c.noRoute(err)
 	}
@@ -292,7 +265,7 @@ func (c *conn) handle() (keep bool) {
 	if s.view.Load().nobody() { // before the body is asked for: 100-continue is not sent for nothing
 		return c.fail(errNoInstance)
 	}
-	if r.length > p.cfg.Limits.Body {
+	if r.length > x.route.body {
 		return c.fail(errBodyTooLarge)
 	}
 	if s.packed() {
@@ -328,12 +301,14 @@ func (x *exchange) run(s stage, err error) (keep bool) {
 	}
 }
 
-// find routes a request.
-func (p *Proxy) find(r *Request) (*service, *refusal) {
-	name := p.route(r)
+// find routes the request.
+func (x *exchange) find() (*service, *refusal) {
+	p, r := x.c.p, &x.c.req
+	now := p.cfg()
+	way, name := now.choose(r)
 	if r.unclear {
 		var err *refusal
-		if name, err = p.settle(r, name); err != nil {
+		if way, name, err = p.settle(now, r, way, name); err != nil {
 			return nil, err
 		}
 	}
@@ -341,6 +316,10 @@ func (p *Proxy) find(r *Request) (*service, *refusal) {
 	if s == nil || !s.known() {
 		return nil, errNoRoute
 	}
+	if way == nil {
+		way = now.of(name)
+	}
+	x.route, x.retries = way, way.retries
 	return s, nil
 }
 
@@ -413,14 +392,14 @@ func (x *exchange) mayProbe(v *view, u *upstream, nobodyElse bool) (covered, ok 
 // with retries off: then it is sent once, whatever comes), and somebody is left to send it to. With ip-hash only the
 // clients of u probe it.
 func (x *exchange) canCover(v *view, u *upstream) bool {
-	return x.p().cfg.Retries > 0 && x.repeatable() &&
+	return x.route.retries > 0 && x.repeatable() &&
 		x.tried.Len() < v.ready && x.asked.n+1 < lb.MaxTried &&
 		(v.ipHash == nil || v.ipHash.WouldOwn(x.key, u.id))
 }
 
 // admit takes a place of u and passes its breaker; false if there is none, or that blocks.
 func (x *exchange) admit(u *upstream) bool {
-	if limit := x.p().cfg.Limits.InFlightPerInstance; limit == 0 {
+	if limit := x.p().cfg().Limits.InFlightPerInstance; limit == 0 {
 		u.inFlight.Add(1)
 	} else if !take(&u.inFlight, limit) {
 		x.full = true

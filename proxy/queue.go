@@ -2,7 +2,6 @@ package proxy
 
 import (
 	linked "container/list"
-	"fmt"
 	"math"
 	"sync"
 	"sync/atomic"
@@ -95,25 +94,13 @@ func (q *crowd) quit(e *linked.Element, looked bool) {
 	q.waiting.Add(-1)
 }
 
-// limited are the refusals for requests that found no place, and for connections that are too many.
-type limited struct{ service, instances, connections, client *refusal }
-
-func (l Limits) refusals() limited {
-	return limited{
-		&refusal{503, "connection_limit_reached", fmt.Sprintf("the service has %d requests in flight, its limit", l.InFlightPerService)},
-		&refusal{503, "connection_limit_reached", fmt.Sprintf("all instances are at their limit of %d requests in flight", l.InFlightPerInstance)},
-		&refusal{503, "connection_limit_reached", fmt.Sprintf("the gateway has %d connections, its limit", l.Connections)},
-		&refusal{429, "connection_limit_reached", fmt.Sprintf("your address has %d connections here, the limit for one", l.ConnectionsPerClient)},
-	}
-}
-
-// has says that an error is that a request found no place.
-func (l *limited) has(err error) bool { return err == error(l.service) || err == error(l.instances) }
+// isFull says that an error is that a request found no place.
+func isFull(err error) bool { return err == error(errServiceFull) || err == error(errInstancesFull) }
 
 // places is how many requests of the service may wait: as many as its limits let be in flight. Those of instances count
 // for each one that is ready.
 func (s *service) places() int64 {
-	l := &s.proxy.cfg.Limits
+	l := &s.proxy.cfg().Limits
 	if l.QueueTimeout == 0 {
 		return 0
 	}
@@ -131,12 +118,12 @@ func (s *service) places() int64 {
 // crowd is held.
 func (s *service) full() bool {
 	over := int64(s.crowd.list.Len()) - s.places()
-	return over >= 0 && (s.proxy.cfg.Limits.QueueTimeout == 0 || over >= s.free(over+1))
+	return over >= 0 && (s.proxy.cfg().Limits.QueueTimeout == 0 || over >= s.free(over+1))
 }
 
 // free is how many places nobody has taken; it counts as far as to enough.
 func (s *service) free(enough int64) int64 {
-	l := &s.proxy.cfg.Limits
+	l := &s.proxy.cfg().Limits
 	n := enough
 	if limit := int64(l.InFlightPerService); limit > 0 {
 		n = min(n, limit-s.crowd.inFlight.Load())
@@ -164,7 +151,7 @@ func (s *service) packed() bool {
 
 // enter takes a place below the limit of the service.
 func (x *exchange) enter() bool {
-	limit := x.p().cfg.Limits.InFlightPerService
+	limit := x.p().cfg().Limits.InFlightPerService
 	if limit > 0 && !x.counted {
 		x.counted = take(&x.service.crowd.inFlight, limit)
 		return x.counted
@@ -198,11 +185,11 @@ func take(inFlight *atomic.Int64, limit int) bool {
 // next chooses the instance to ask next. Where limits are in the way, it waits for a place. The error says why there is
 // none.
 func (x *exchange) next() (*upstream, error) {
-	if x.p().capped && x.asked.n == 0 && x.service.crowd.waiting.Load() > 0 {
+	if x.p().cfg().capped && x.asked.n == 0 && x.service.crowd.waiting.Load() > 0 {
 		return x.queue()
 	}
 	u, err := x.look()
-	if x.p().limited.has(err) {
+	if isFull(err) {
 		x.service.crowd.wake() // somebody may have missed the place of the service that look took and gave back
 		return x.queue()
 	}
@@ -214,7 +201,7 @@ func (x *exchange) look() (*upstream, error) {
 	if !x.service.view.Load().nobody() {
 		held := x.counted
 		if !x.enter() {
-			return nil, x.p().limited.service
+			return nil, errServiceFull
 		}
 		if u := x.pick(); u != nil {
 			return u, nil
@@ -224,7 +211,7 @@ func (x *exchange) look() (*upstream, error) {
 				x.counted = false
 				x.service.crowd.inFlight.Add(-1)
 			}
-			return nil, x.p().limited.instances
+			return nil, errInstancesFull
 		}
 	}
 	if x.err != nil {
@@ -240,14 +227,14 @@ func (x *exchange) queue() (*upstream, error) {
 		return nil, x.noPlace()
 	}
 	x.queued = true
-	patience := time.NewTimer(x.within(time.Now(), x.p().cfg.Limits.QueueTimeout))
+	patience := time.NewTimer(x.within(time.Now(), x.p().cfg().Limits.QueueTimeout))
 	defer patience.Stop()
 	check := time.NewTicker(finGrace / 4)
 	defer check.Stop()
 	for {
 		select {
 		case <-e.Value.(*waiter).turn:
-			if u, err := x.turn(e); !x.p().limited.has(err) {
+			if u, err := x.turn(e); !isFull(err) {
 				return u, err
 			}
 			continue
@@ -278,7 +265,7 @@ func (x *exchange) turn(e *linked.Element) (u *upstream, err error) {
 	defer q.mu.Unlock()
 	defer func() {
 		switch {
-		case !x.p().limited.has(err): // or in a panic
+		case !isFull(err): // or in a panic
 			q.quit(e, true)
 		case e.Value.(*waiter).choosy:
 			wake(e.Next())
@@ -289,13 +276,13 @@ func (x *exchange) turn(e *linked.Element) (u *upstream, err error) {
 
 // noPlace says which limit is in the way, or what went wrong before.
 func (x *exchange) noPlace() error {
-	limits, l := &x.p().cfg.Limits, &x.p().limited
+	limits := &x.p().cfg().Limits
 	switch {
 	case x.err != nil:
 		return x.err
 	case limits.InFlightPerInstance == 0,
 		limits.InFlightPerService > 0 && x.service.crowd.inFlight.Load() >= int64(limits.InFlightPerService):
-		return l.service
+		return errServiceFull
 	}
-	return l.instances
+	return errInstancesFull
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net/netip"
 	"slices"
-	"strings"
 	"time"
 )
 
@@ -27,7 +26,7 @@ type Record struct {
 	Minor              byte   // of HTTP/1.x
 	Referer, UserAgent []byte
 
-	Route    string // the prefix of Config.Routes that matched; empty with FirstSegment or a RouteFunc
+	Route    string // what of Config.Routes matched (Route.String); empty without any, or with a RouteFunc
 	Service  string
 	Instance string // the last that was asked
 	Attempts int
@@ -65,11 +64,11 @@ func (c *conn) record(took times) {
 }
 
 func (p *Proxy) tell(r *Record) {
-	if p.cfg.AccessLog != nil {
-		p.cfg.AccessLog(r)
+	if p.cfg().AccessLog != nil {
+		p.cfg().AccessLog(r)
 	}
 	if r.Trace != nil {
-		p.cfg.Trace(r)
+		p.cfg().Trace(r)
 	}
 }
 
@@ -84,9 +83,7 @@ func (c *conn) fill(to *Record, took times) {
 	to.Received, to.Sent = x.tally.received, max(0, x.tally.sent-x.tally.head)
 	if x.service != nil {
 		to.Service = x.service.name
-		if c.p.table != nil {
-			to.Route, _ = c.p.table.match(r)
-		}
+		to.Route = x.route.name
 	}
 	if x.upstream != nil {
 		to.Instance = x.upstream.id
@@ -128,7 +125,6 @@ func (r *Record) clone() *Record {
 	for _, b := range []*[]byte{&c.Method, &c.Host, &c.Target, &c.Referer, &c.UserAgent, &c.RequestID} {
 		*b = bytes.Clone(*b)
 	}
-	c.Route = strings.Clone(c.Route)
 	return &c
 }
 

@@ -99,7 +99,7 @@ func (r *response) parse(b []byte, limits *Limits) *refusal {
 }
 
 // append appends the head as the client gets it, up to where our own fields go.
-func (r *response) append(dst []byte) []byte {
+func (r *response) append(dst []byte, e *edits) []byte {
 	dst = append(dst, "HTTP/1.1"...)
 	if r.line[4] == '\r' { // no reason phrase, and no space before it: RFC 9112 section 4 wants the space
 		dst = append(dst, r.line[:4]...)
@@ -107,7 +107,7 @@ func (r *response) append(dst []byte) []byte {
 	} else {
 		dst = append(dst, r.line...)
 	}
-	return appendLines(dst, r.lines, r.drops)
+	return appendEdited(dst, r.lines, r.drops, e)
 }
 
 // empty says whether a status has no content by its definition, RFC 9110 section 15. A length beside it is a contradiction

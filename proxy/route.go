@@ -2,11 +2,7 @@ package proxy
 
 import (
 	"bytes"
-	"fmt"
-	"strings"
 	"unsafe"
-
-	"kerberos/registry"
 )
 
 // A RouteFunc names the service that a request goes to; "" answers 404. It runs for every request, at the same time on
@@ -14,14 +10,6 @@ import (
 // nothing of the Request. The string may point into the request's bytes. Where the path could be read in two ways it is
 // called for both, and a request on which it disagrees with itself is refused.
 type RouteFunc func(r *Request) string
-
-// RoutePrefix sends the paths below Prefix to Service. A prefix matches whole segments ("/echo" is not "/echoes"), "/"
-// matches all, and the longest match wins. The prefix "/*" has no service: it keeps the rule that takes the first
-// segment as the service's name, for paths that no other prefix matches.
-type RoutePrefix struct{ Prefix, Service string }
-
-// firstSegmentRule is the prefix that stands for FirstSegment in a table.
-const firstSegmentRule = "/*"
 
 // FirstSegment is the rule of a gateway that nobody configured: /users/1 goes to the service "users".
 func FirstSegment(r *Request) string {
@@ -32,63 +20,24 @@ func FirstSegment(r *Request) string {
 	if end := bytes.IndexByte(segment, '/'); end >= 0 {
 		segment = segment[:end]
 	}
-	return unsafe.String(unsafe.SliceData(segment), len(segment))
+	return text(segment)
 }
 
-// prefixTable is an immutable table of prefixes. A match probes one map for each segment of the path, the longest first.
-type prefixTable struct {
-	services     map[string]string // prefix without its last "/" -> service
-	longest      int               // of the prefixes
-	firstSegment bool
-}
+// text is bytes as a string, for as long as they do not change.
+func text(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
 
-func newPrefixTable(routes []RoutePrefix) (*prefixTable, error) {
-	t := &prefixTable{services: make(map[string]string, len(routes))}
-	for _, r := range routes {
-		if r.Prefix == firstSegmentRule && r.Service == "" {
-			t.firstSegment = true
-			continue
-		}
-		if !strings.HasPrefix(r.Prefix, "/") || strings.ContainsAny(r.Prefix, "?#*% \\") {
-			return nil, fmt.Errorf("route %s=%s: a prefix is a path such as /api, or /* alone", r.Prefix, r.Service)
-		}
-		if err := registry.ValidName(r.Service); err != nil {
-			return nil, fmt.Errorf("route %s=%s: %w", r.Prefix, r.Service, err)
-		}
-		prefix := strings.TrimSuffix(r.Prefix, "/")
-		if other, ok := t.services[prefix]; ok {
-			return nil, fmt.Errorf("route %s=%s: the prefix leads to %s already", r.Prefix, r.Service, other)
-		}
-		t.services[prefix] = r.Service
-		t.longest = max(t.longest, len(prefix))
+// choose routes a request: to the route that matches, or to a service; "" is nowhere.
+func (n *settings) choose(r *Request) (*route, string) {
+	if n.byFunc != nil {
+		return nil, n.byFunc(r)
 	}
-	return t, nil
-}
-
-// route is a RouteFunc.
-func (t *prefixTable) route(r *Request) string {
-	_, service := t.match(r)
-	return service
-}
-
-// match returns the prefix too; it may point into the request's bytes.
-func (t *prefixTable) match(r *Request) (prefix, service string) {
-	end := len(r.Path)
-	if end > t.longest {
-		end = bytes.LastIndexByte(r.Path[:t.longest+1], '/')
+	if m := n.table.match(r); m != nil {
+		return m, m.service
 	}
-	for ; end >= 0; end = bytes.LastIndexByte(r.Path[:end], '/') {
-		if service, ok := t.services[string(r.Path[:end])]; ok {
-			if end == 0 {
-				return "/", service
-			}
-			return unsafe.String(unsafe.SliceData(r.Path), end), service
-		}
+	if n.table.first {
+		return nil, FirstSegment(r)
 	}
-	if t.firstSegment {
-		return firstSegmentRule, FirstSegment(r)
-	}
-	return "", ""
+	return nil, ""
 }
 
 // PathPolicy says what becomes of a path that a backend may read in another way than routing did. P is the path with
@@ -103,38 +52,38 @@ const (
 	NormalizePaths PathPolicy = "normalize" // P is routed and sent, but for P above "/", one that names the gateway itself, and %00
 )
 
-// settle decides on an unclear path that leads to the service name as it came. It returns the service that it leads to, and
+// settle decides on an unclear path that leads to a route and the service name as it came. It returns those that it leads to, and
 // where that is for P, the request's path is P from then on.
-func (p *Proxy) settle(r *Request, name string) (string, *refusal) {
-	if p.cfg.AmbiguousPaths == PassPaths {
-		return name, nil
+func (p *Proxy) settle(n *settings, r *Request, way *route, name string) (*route, string, *refusal) {
+	if n.AmbiguousPaths == PassPaths {
+		return way, name, nil
 	}
 	raw := r.Path
-	reading, err := p.reading(r)
+	reading, err := p.reading(n, r)
 	if err != nil {
-		return "", err
+		return nil, "", err
 	}
 	r.Path = reading
-	other := p.route(r)
+	otherWay, other := n.choose(r)
 	switch {
-	case other == name && bytes.IndexByte(raw, '\\') < 0:
+	case otherWay == way && other == name && bytes.IndexByte(raw, '\\') < 0:
 		r.Path = raw
-		return name, nil
-	case p.cfg.AmbiguousPaths == RefusePaths:
+		return way, name, nil
+	case n.AmbiguousPaths == RefusePaths:
 		r.Path = raw
-		return "", errPath
+		return nil, "", errPath
 	}
 	if again, ok := canonical(nil, reading); !ok || !bytes.Equal(again, reading) { // "%%32e" has become "%2e"
 		r.Path = raw
-		return "", errPath
+		return nil, "", errPath
 	}
 	r.target = append(bytes.Clone(reading), r.target[len(raw):]...)
-	return other, nil
+	return otherWay, other, nil
 }
 
 // reading returns P of an unclear path, unless that is nothing to route by.
-func (p *Proxy) reading(r *Request) ([]byte, *refusal) {
-	if bytes.Contains(r.Path, encodedNUL) || p.cfg.AmbiguousPaths == RefusePaths && bytes.IndexByte(r.Path, '\\') >= 0 {
+func (p *Proxy) reading(n *settings, r *Request) ([]byte, *refusal) {
+	if bytes.Contains(r.Path, encodedNUL) || n.AmbiguousPaths == RefusePaths && bytes.IndexByte(r.Path, '\\') >= 0 {
 		return nil, errPathBytes
 	}
 	reading, ok := canonical(r.reading, r.Path)

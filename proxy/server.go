@@ -96,7 +96,7 @@ func (c *conn) vacate() {
 		w.in.next()
 		w.putScratch(c.p)
 		w.head = nil
-		w.x.c, w.x.service, w.x.view, w.x.upstream, w.x.backend, w.x.tunnel, w.x.err = nil, nil, nil, nil, nil, nil, nil
+		w.x.c, w.x.route, w.x.service, w.x.view, w.x.upstream, w.x.backend, w.x.tunnel, w.x.err = nil, nil, nil, nil, nil, nil, nil, nil
 		w.x.asked = asked{}
 		c.p.workspaces.Put(w)
 	}
@@ -125,7 +125,7 @@ func (w *workspace) putScratch(p *Proxy) {
 	w.scratch, w.x.back.b, w.x.backOut, w.out = nil, nil, nil, nil
 }
 
-// Serve accepts connections until Shutdown, which makes it return nil. It takes over the listener. Running out of file
+// Serve accepts connections until Shutdown or Leave, which make it return nil. It takes over the listener. Running out of file
 // descriptors pauses it.
 func (p *Proxy) Serve(ln net.Listener) error {
 	accept, closer, err := p.acceptor(ln)
@@ -142,7 +142,7 @@ func (p *Proxy) Serve(ln net.Listener) error {
 		closer.Close()
 		return nil
 	}
-	p.listeners = append(p.listeners, closer)
+	p.listeners = append(p.listeners, listener{ln, closer})
 	p.mu.Unlock()
 	const shortest, longest = 5 * time.Millisecond, time.Second
 	for pause := shortest; ; {
@@ -151,7 +151,7 @@ func (p *Proxy) Serve(ln net.Listener) error {
 			pause = shortest
 			continue
 		}
-		if p.closing.Load() {
+		if p.closing.Load() || !p.serves(ln) {
 			return nil
 		}
 		if ownLimit(err) {
@@ -286,7 +286,7 @@ func (c *conn) serve(s stage) {
 		head, err := c.readHead(first)
 		if err == nil && head != nil {
 			c.head = head
-			err = c.req.parse(head, c.p.pseudonym, c.trusted, &c.p.cfg.Limits)
+			err = c.req.parse(head, c.p.cfg().via, c.trusted, &c.p.cfg().Limits)
 		} else {
 			c.req = Request{} // not the one before: the answer would be made for its method
 		}
@@ -352,7 +352,7 @@ func (c *conn) afterPanic() {
 // readHead waits for a request head and returns it whole; it stays in the buffer until the request is done. nil without
 // an error: the connection is over.
 func (c *conn) readHead(first bool) ([]byte, *refusal) {
-	b, limits := &c.in, &c.p.cfg.Limits
+	b, limits := &c.in, &c.p.cfg().Limits
 	scanned := 0
 	var begin, deadline time.Time // for the first byte of a head, and for its end
 	for {
@@ -455,7 +455,7 @@ func (p *Proxy) Shutdown(ctx context.Context) (cut int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, ln := range p.listeners {
-		ln.Close()
+		ln.closer.Close()
 	}
 	for c := range p.conns {
 		if c.worker == nil && c.state.CompareAndSwap(stateIdle, stateClosed) {
@@ -558,7 +558,7 @@ func (c *conn) send(data []byte) error {
 // What the system takes from us is not yet taken by the client, so at each quarter of the time it is asked what was
 // acknowledged.
 func (c *conn) push(all int, write func(done int) (int, error)) error {
-	limits := &c.p.cfg.Limits
+	limits := &c.p.cfg().Limits
 	patience := limits.WriteTimeout / 4
 	if limits.MinDownload > 0 {
 		patience = min(patience, paceWindow)
@@ -622,13 +622,13 @@ func (c *conn) takesTooLittle() bool {
 	if c.sock != nil {
 		taken.bytes -= int64(c.sock.Queued())
 	}
-	return taken.below(c.p.cfg.Limits.MinDownload)
+	return taken.below(c.p.cfg().Limits.MinDownload)
 }
 
 // receive calls read, which takes more of the request body, for patience or the limits at most. It returns errClientGone,
 // errBodyTimeout, errBodySlow or errOverTime.
 func (c *conn) receive(patience time.Duration, read func() (int, error)) (int, error) {
-	limits, x := &c.p.cfg.Limits, &c.x
+	limits, x := &c.p.cfg().Limits, &c.x
 	first := time.Now()
 	for began := first; ; began = time.Now() {
 		d := x.within(began, patience-began.Sub(first))

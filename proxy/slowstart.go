@@ -77,7 +77,7 @@ func (s *service) slowly(next *view) bool {
 // their shares. It is in s.slow who has less than the whole. The caller holds mu.
 func (s *service) slowed(v *view) []lb.Endpoint {
 	now := time.Now()
-	weights := s.proxy.cfg.Strategy.Weighted() && v.why == ""
+	weights := v.strategy.Weighted() && v.why == ""
 	endpoints := make([]lb.Endpoint, 0, v.ready)
 	for _, p := range v.parts {
 		for _, u := range p.ready {

@@ -78,7 +78,7 @@ func (p *Proxy) Stats() Stats {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s.Connections, s.Accepted = len(p.conns), p.connected
-	s.Surplus = []Count{{"connections", p.turnedAway[p.limited.connections]}, {"client", p.turnedAway[p.limited.client]}}
+	s.Surplus = []Count{{"connections", p.turnedAway[errGatewayFull]}, {"client", p.turnedAway[errClientFull]}}
 	return s
 }
 

@@ -88,7 +88,7 @@ func (c *conn) upgrades(yield func(protocol []byte) bool) {
 			continue
 		}
 		for protocol := range list(f.value) {
-			if among(c.p.upgrades, protocol) && !yield(protocol) {
+			if among(c.p.cfg().upgrades, protocol) && !yield(protocol) {
 				return
 			}
 		}
@@ -97,7 +97,7 @@ func (c *conn) upgrades(yield func(protocol []byte) bool) {
 
 // refusesWebSocket says that the request is a WebSocket handshake, which cannot succeed.
 func (c *conn) refusesWebSocket() bool {
-	return c.req.upgrade && c.req.websocket && !among(c.p.upgrades, []byte("websocket")) && !c.asksTunnel()
+	return c.req.upgrade && c.req.websocket && !among(c.p.cfg().upgrades, []byte("websocket")) && !c.asksTunnel()
 }
 
 // appendUpgrade appends what asks the backend for an Upgrade.
@@ -139,7 +139,7 @@ func (x *exchange) appendSwitch(dst []byte) []byte {
 		}
 		at += n
 	}
-	dst = res.append(dst)
+	dst = res.append(dst, x.route.response)
 	if res.status == 101 {
 		dst = append(dst, "Connection: Upgrade\r\nUpgrade: "...)
 		dst = append(dst, res.protocol...)
@@ -248,7 +248,7 @@ func (t *tunnel) begin() {
 }
 
 // patience is how long nothing may move.
-func (t *tunnel) patience() time.Duration { return t.c.p.cfg.Limits.TunnelIdle }
+func (t *tunnel) patience() time.Duration { return t.c.p.cfg().Limits.TunnelIdle }
 
 // Ready is called for what has happened on from.
 func (f *flow) Ready(e loop.Events) {

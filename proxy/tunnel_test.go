@@ -1126,7 +1126,7 @@ func TestConnect(t *testing.T) {
 	} {
 		t.Run(answer, func(t *testing.T) {
 			g := startGateway(t, func(cfg *Config) {
-				cfg.AllowMethods, cfg.Routes = []string{"CONNECT"}, []RoutePrefix{{"/", "echo"}}
+				cfg.AllowMethods, cfg.Routes = []string{"CONNECT"}, parseRoutes("/=echo")
 			}, nil)
 			s := startSwitcher(t, nil, answer)
 			g.register(t, "echo", "a", s.url)

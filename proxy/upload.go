@@ -48,7 +48,7 @@ func (up *upload) copy(c *conn, b *body) (err error) {
 	}()
 	c.in.grow(c.in.base + relaySize)
 	var parts, framed []byte
-	left := c.p.cfg.Limits.Body - int64(len(c.x.held))
+	left := c.x.route.body - int64(len(c.x.held))
 	for {
 		data, done, err := b.next(&c.in, relaySize)
 		if err != nil {
@@ -135,7 +135,7 @@ func (up *upload) push(c *conn, all int, write func(done int) (int, error)) erro
 // receive waits for the client.
 func (up *upload) receive(c *conn, read func() (int, error)) (int, error) {
 	up.waiting.Store(true)
-	n, err := c.receive(c.p.cfg.Limits.BodyTimeout, read)
+	n, err := c.receive(c.p.cfg().Limits.BodyTimeout, read)
 	up.progressed()
 	up.waiting.Store(false)
 	return n, err

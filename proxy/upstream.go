@@ -109,14 +109,14 @@ func (apart) LastUseTime() time.Time { return time.Time{} }
 
 // newUpstream starts an instance: nothing is dialled, but a name begins to be resolved.
 func (s *service) newUpstream(in *registry.Instance) *upstream {
-	cfg := s.proxy.cfg
+	cfg := s.proxy.cfg()
 	u := &upstream{
 		service: s,
 		id:      in.ID,
 		target:  in.Target(),
 	}
 	u.instance.Store(in)
-	gate, err := cb.New(cfg.Breaker, u.breakerChanged)
+	gate, err := cb.New(cfg.breaker(s.name), u.breakerChanged)
 	if err != nil {
 		panic(err) // New has built one of the same configuration
 	}
@@ -202,7 +202,7 @@ func (u *upstream) healthChanged(now health.Status) {
 
 // check says whether the instance may point to an address.
 func (u *upstream) check(ap netip.AddrPort) error {
-	return u.service.proxy.cfg.Registry.CheckAddr(u.instance.Load(), ap)
+	return u.service.proxy.cfg().Registry.CheckAddr(u.instance.Load(), ap)
 }
 
 func isLocalhost(name string) bool {
@@ -311,7 +311,7 @@ func (u *upstream) connect(i int, ap netip.AddrPort, end time.Time) (net.Conn, e
 	if u.check(ap) != nil {
 		return nil, errProhibited
 	}
-	b, err := u.service.proxy.dial(i, ap, earlier(end, time.Now().Add(u.service.proxy.cfg.ConnectTimeout)))
+	b, err := u.service.proxy.dial(i, ap, earlier(end, time.Now().Add(u.service.proxy.cfg().ConnectTimeout)))
 	if err != nil {
 		return nil, err
 	}
@@ -320,7 +320,7 @@ func (u *upstream) connect(i int, ap netip.AddrPort, end time.Time) (net.Conn, e
 		return b, nil
 	}
 	secure := tls.Client(b.Conn, u.tls)
-	ctx, cancel := context.WithTimeout(context.Background(), min(u.service.proxy.cfg.ConnectTimeout, time.Until(end)))
+	ctx, cancel := context.WithTimeout(context.Background(), min(u.service.proxy.cfg().ConnectTimeout, time.Until(end)))
 	defer cancel()
 	if err := secure.HandshakeContext(ctx); err != nil {
 		b.Close() // conn is closed already: the loop has its descriptor
@@ -447,7 +447,7 @@ func (u *upstream) pool(i int) *pool {
 		Addr:                u.id, // for its messages; dial knows where to
 		DialTimeout:         func(_ string, timeout time.Duration) (net.Conn, error) { return u.dial(i, timeout) },
 		MaxConns:            math.MaxInt32,
-		MaxIdleConnDuration: u.service.proxy.cfg.UpstreamIdle,
+		MaxIdleConnDuration: u.service.proxy.cfg().UpstreamIdle,
 		ConnPoolStrategy:    fasthttp.LIFO, // the others grow idle and are closed
 	}
 	u.pools[i].CompareAndSwap(nil, newPool(hc.AcquireConn, hc.ReleaseConn, hc.CloseConn, hc.CloseIdleConnections))

@@ -24,7 +24,6 @@ const (
 type service struct {
 	name    string
 	proxy   *Proxy
-	pinned  bool // named by the configuration: never forgotten
 	view    atomic.Pointer[view]
 	changes atomic.Uint64             // grows with every reason to build a new view
 	touched atomic.Bool               // a refresh is on its way
@@ -62,8 +61,9 @@ type view struct {
 	starts   []int          // for each part, how many are ready in those before it
 	ready    int            // how many are ready in all
 
-	inForce lb.Strategy
-	why     string // why another strategy than the configured one is in force
+	strategy lb.Strategy // that is configured
+	inForce  lb.Strategy
+	why      string // why another strategy than the configured one is in force
 }
 
 // viewPart is what a view knows of one part of a registry.Snapshot. It never changes: the next view has it too, unless the
@@ -124,16 +124,17 @@ func (s *service) refresh() {
 		time.Sleep(wait)
 	}
 	seen := s.changes.Load()
-	s.build(s.proxy.cfg.Registry.Snapshot(s.name))
+	s.build(s.proxy.cfg().Registry.Snapshot(s.name))
 	s.built, s.builtAt = seen, time.Now()
 }
 
 // build makes the view of a snapshot (nil: no instances) and publishes it.
 func (s *service) build(snapshot *registry.Snapshot) {
 	before := s.view.Load()
-	next := &view{inForce: s.proxy.cfg.Strategy}
+	next := &view{strategy: s.proxy.cfg().strategy(s.name)}
+	next.inForce = next.strategy
 	var gone []*upstream
-	next.parts, gone = s.parts(before.parts, snapshot)
+	next.parts, gone = s.parts(before, next.strategy, snapshot)
 
 	if next.inForce.Weighted() {
 		for _, p := range next.parts {
@@ -143,7 +144,7 @@ func (s *service) build(snapshot *registry.Snapshot) {
 			}
 		}
 		if next.why != "" && !s.warned {
-			s.proxy.log.Warn("strategy falls back", slog.String("service", s.name), slog.String("strategy", string(s.proxy.cfg.Strategy)),
+			s.proxy.log.Warn("strategy falls back", slog.String("service", s.name), slog.String("strategy", string(next.strategy)),
 				slog.String("in_force", string(next.inForce)), slog.String("reason", next.why))
 		}
 		s.warned = next.why != ""
@@ -189,13 +190,20 @@ func (s *service) build(snapshot *registry.Snapshot) {
 
 // parts makes the parts of the next view: those that nothing has happened in are the ones from before. gone are the
 // upstreams that no instance needs any more.
-func (s *service) parts(before []*viewPart, snapshot *registry.Snapshot) (next []*viewPart, gone []*upstream) {
+func (s *service) parts(last *view, strategy lb.Strategy, snapshot *registry.Snapshot) (next []*viewPart, gone []*upstream) {
+	before := last.parts
 	s.dirtyMu.Lock()
 	dirty := s.dirty
 	s.dirty = nil
 	s.dirtyMu.Unlock()
 	var have []member // of parts that are no more
 	stale := func(p *viewPart) { have = append(have, p.members...) }
+	if strategy != last.strategy { // parts have what one strategy needs
+		for _, p := range before {
+			stale(p)
+		}
+		before = nil
+	}
 	if snapshot != nil {
 		next = make([]*viewPart, len(snapshot.Parts()))
 		for i, instances := range snapshot.Parts() {
@@ -214,7 +222,7 @@ func (s *service) parts(before []*viewPart, snapshot *registry.Snapshot) (next [
 	}
 	for i, p := range next {
 		if p == nil {
-			next[i], have, gone = s.part(have, gone, snapshot.Parts()[i], dirty)
+			next[i], have, gone = s.part(strategy, have, gone, snapshot.Parts()[i], dirty)
 		}
 	}
 	for _, m := range have {
@@ -245,8 +253,7 @@ func (p *viewPart) upstream(id string) *upstream {
 }
 
 // part makes a part of a view. have is what is left over from before, sorted by id; what is in neither is added to gone.
-func (s *service) part(have []member, gone []*upstream, instances []*registry.Instance, dirty map[*upstream]struct{}) (*viewPart, []member, []*upstream) {
-	strategy := s.proxy.cfg.Strategy
+func (s *service) part(strategy lb.Strategy, have []member, gone []*upstream, instances []*registry.Instance, dirty map[*upstream]struct{}) (*viewPart, []member, []*upstream) {
 	p := &viewPart{instances: instances, members: make([]member, 0, len(instances)), ready: make([]*upstream, 0, len(instances))}
 	for _, in := range instances {
 		m, before := member{instance: in}, notReady
@@ -389,12 +396,13 @@ func (p *Proxy) service(name string) *service {
 }
 
 // addService returns the service of that name; if need be it is made.
-func (p *Proxy) addService(name string, pinned bool) *service {
+func (p *Proxy) addService(name string) *service {
 	if s := p.service(name); s != nil {
 		return s
 	}
-	s := &service{name: name, proxy: p, pinned: pinned, counts: make([]atomic.Pointer[counts], len(p.workers))}
-	s.view.Store(&view{inForce: p.cfg.Strategy})
+	s := &service{name: name, proxy: p, counts: make([]atomic.Pointer[counts], len(p.workers))}
+	strategy := p.cfg().strategy(name)
+	s.view.Store(&view{strategy: strategy, inForce: strategy})
 	now := time.Now()
 	s.emptied.Store(&now)
 	found, _ := p.services.LoadOrStore(name, s)
@@ -407,10 +415,10 @@ func (p *Proxy) Update(name string) {
 	for {
 		s := p.service(name)
 		if s == nil {
-			if p.cfg.Registry.Snapshot(name) == nil {
+			if p.cfg().Registry.Snapshot(name) == nil {
 				return
 			}
-			s = p.addService(name, false)
+			s = p.addService(name)
 		}
 		s.changes.Add(1)
 		s.refresh()
@@ -425,7 +433,7 @@ func (p *Proxy) Update(name string) {
 
 // departed notes that a service has lost its last instance and forgets those for which that was an hour ago.
 func (p *Proxy) departed(s *service) {
-	if s.pinned {
+	if p.cfg().kept[s.name] {
 		return
 	}
 	now := time.Now()
@@ -477,7 +485,7 @@ func (p *Proxy) forget(s *service) {
 // known says whether the service answers 503 without instances, not 404.
 func (s *service) known() bool {
 	since := s.emptied.Load()
-	return s.pinned || since == nil || time.Since(*since) < rememberName
+	return since == nil || time.Since(*since) < rememberName || s.proxy.cfg().kept[s.name]
 }
 
 // close ends the service's upstreams.
@@ -494,7 +502,8 @@ func (s *service) close() {
 
 // DescribeService tells which strategy is in force for a service. It makes Proxy a registry.Describer.
 func (p *Proxy) DescribeService(name string) registry.ServiceStatus {
-	status := registry.ServiceStatus{Strategy: string(p.cfg.Strategy), InForce: string(p.cfg.Strategy)}
+	strategy := string(p.cfg().strategy(name))
+	status := registry.ServiceStatus{Strategy: strategy, InForce: strategy}
 	if s := p.service(name); s != nil {
 		v := s.view.Load()
 		status.InForce, status.Why = string(v.inForce), v.why

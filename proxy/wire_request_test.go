@@ -468,7 +468,7 @@ func TestForwardedRequests(t *testing.T) {
 // A target that looks like it had an authority has none: it goes where path and Host say.
 func TestConfusableTargets(t *testing.T) {
 	g := startGateway(t, func(cfg *Config) {
-		cfg.Routes = []RoutePrefix{{"/", "echo"}, {"/admin", "admin"}}
+		cfg.Routes = parseRoutes("/=echo /admin=admin")
 		cfg.NoVia = true
 	}, nil)
 	o := naming(t, "ok")

@@ -88,7 +88,7 @@ func (w *worker) adopt(fd int, remote netip.AddrPort, others int) {
 	}
 	c.sock, c.nc = sock, sock
 	err = w.p.add(c)
-	if err == error(w.p.limited.connections) {
+	if err == error(errGatewayFull) {
 		if other := w.spare(); other != nil {
 			other.close()
 			err = w.p.add(c)
@@ -99,7 +99,7 @@ func (w *worker) adopt(fd int, remote netip.AddrPort, others int) {
 		return
 	}
 	w.conns++
-	w.keep(c, w.p.cfg.Limits.FirstByteTimeout)
+	w.keep(c, w.p.cfg().Limits.FirstByteTimeout)
 }
 
 // keep has a connection close unless a request comes within d.
@@ -137,7 +137,7 @@ func (w *worker) unshelve(c *conn) {
 
 // tick leaves requests that take long to goroutines, and closes connections on which nothing comes.
 func (w *worker) tick(now time.Time) time.Duration {
-	patience := w.p.slowAfter
+	patience := w.p.cfg().slowAfter
 	for i := len(w.waiting) - 1; i >= 0; i-- {
 		c := w.waiting[i]
 		if now.Sub(c.x.began) < patience {
@@ -233,7 +233,7 @@ func (w *worker) shutdown() {
 func (w *worker) await(c *conn) {
 	c.slot = len(w.waiting)
 	w.waiting = append(w.waiting, c)
-	w.loop.Within(w.p.slowAfter)
+	w.loop.Within(w.p.cfg().slowAfter)
 }
 
 func (w *worker) done(c *conn) {
@@ -291,7 +291,7 @@ func (c *conn) step() {
 				return
 			case !c.reading:
 				c.reading = true
-				c.worker.keep(c, c.p.cfg.Limits.HeadTimeout)
+				c.worker.keep(c, c.p.cfg().Limits.HeadTimeout)
 			default:
 				c.since = c.worker.seconds(c.worker.loop.Now())
 			}
@@ -323,18 +323,18 @@ func (c *conn) ask() (s stage, ok bool) {
 	b, r, x, w := &c.in, &c.req, &c.x, c.worker
 	waiting := b.waiting()
 	end := bytes.Index(waiting, headEnd) + len(headEnd)
-	limits := &c.p.cfg.Limits
+	limits := &c.p.cfg().Limits
 	if end < len(headEnd) && waiting[0] != '\r' && len(waiting) < min(readRequest, limits.Head) && !bareLF(waiting, 0) &&
 		(len(waiting) < limits.RequestLine || bytes.IndexByte(waiting, '\n') >= 0) {
 		return stageHead, false
 	}
-	if end < len(headEnd) || waiting[0] == '\r' || end > limits.Head || r.parse(waiting[:end], c.p.pseudonym, c.trusted, limits) != nil ||
-		r.authority || r.chunked || r.length > int64(len(waiting)-end) || r.length > limits.Body || c.isLocal() || c.asksTunnel() {
+	if end < len(headEnd) || waiting[0] == '\r' || end > limits.Head || r.parse(waiting[:end], c.p.cfg().via, c.trusted, limits) != nil ||
+		r.authority || r.chunked || r.length > int64(len(waiting)-end) || c.isLocal() || c.asksTunnel() {
 		return stageReading, false
 	}
 	x.begin(w.loop.Now())
-	service, err := c.p.find(r)
-	if err != nil {
+	service, err := x.find()
+	if err != nil || r.length > x.route.body {
 		return stageReading, false
 	}
 	v := service.view.Load()
@@ -342,7 +342,7 @@ func (c *conn) ask() (s stage, ok bool) {
 		return stageReading, false
 	}
 	x.service = service
-	if c.p.capped && (service.crowd.waiting.Load() > 0 || !x.enter()) {
+	if c.p.cfg().capped && (service.crowd.waiting.Load() > 0 || !x.enter()) {
 		return stageReading, false
 	}
 	x.use(v)
@@ -372,7 +372,7 @@ func (c *conn) put() bool {
 	x, w := &c.x, c.worker
 	b := x.backend
 	b.forget()
-	out := append(c.appendHead(w.out[:0], &c.req, &x.upstream.target), x.held...)
+	out := append(c.appendHead(w.out[:0], &c.req, x.route, &x.upstream.target), x.held...)
 	w.out = out[:0]
 	b.client = c
 	w.await(c)
@@ -461,7 +461,7 @@ func (c *conn) rejoin() {
 			c.close()
 			return
 		}
-		c.worker.keep(c, c.p.cfg.Limits.IdleTimeout)
+		c.worker.keep(c, c.p.cfg().Limits.IdleTimeout)
 		c.step()
 	})
 }
@@ -479,7 +479,7 @@ func (c *conn) answered(e loop.Events) {
 		got += max(n, 0)
 		if end == 0 {
 			end = bytes.Index(room[:got], headEnd) + len(headEnd)
-			if end < len(headEnd) || end > w.p.cfg.Limits.Head || x.res.parse(room[:end], &w.p.cfg.Limits) != nil || x.res.status < 200 {
+			if end < len(headEnd) || end > w.p.cfg().Limits.Head || x.res.parse(room[:end], &w.p.cfg().Limits) != nil || x.res.status < 200 {
 				end = -1
 			}
 		}
@@ -513,7 +513,7 @@ func (c *conn) answered(e loop.Events) {
 	switch {
 	case n == len(out):
 		if c.after(x.keep) {
-			w.keep(c, c.p.cfg.Limits.IdleTimeout)
+			w.keep(c, c.p.cfg().Limits.IdleTimeout)
 			c.step()
 		} else {
 			c.close()

@@ -325,7 +325,7 @@ func (p *AddrPolicy) checkTarget(t Target, in *Instance) error {
 
 // CheckAddr judges an address that a registered instance's name has resolved to, or that is about to be dialled for it.
 func (r *Registry) CheckAddr(in *Instance, ap netip.AddrPort) error {
-	return r.cfg.Addrs.checkFor(in, ap)
+	return r.addrs.Load().checkFor(in, ap)
 }
 
 // checkFor is Check, and then the networks of who registered the instance.

@@ -78,6 +78,8 @@ type HealthStatus struct {
 //	DELETE /services/{service}/{id}?addr=&drain=                                            204, 200, 404, 409
 //	POST   /services/{service}/{id}/heartbeat?addr=                                         204, 404, 409
 //
+// What the configuration holds (Pin) is not changed here: 409.
+//
 // Every refusal is problem+json (see Problem), and nothing has changed then, unless a 503 says that it is in force and not on
 // disk. An instance registered by a peer that is not loopback is marked so for AddrPolicy. Who may call is decided before this
 // handler (internal/access), which says who it is by SetCaller; what that Caller has no right to is answered 403. Each change is
@@ -475,6 +477,8 @@ type instanceJSON struct {
 	Generation   uint64            `json:"generation"` // of the registration
 	Check        *Check            `json:"check"`      // null: none
 	SlowStart    string            `json:"slow_start"` // 0s: none
+
+	PinnedBy string `json:"pinned_by,omitempty"` // the file that holds it; empty: none
 }
 
 type leaseJSON struct {
@@ -506,7 +510,7 @@ func (a *api) instance(service string, in *Instance) instanceJSON {
 			h.CheckedAt = &at
 		}
 	}
-	out := instanceJSON{in.ID, in.Addr, in.Weight, st, seconds(in.RegisteredAt), nil, in.State(), nil, in.Metadata, in.Generation, in.Check, in.SlowStart.String()}
+	out := instanceJSON{in.ID, in.Addr, in.Weight, st, seconds(in.RegisteredAt), nil, in.State(), nil, in.Metadata, in.Generation, in.Check, in.SlowStart.String(), in.pinned}
 	if out.Metadata == nil {
 		out.Metadata = map[string]string{}
 	}
@@ -551,6 +555,8 @@ func answer(call func(*fasthttp.RequestCtx) error, params ...string) fasthttp.Re
 		case err == nil:
 		case errors.As(err, &bad):
 			Problem(ctx, fasthttp.StatusBadRequest, bad.Field, bad.Error())
+		case errors.Is(err, ErrPinned):
+			Problem(ctx, fasthttp.StatusConflict, "id", err.Error())
 		case errors.As(err, &no):
 			if no.status == fasthttp.StatusServiceUnavailable {
 				ctx.Response.Header.Set(fasthttp.HeaderRetryAfter, "1")

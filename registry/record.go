@@ -50,8 +50,17 @@ func recordOf(in *Instance) record {
 	return rec
 }
 
+// kept is an instance that belongs in the file, or nil: what the configuration holds is there already.
+func kept(in *Instance) *Instance {
+	if in == nil || in.pinned != "" {
+		return nil
+	}
+	return in
+}
+
 // sameRecord reports whether the file keeps the same of two instances, of which one may be nil.
 func sameRecord(a, b *Instance) bool {
+	a, b = kept(a), kept(b)
 	if a == nil || b == nil {
 		return a == b
 	}

@@ -52,6 +52,7 @@ type Config struct {
 // costs a part of its own service's instances, however many services there are.
 type Registry struct {
 	cfg      Config
+	addrs    atomic.Pointer[AddrPolicy]
 	services sync.Map // name -> *slot: a hash trie, so adding or dropping one copies no others
 
 	mu         sync.Mutex                       // serializes writers; guards what follows
@@ -63,7 +64,8 @@ type Registry struct {
 	lost       uint64 // instances that left without a word
 	watching   bool   // there is a watch
 	closed     bool
-	store      *store // nil: there is no file
+	store      *store            // nil: there is no file
+	pins       map[key]*Instance // those that the configuration holds
 
 	began    time.Time    // of the registry's clock
 	resumed  atomic.Int64 // on it: no lease ends less than its ttl after this
@@ -81,19 +83,24 @@ type slot struct {
 
 // New makes an empty registry. It keeps its own copy of cfg.
 func New(cfg Config) *Registry {
-	cfg.Addrs.Allow = slices.Clone(cfg.Addrs.Allow)
-	cfg.Addrs.Deny = slices.Clone(cfg.Addrs.Deny)
-	cfg.Addrs.Own = slices.Clone(cfg.Addrs.Own)
 	cfg.Reserved = slices.Clone(cfg.Reserved)
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	r := &Registry{cfg: cfg, began: time.Now(), closing: make(chan struct{})}
+	r.SetAddrs(cfg.Addrs)
 	r.resumed.Store(math.MinInt64 / 2)
 	for i := range r.probes {
 		r.probes[i] = make(chan struct{}, mostProbes)
 	}
 	return r
+}
+
+// SetAddrs replaces Config.Addrs. Instances that are here stay; one at an address that is refused from now on gets no new
+// connections.
+func (r *Registry) SetAddrs(policy AddrPolicy) {
+	policy.Allow, policy.Deny, policy.Own = slices.Clone(policy.Allow), slices.Clone(policy.Deny), slices.Clone(policy.Own)
+	r.addrs.Store(&policy)
 }
 
 // Close ends the watch over leases and holds: none ends any more. Drains are answered, and it waits for probes. A registry with a
@@ -137,14 +144,18 @@ func (r *Registry) register(service string, in Instance, h *hold) (now, before *
 		r.mu.Unlock()
 		return nil, nil, fmt.Errorf("register %s of service %s: %w", clip(in.ID), clip(service), ErrClosed)
 	}
-	r.generation++
-	in.Generation = r.generation
 	at := r.service(service)
 	var prev *Snapshot
 	if at != nil {
 		prev = at.snapshot.Load()
 	}
 	before = prev.Instance(in.ID)
+	if before != nil && before.pinned != "" {
+		r.mu.Unlock()
+		return nil, nil, &pinnedError{service, in.ID, before.pinned}
+	}
+	r.generation++
+	in.Generation = r.generation
 	r.revoke(before)
 	in.lease, in.hold, in.suspect, in.stale, in.unreached = nil, h, false, false, false
 	in.inherit(before)
@@ -220,6 +231,9 @@ func (r *Registry) change(service, id, addr string, f func(*slot, *Instance)) (*
 	switch {
 	case in == nil:
 		err = ErrNotFound
+	case in.pinned != "":
+		r.mu.Unlock()
+		return nil, &pinnedError{service, id, in.pinned}
 	case !meant(in):
 		err = ErrConflict
 	}
@@ -367,7 +381,7 @@ func (r *Registry) allow(service string, in *Instance) error {
 	if slices.Contains(r.cfg.Reserved, service) {
 		return &FieldError{"service", fmt.Sprintf("%s is reserved: the API answers at /%[1]s; choose another name", service)}
 	}
-	if err := r.cfg.Addrs.checkTarget(in.target, in); err != nil {
+	if err := r.addrs.Load().checkTarget(in.target, in); err != nil {
 		return &FieldError{"addr", err.Error()}
 	}
 	return nil

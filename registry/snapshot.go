@@ -32,6 +32,7 @@ type Instance struct {
 	suspect    bool       // that connection was lost, and nobody knows yet whether it lives
 	unreached  bool       // it was in the file when the gateway started, and nobody has heard of it since
 	lease      *lease     // nil: none
+	pinned     string     // what of the configuration holds it; empty: nothing does
 
 	networks []netip.Prefix // where it may point by the rights of who registered it; none: wherever AddrPolicy lets it
 }

@@ -222,7 +222,7 @@ func (r *Registry) put(tx *bbolt.Tx, b *batch, reserved uint64) error {
 	instances := tx.Bucket(instancesBucket)
 	for k := range b.keys {
 		at := k.bytes()
-		in := r.Snapshot(k.service).Instance(k.id)
+		in := kept(r.Snapshot(k.service).Instance(k.id))
 		if in == nil {
 			if err := instances.Delete(at); err != nil {
 				return err

@@ -21,6 +21,7 @@ import (
 
 	"github.com/valyala/fasthttp"
 
+	"kerberos/internal/follow"
 	"kerberos/registry"
 )
 
@@ -43,7 +44,7 @@ type Rule struct {
 	key      keyring
 	token    sum                    // what Config.Token is looked up by
 	grants   atomic.Pointer[grants] // of Config.Tokens; nil without
-	follower *follower
+	follower *follow.Follower
 
 	failures limiter // attempts
 	notes    notes
@@ -70,20 +71,20 @@ func New(cfg Config) (*Rule, error) {
 	if cfg.Tokens == "" {
 		return r, nil
 	}
-	seen := fingerprint(cfg.Tokens)
+	seen := follow.Fingerprint(cfg.Tokens)
 	if err := r.read(); err != nil {
 		return nil, err
 	}
-	r.follower = follow(seen, r.reread, cfg.Tokens)
+	r.follower = follow.Files(seen, r.reread, cfg.Tokens)
 	return r, nil
 }
 
 // Close ends what follows the file of tokens.
-func (r *Rule) Close() { r.follower.close() }
+func (r *Rule) Close() { r.follower.Close() }
 
 // read makes the file of tokens what is asked from now on. On an error nothing changes.
 func (r *Rule) read() error {
-	data, err := readFile(r.cfg.Tokens)
+	data, err := follow.Read(r.cfg.Tokens)
 	if err != nil {
 		return err
 	}

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"kerberos/internal/admin"
+	"kerberos/internal/follow"
 	"kerberos/registry"
 )
 
@@ -501,7 +502,7 @@ func TestNewRefuses(t *testing.T) {
 	}{
 		"none":     {"none", func(string) error { return nil }, "no such file"},
 		"a folder": {"folder", func(path string) error { return os.Mkdir(path, 0o700) }, "is no regular file"},
-		"large":    {"large", func(path string) error { return os.WriteFile(path, make([]byte, maxFile+1), 0o600) }, "more than 1 MiB"},
+		"large":    {"large", func(path string) error { return os.WriteFile(path, make([]byte, follow.MaxFile+1), 0o600) }, "more than 1 MiB"},
 		"wrong":    {"wrong", func(path string) error { return os.WriteFile(path, []byte("- {name: a}\n"), 0o600) }, "wrong:1:4: the entry must have one of"},
 		"a token of --token": {"taken", func(path string) error {
 			return os.WriteFile(path, []byte("- {name: a, token: token-token-token-flag, read: true}\n"), 0o600)

@@ -9,6 +9,8 @@ import (
 	"net"
 	"os"
 	"sync/atomic"
+
+	"kerberos/internal/follow"
 )
 
 // TLS is the transport security of the admin listener. It follows its files when they change; connections that are open keep what
@@ -16,7 +18,7 @@ import (
 type TLS struct {
 	cfg      TLSConfig
 	config   atomic.Pointer[tls.Config]
-	follower *follower
+	follower *follow.Follower
 	notes    notes
 }
 
@@ -35,24 +37,24 @@ func NewTLS(cfg TLSConfig) (*TLS, error) {
 	if cfg.ClientCA != "" {
 		files = append(files, cfg.ClientCA)
 	}
-	seen := fingerprint(files...)
+	seen := follow.Fingerprint(files...)
 	if err := t.read(); err != nil {
 		return nil, err
 	}
-	t.follower = follow(seen, t.reread, files...)
+	t.follower = follow.Files(seen, t.reread, files...)
 	return t, nil
 }
 
 // Close ends what follows the files. Listeners stay.
-func (t *TLS) Close() { t.follower.close() }
+func (t *TLS) Close() { t.follower.Close() }
 
 // read makes the files what new connections get. On an error nothing changes.
 func (t *TLS) read() error {
-	cert, err := readFile(t.cfg.Cert)
+	cert, err := follow.Read(t.cfg.Cert)
 	if err != nil {
 		return fmt.Errorf("--admin-cert: %w", err)
 	}
-	key, err := readFile(t.cfg.Key)
+	key, err := follow.Read(t.cfg.Key)
 	if err != nil {
 		return fmt.Errorf("--admin-key: %w", err)
 	}
@@ -68,7 +70,7 @@ func (t *TLS) read() error {
 		SessionTicketsDisabled: true,
 	}
 	if t.cfg.ClientCA != "" {
-		ca, err := readFile(t.cfg.ClientCA)
+		ca, err := follow.Read(t.cfg.ClientCA)
 		if err != nil {
 			return fmt.Errorf("--admin-client-ca: %w", err)
 		}

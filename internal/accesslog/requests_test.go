@@ -185,7 +185,7 @@ func get(path string, fields ...string) string {
 // What is logged of each way that a request can end.
 func TestFields(t *testing.T) {
 	g := startGateway(t, func(cfg *proxy.Config, _ *Config) {
-		cfg.Routes = []proxy.RoutePrefix{{Prefix: "/retried", Service: "retried"}, {Prefix: "/*"}}
+		cfg.Routes = []proxy.Route{{Prefix: "/retried", Service: "retried"}, {Prefix: "/*"}}
 		cfg.RequestIDs = true
 		cfg.UpstreamIdle = 100 * time.Millisecond
 	})

@@ -22,6 +22,7 @@ type Config struct {
 	Ready    func() bool             // whether /readyz says so
 	Metrics  fasthttp.RequestHandler // /metrics; nil: not served
 	Profiles fasthttp.RequestHandler // /debug/pprof/, with its own rule of access; nil: not served
+	Reload   fasthttp.RequestHandler // POST /reload, with its own rule of access; nil: not served
 	Explain  fasthttp.RequestHandler // /explain, likewise
 	API      fasthttp.RequestHandler // /register and /services, likewise
 	Log      *slog.Logger
@@ -86,6 +87,13 @@ func (s *Server) handle(ctx *fasthttp.RequestCtx) {
 		}
 	case strings.HasPrefix(path, "/debug/pprof/") && s.cfg.Profiles != nil:
 		s.cfg.Profiles(ctx)
+	case path == "/reload" && s.cfg.Reload != nil:
+		if !ctx.IsPost() {
+			ctx.Response.Header.Set(fasthttp.HeaderAllow, "POST")
+			registry.Problem(ctx, fasthttp.StatusMethodNotAllowed, "", "this path answers POST")
+			return
+		}
+		s.cfg.Reload(ctx)
 	case path == "/explain" && s.cfg.Explain != nil:
 		if reads(ctx) {
 			s.cfg.Explain(ctx)
@@ -140,6 +148,9 @@ func (s *Server) paths() string {
 	}
 	if s.cfg.Profiles != nil {
 		paths = append(paths, "/debug/pprof/")
+	}
+	if s.cfg.Reload != nil {
+		paths = append(paths, "/reload")
 	}
 	if s.cfg.Explain != nil {
 		paths = append(paths, "/explain")

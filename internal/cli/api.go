@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -18,6 +17,8 @@ import (
 	"time"
 
 	"github.com/alecthomas/kong"
+
+	"kerberos/internal/config"
 )
 
 // API is where the gateway's API is and how to be let in.
@@ -32,9 +33,9 @@ type API struct {
 
 // TLS is how to speak to a gateway that has --admin-cert.
 type TLS struct {
-	CA   *x509.CertPool `name:"ca" placeholder:"FILE" help:"PEM file of the authorities of an https gateway, instead of the system's."`
-	Cert string         `type:"file" placeholder:"FILE" help:"PEM file of the certificate that says who calls, for a gateway with --admin-client-ca."`
-	Key  string         `type:"file" placeholder:"FILE" help:"PEM file of its key."`
+	CA   config.Authorities `name:"ca" placeholder:"FILE" help:"PEM file of the authorities of an https gateway, instead of the system's."`
+	Cert string             `type:"file" placeholder:"FILE" help:"PEM file of the certificate that says who calls, for a gateway with --admin-client-ca."`
+	Key  string             `type:"file" placeholder:"FILE" help:"PEM file of its key."`
 }
 
 // AfterApply checks what no single flag can know.
@@ -47,18 +48,18 @@ func (t *TLS) AfterApply() error {
 
 // client is one for a single call, or the one that all share.
 func (t *TLS) client() (*http.Client, error) {
-	if t.CA == nil && t.Cert == "" {
+	if t.CA.Pool == nil && t.Cert == "" {
 		return http.DefaultClient, nil
 	}
-	config := &tls.Config{RootCAs: t.CA, MinVersion: tls.VersionTLS12}
+	secure := &tls.Config{RootCAs: t.CA.Pool, MinVersion: tls.VersionTLS12}
 	if t.Cert != "" {
 		pair, err := tls.LoadX509KeyPair(t.Cert, t.Key)
 		if err != nil {
 			return nil, fmt.Errorf("--cert %s and --key %s: %w", t.Cert, t.Key, err)
 		}
-		config.Certificates = []tls.Certificate{pair}
+		secure.Certificates = []tls.Certificate{pair}
 	}
-	return &http.Client{Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, TLSClientConfig: config, DisableKeepAlives: true}}, nil
+	return &http.Client{Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, TLSClientConfig: secure, DisableKeepAlives: true}}, nil
 }
 
 // problem is a refusal of the API (RFC 9457). It names the field that is wrong, if one is.

@@ -93,20 +93,20 @@ func TestValues(t *testing.T) {
 		{"a share", "", map[string]string{"KERBEROS_MAX_CONNECTIONS": "50%"}, func(g *Gateway) { g.MaxConnections = Share{Percent: 50} }},
 		{"no limit", "--max-connections 0", nil, func(g *Gateway) { g.MaxConnections = Share{} }},
 		{"routes", "--route /web/=web --route /api/v1=api,/*", nil, func(g *Gateway) {
-			g.Route = []Route{{"/web/", "web"}, {"/api/v1", "api"}, {"/*", ""}}
+			g.Route = []Route{{Prefix: "/web/", Service: "web"}, {Prefix: "/api/v1", Service: "api"}, {Prefix: "/*", Service: ""}}
 		}},
-		{"a route for all", "--route /=web", nil, func(g *Gateway) { g.Route = []Route{{"/", "web"}} }},
+		{"a route for all", "--route /=web", nil, func(g *Gateway) { g.Route = []Route{{Prefix: "/", Service: "web"}} }},
 		{"without the API on the data listener", "--api admin --health-path /register --route /services/x=services", nil, func(g *Gateway) {
-			g.API, g.HealthPath, g.Route = APIAdmin, "/register", []Route{{"/services/x", "services"}}
+			g.API, g.HealthPath, g.Route = APIAdmin, "/register", []Route{{Prefix: "/services/x", Service: "services"}}
 		}},
 		{"paths beside those of the API", "--health-path /services2 --route /registered=r", nil, func(g *Gateway) {
-			g.HealthPath, g.Route = "/services2", []Route{{"/registered", "r"}}
+			g.HealthPath, g.Route = "/services2", []Route{{Prefix: "/registered", Service: "r"}}
 		}},
 		{"dots in segments", "--health-path /.well-known/up.. --route /a.b/...=a", nil, func(g *Gateway) {
-			g.HealthPath, g.Route = "/.well-known/up..", []Route{{"/a.b/...", "a"}}
+			g.HealthPath, g.Route = "/.well-known/up..", []Route{{Prefix: "/a.b/...", Service: "a"}}
 		}},
-		{"a comma in a prefix", `--route /a\,b=a`, nil, func(g *Gateway) { g.Route = []Route{{"/a,b", "a"}} }},
-		{"a prefix with =", "--route /a=b=c", nil, func(g *Gateway) { g.Route = []Route{{"/a=b", "c"}} }},
+		{"a comma in a prefix", `--route /a\,b=a`, nil, func(g *Gateway) { g.Route = []Route{{Prefix: "/a,b", Service: "a"}} }},
+		{"a prefix with =", "--route /a=b=c", nil, func(g *Gateway) { g.Route = []Route{{Prefix: "/a=b", Service: "c"}} }},
 		{"statuses", "--breaker-statuses 500,503", nil, func(g *Gateway) { g.BreakerStatuses = []int{500, 503} }},
 		{"paths", "--ambiguous-paths normalize", nil, func(g *Gateway) { g.AmbiguousPaths = "normalize" }},
 		{"methods", "--allow-methods TRACE,CONNECT", nil, func(g *Gateway) { g.AllowMethods = []string{"TRACE", "CONNECT"} }},
@@ -129,7 +129,7 @@ func TestValues(t *testing.T) {
 			"KERBEROS_ROUTE": "/a=a,/*", "KERBEROS_VIA": "off", "KERBEROS_REQUEST_ID": "1", "KERBEROS_API_ALLOW": "none",
 			"KERBEROS_BREAKER_STATUSES": "500", "KERBEROS_TOKEN": "s3cret", "KERBEROS_REQUEST_TIMEOUT": "1m30s",
 		}, func(g *Gateway) {
-			g.Route, g.Via, g.RequestID, g.APIAllow = []Route{{"/a", "a"}, {"/*", ""}}, false, true, Allow{None: true, Set: true}
+			g.Route, g.Via, g.RequestID, g.APIAllow = []Route{{Prefix: "/a", Service: "a"}, {Prefix: "/*", Service: ""}}, false, true, Allow{None: true, Set: true}
 			g.BreakerStatuses, g.Token, g.RequestTimeout = []int{500}, "s3cret", 90*time.Second
 		}},
 		{"second names", "", map[string]string{
@@ -143,7 +143,7 @@ func TestValues(t *testing.T) {
 		{"flag before both", "--retries=4", map[string]string{"RETRY_MAX": "7", "KERBEROS_RETRIES": "1"}, func(g *Gateway) { g.Retries = 4 }},
 		{"flag before a bad variable", "--retries 4", map[string]string{"KERBEROS_RETRIES": "many"}, func(g *Gateway) { g.Retries = 4 }},
 		{"a list in a flag replaces that of a variable", "--route /b=b", map[string]string{"KERBEROS_ROUTE": "/a=a"}, func(g *Gateway) {
-			g.Route = []Route{{"/b", "b"}}
+			g.Route = []Route{{Prefix: "/b", Service: "b"}}
 		}},
 		{"empty is not set", "", map[string]string{"KERBEROS_RETRIES": "", "RETRY_MAX": "1", "KERBEROS_TOKEN": ""}, func(g *Gateway) { g.Retries = 1 }},
 		{"another command's variables", "other", map[string]string{"KERBEROS_LISTEN": "nonsense", "KERBEROS_RETRIES": "many"}, func(*Gateway) {}},
@@ -342,10 +342,10 @@ func TestUpstreamCA(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got.UpstreamCA == nil {
+	if got.UpstreamCA.Pool == nil {
 		t.Fatal("no pool")
 	}
-	if _, err := server.Certificate().Verify(x509.VerifyOptions{Roots: got.UpstreamCA}); err != nil {
+	if _, err := server.Certificate().Verify(x509.VerifyOptions{Roots: got.UpstreamCA.Pool}); err != nil {
 		t.Errorf("the pool does not vouch for its own certificate: %v", err)
 	}
 	if _, err := parse(t, []string{"--upstream-ca", file, "--upstream-insecure"}, nil); err == nil || !strings.Contains(err.Error(), "--upstream-insecure") {
@@ -426,7 +426,7 @@ func FuzzParse(f *testing.F) {
 				t.Errorf("%s=%q is let through: %+v", flag, value, g)
 			}
 			for _, route := range g.Route {
-				if !strings.HasPrefix(route.Prefix, "/") || (route.Service == "") != (route.Prefix == FirstSegment) {
+				if !strings.HasPrefix(route.Prefix, "/") || (route.Service == "") != (isFirstSegment(route)) {
 					t.Errorf("%s=%q gives the route %+v", flag, value, route)
 				}
 			}

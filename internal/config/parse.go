@@ -1,7 +1,6 @@
 package config
 
 import (
-	"crypto/x509"
 	"fmt"
 	"net/netip"
 	"reflect"
@@ -14,13 +13,19 @@ import (
 	"kerberos/lb"
 )
 
-// Parse reads args into a grammar of commands, and what args leave out from the environment. Its errors name the flag,
-// the variable if the value came from one, and what is allowed; they never repeat a token.
+// Parse reads args into a grammar of commands, and what args leave out from the environment; what both leave out of a Gateway,
+// from its file. Its errors name the flag, the variable or the line if the value came from one, and what is allowed; they never
+// repeat a token. The *Sources are bound for the command.
 func Parse(grammar any, args []string, env func(string) (string, bool), options ...kong.Option) (*kong.Context, error) {
+	return parseWith(grammar, args, &Sources{env: env}, options...)
+}
+
+func parseWith(grammar any, args []string, sources *Sources, options ...kong.Option) (*kong.Context, error) {
 	parser, err := kong.New(grammar, append([]kong.Option{
 		kong.Name("kerberos"),
+		kong.Bind(sources),
 		kong.Vars{"strategies": list(lb.Strategies()), "most_tried": strconv.Itoa(lb.MaxTried)},
-		kong.Resolvers(environment(env)),
+		kong.Resolvers(kong.ResolverFunc(sources.resolve)),
 		kong.Help(help),
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, FlagsLast: true, WrapUpperBound: 120}),
 		kong.ValueFormatter(describe),
@@ -40,7 +45,7 @@ func Parse(grammar any, args []string, env func(string) (string, bool), options 
 		kong.TypeMapper(reflect.TypeFor[Portion](), text(parsePortion)),
 		kong.TypeMapper(reflect.TypeFor[[]Route](), each(parseRoute)),
 		kong.TypeMapper(reflect.TypeFor[[]netip.Prefix](), each(parseNetwork)),
-		kong.TypeMapper(reflect.TypeFor[*x509.CertPool](), text(readPool)),
+		kong.TypeMapper(reflect.TypeFor[Authorities](), text(readAuthorities)),
 		kong.NamedMapper("listen", text(parseListen)),
 		kong.NamedMapper("listen-or-off", text(parseListenOrOff)),
 		kong.NamedMapper("path", text(parsePath)),
@@ -62,12 +67,25 @@ func Parse(grammar any, args []string, env func(string) (string, bool), options 
 	return parser.Parse(args)
 }
 
-// Defaults is the configuration of a gateway that is told nothing, whatever the environment says.
+// Load reads the configuration of a gateway that runs with args, as Parse does, and where it comes from.
+func Load(args []string, env func(string) (string, bool)) (Gateway, *Sources, error) {
+	var grammar struct {
+		Run Gateway `cmd:"" default:"withargs"`
+	}
+	var sources *Sources
+	ctx, err := Parse(&grammar, args, env)
+	if err == nil {
+		_, err = ctx.Call(func(s *Sources) { sources = s })
+	}
+	return grammar.Run, sources, err
+}
+
+// Defaults is the configuration of a gateway that is told nothing, whatever the environment and the working directory say.
 func Defaults() (Gateway, error) {
 	var grammar struct {
 		Run Gateway `cmd:"" default:"withargs"`
 	}
-	_, err := Parse(&grammar, nil, func(string) (string, bool) { return "", false })
+	_, err := parseWith(&grammar, nil, &Sources{env: func(string) (string, bool) { return "", false }, noFile: true})
 	return grammar.Run, err
 }
 
@@ -81,26 +99,6 @@ func Variables(flag *kong.Flag) []string {
 		names = append(names, also)
 	}
 	return names
-}
-
-// environment resolves the flags that the command line leaves out. A value is decoded here once for nothing but its
-// error, which can name the variable only here.
-func environment(env func(string) (string, bool)) kong.ResolverFunc {
-	return func(_ *kong.Context, _ *kong.Path, flag *kong.Flag) (any, error) {
-		for _, name := range Variables(flag) {
-			value, _ := env(name)
-			if value == "" {
-				continue
-			}
-			scan := kong.Scan().PushTyped(value, kong.FlagValueToken)
-			scratch := reflect.New(flag.Target.Type()).Elem()
-			if err := flag.Mapper.Decode(&kong.DecodeContext{Value: flag.Value, Scan: scan}, scratch); err != nil {
-				return nil, fmt.Errorf("%s: %w", name, err)
-			}
-			return value, nil
-		}
-		return nil, nil
-	}
 }
 
 // help shows the default command's flags on the first page too: `kerberos --help` is what people type.

@@ -16,6 +16,7 @@ import (
 
 	"github.com/alecthomas/kong"
 
+	"kerberos/proxy"
 	"kerberos/registry"
 )
 
@@ -71,8 +72,26 @@ func (a *Allow) Decode(ctx *kong.DecodeContext) error {
 	return nil
 }
 
+// String is as --api-allow has it.
+func (a Allow) String() string {
+	if a.None {
+		return "none"
+	}
+	if !a.Set {
+		return ""
+	}
+	return strings.Trim(strings.ReplaceAll(fmt.Sprint(a.Networks), " ", ","), "[]")
+}
+
 // Switch is a flag that is on or off.
 type Switch bool
+
+func (s Switch) String() string {
+	if s {
+		return "on"
+	}
+	return "off"
+}
 
 // IsBool lets the flag stand without a value.
 func (*Switch) IsBool() bool { return true }
@@ -118,6 +137,14 @@ func (s Share) Of(whole uint64) int {
 	return max(1, int(min(whole, most)*uint64(s.Percent)/100))
 }
 
+// String is the number, or the percentage.
+func (s Share) String() string {
+	if s.Percent > 0 {
+		return strconv.Itoa(s.Percent) + "%"
+	}
+	return strconv.Itoa(s.Number)
+}
+
 func parseShare(s string) (Share, error) {
 	digits, percent := strings.CutSuffix(s, "%")
 	n, err := strconv.ParseUint(digits, 10, 30)
@@ -145,23 +172,31 @@ func parsePortion(s string) (Portion, error) {
 	return Portion(f), nil
 }
 
-// Route sends the paths under Prefix to Service. Service is empty for the prefix "/*", which stands for the rule that the
-// first path segment names the service.
-type Route struct{ Prefix, Service string }
-
-// FirstSegment is the prefix of the route without a service.
-const FirstSegment = "/*"
+// Route is one route of the table.
+type Route = proxy.Route
 
 // isAll tells whether no path is left for another prefix.
-func (r Route) isAll() bool { return r.Prefix == "/" }
+func isAll(r Route) bool {
+	return r.Prefix == "/" && r.Host == "" && len(r.Methods)+len(r.Headers) == 0
+}
+
+func isFirstSegment(r Route) bool { return r.Prefix == proxy.FirstSegmentRule }
+
+// routeText is a route as --route has it, or what it matches and where it leads.
+func routeText(r Route) string {
+	if isFirstSegment(r) {
+		return r.Prefix
+	}
+	return strings.ReplaceAll(r.String(), ",", `\,`) + "=" + r.Service
+}
 
 func parseRoute(s string) (Route, error) {
-	if s == FirstSegment {
+	if s == proxy.FirstSegmentRule {
 		return Route{Prefix: s}, nil
 	}
 	i := strings.LastIndexByte(s, '=') // a service's name has none
 	if i < 0 || !strings.HasPrefix(s, "/") {
-		return Route{}, fmt.Errorf("%q is not PREFIX=SERVICE with a PREFIX that starts with /, nor %s", s, FirstSegment)
+		return Route{}, fmt.Errorf("%q is not PREFIX=SERVICE with a PREFIX that starts with /, nor %s", s, proxy.FirstSegmentRule)
 	}
 	route := Route{Prefix: s[:i], Service: s[i+1:]}
 	if err := plainPath(route.Prefix); err != nil {
@@ -343,16 +378,24 @@ func isToken(s string) bool {
 	})
 }
 
-func readPool(file string) (*x509.CertPool, error) {
+// Authorities are those of a PEM file, whom certificates are believed. The zero value is none that were named.
+type Authorities struct {
+	File string
+	Pool *x509.CertPool
+}
+
+func (a Authorities) String() string { return a.File }
+
+func readAuthorities(file string) (Authorities, error) {
 	pem, err := os.ReadFile(file)
 	if err != nil {
-		return nil, err // names the file
+		return Authorities{}, err // names the file
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("%s holds no certificate in PEM form", file)
+		return Authorities{}, fmt.Errorf("%s holds no certificate in PEM form", file)
 	}
-	return pool, nil
+	return Authorities{file, pool}, nil
 }
 
 // count reads a whole number that is at least what its flag's min tag says.
@@ -415,6 +458,16 @@ func parseSize(s string) (int64, error) {
 		return 0, fmt.Errorf("%q is not a number of bytes, written like 4096, 32KiB, 1MiB or 2GiB", s)
 	}
 	return int64(n) * unit, nil
+}
+
+// sizeText writes a size as parseSize reads it.
+func sizeText(n int64) string {
+	for i := len(units) - 1; i >= 0; i-- {
+		if u := units[i]; n >= u.bytes && n%u.bytes == 0 {
+			return strconv.FormatInt(n/u.bytes, 10) + u.name
+		}
+	}
+	return strconv.FormatInt(n, 10)
 }
 
 // duration reads a time that is at least what its flag's min tag says.

@@ -36,9 +36,16 @@ type Config struct {
 	Proxy     *proxy.Proxy
 	Registry  *registry.Registry
 	Ready     func() bool
+	Reloads   func() Reloads
 	MaxSeries int           // of services and instances; less than 1 is no limit
 	Unlogged  func() uint64 // lines that the access log has dropped
 	Log       *slog.Logger
+}
+
+// Reloads is how often the configuration was read again.
+type Reloads struct {
+	Done, Failed uint64
+	Last         int64 // when it was taken over, in Unix milliseconds; at the start too
 }
 
 // Handler answers scrapes: in the text format, OpenMetrics or protobuf, which alone has native histograms.
@@ -102,6 +109,8 @@ var (
 	holds       = gauge("holds", "Connections that keep instances registered.")
 	expired     = counter("expired_instances_total", "Instances that left without a word: their lease ended, or the connection that held them.")
 	unwritten   = counter("registry_write_failures_total", "How often registrations could not be written to --data.")
+	reloads     = counter("config_reloads_total", "How often the configuration was read again, by what came of it; a failure has changed nothing.")
+	reloaded    = gauge("config_last_reload_success_timestamp_seconds", "When the configuration in force was read.")
 	unlogged    = counter("access_log_dropped_lines_total", "Lines of the access log that were dropped because its file or reader did not take them.")
 	omitted     = gauge("metrics_omitted", "Services and instances that have no metrics because of --metrics-max-series.")
 )
@@ -160,6 +169,10 @@ func (g *gateway) Gather() ([]*dto.MetricFamily, error) {
 	out.add(holds, float64(registered.Holds), nil)
 	out.add(expired, float64(registered.Expired), nil)
 	out.add(unwritten, float64(registered.WriteFailures), nil)
+	read := g.cfg.Reloads()
+	out.add(reloads, float64(read.Done), pairs("outcome", "success"))
+	out.add(reloads, float64(read.Failed), pairs("outcome", "failure"))
+	out.add(reloaded, float64(read.Last)/1e3, nil)
 	out.add(unlogged, float64(g.cfg.Unlogged()), nil)
 	g.services(out)
 

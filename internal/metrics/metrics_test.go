@@ -37,7 +37,7 @@ func config(t testing.TB, services, instances int) Config {
 		t.Fatal(err)
 	}
 	t.Cleanup(p.Close)
-	return Config{Proxy: p, Registry: reg, Ready: func() bool { return true }, Unlogged: func() uint64 { return 0 }, Log: slog.New(slog.DiscardHandler)}
+	return Config{Proxy: p, Registry: reg, Ready: func() bool { return true }, Reloads: func() Reloads { return Reloads{} }, Unlogged: func() uint64 { return 0 }, Log: slog.New(slog.DiscardHandler)}
 }
 
 // gather reads all metrics, and has client_golang look for what cannot be: a series twice, another type.

@@ -259,7 +259,7 @@ func TestSpans(t *testing.T) {
 		t.Run(map[bool]string{false: "http", true: "grpc"}[byGRPC], func(t *testing.T) {
 			r := startReceiver(t, byGRPC)
 			g := startGateway(t, Config{Endpoint: r.url, GRPC: byGRPC}, func(cfg *proxy.Config) {
-				cfg.Routes = []proxy.RoutePrefix{{Prefix: "/users", Service: "users"}, {Prefix: "/retried", Service: "retried"}}
+				cfg.Routes = []proxy.Route{{Prefix: "/users", Service: "users"}, {Prefix: "/retried", Service: "retried"}}
 				cfg.TrustedProxies = []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}
 			})
 			parents := make(chan string, 1)

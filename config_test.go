@@ -1,0 +1,428 @@
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+)
+
+// settings writes a file of settings and returns its name.
+func settings(t *testing.T, lines ...string) string {
+	t.Helper()
+	name := filepath.Join(t.TempDir(), "kerberos.yaml")
+	if err := os.WriteFile(name, []byte(strings.Join(lines, "\n")+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+func TestConfigFile(t *testing.T) {
+	file := settings(t, "routes: [/api=users]", "max-body: 10", "via: off")
+	g := launch(t, []string{"KERBEROS_CONFIG=" + file}, "--max-body=20")
+	g.register("users", "a", named(t, "a"))
+	if status, body := g.get("/api/x"); status != 200 || body != "a" {
+		t.Errorf("by the route of the file: %d %q", status, body)
+	}
+	if status, _ := g.get("/users"); status != 404 {
+		t.Errorf("by the first segment: %d", status)
+	}
+	for size, want := range map[int]int{20: 200, 21: 413} { // the flag wins
+		raw := fmt.Sprintf("POST /api HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", size, strings.Repeat("x", size))
+		if response, _ := exchange(t, g.data, raw); response.StatusCode != want {
+			t.Errorf("a body of %d: %d, want %d", size, response.StatusCode, want)
+		}
+	}
+	if !g.logged("settings are read from a file", file) {
+		t.Error("the log does not name the file")
+	}
+}
+
+func TestConfigFileRefused(t *testing.T) {
+	file := settings(t, "via: on", "retries: two")
+	for _, test := range []struct {
+		args []string
+		code int
+	}{
+		{[]string{"--config", file}, exitUsage},
+		{[]string{"config", "--config", file}, exitUsage},
+		{[]string{"check", file}, exitFailed},
+	} {
+		out, errs, code := command(t, nil, test.args...)
+		if want := file + ":2:10: retries: \"two\" is not a whole number of at least 0\n  2 | retries: two\n    |          ^\n"; code != test.code || !strings.Contains(errs, want) {
+			t.Errorf("%v: %d\n%s%s", test.args, code, out, errs)
+		}
+	}
+	if out, errs, code := command(t, []string{"KERBEROS_RETRIES=two"}, "check", settings(t, "retries: 2")); code != 0 || !strings.HasSuffix(out, ": fine\n") {
+		t.Errorf("a file that is fine, whatever the environment: %d\n%s%s", code, out, errs)
+	}
+}
+
+// What the program prints of its settings, it takes.
+func TestConfigDefault(t *testing.T) {
+	text, errs, code := command(t, nil, "config", "--default")
+	if code != 0 {
+		t.Fatalf("%d %s", code, errs)
+	}
+	file := settings(t, text)
+	if out, errs, code := command(t, nil, "check", file); code != 0 {
+		t.Errorf("%d\n%s%s", code, out, errs)
+	}
+	schema, _, code := command(t, nil, "config", "--schema")
+	if code != 0 || !strings.Contains(schema, `"$schema"`) {
+		t.Errorf("the schema: %d %s", code, schema)
+	}
+	out, _, _ := command(t, []string{"KERBEROS_TOKEN=s3cret-s3cret"}, "config")
+	if strings.Contains(out, "s3cret") || !strings.Contains(out, "env KERBEROS_TOKEN") {
+		t.Errorf("the token: %s", out)
+	}
+}
+
+func TestConfigServices(t *testing.T) {
+	file := settings(t, "services:", "  users:", "    instances:", "    - {id: a, addr: "+named(t, "a")+"}")
+	g := launch(t, nil, "--config", file)
+	if status, body := g.get("/users"); status != 200 || body != "a" {
+		t.Errorf("the instance of the file: %d %q", status, body)
+	}
+	g.register("users", "b", named(t, "b"))
+	seen := map[string]bool{}
+	for range 4 {
+		_, body := g.get("/users")
+		seen[body] = true
+	}
+	if !seen["a"] || !seen["b"] {
+		t.Errorf("answers of %v, want a and b", seen)
+	}
+	if status, body := g.post(`{"service":"users","id":"a","addr":"http://127.0.0.1:1"}`); status != 409 || !strings.Contains(body, file) {
+		t.Errorf("registering what the file holds: %d %s", status, body)
+	}
+	// Where an instance may point is known to the gateway only.
+	file = settings(t, "services:", "  users:", "    instances:", "    - {id: a, addr: http://169.254.1.1}")
+	if _, errs, code := command(t, nil, "--config", file, "--listen=127.0.0.1:0", "--admin=off"); code != exitUsage || !strings.Contains(errs, file) || !strings.Contains(errs, "169.254.1.1") {
+		t.Errorf("an address that is refused: %d %s", code, errs)
+	}
+}
+
+func TestConfigRoutes(t *testing.T) {
+	seen := func(t *testing.T) string {
+		return backend(t, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("X-Secret", "1")
+			fmt.Fprintf(w, "%s %s %s %s", r.Method, r.Host, r.URL, r.Header.Get("X-Env"))
+		})
+	}
+	file := settings(t,
+		"routes:",
+		"- {host: api.example.com, prefix: /v1, service: users, strip-prefix: on, request-headers: {set: {X-Env: test}}, response-headers: {remove: [X-Secret]}}",
+		"- {host: api.example.com, prefix: /v1, methods: [POST], service: users, max-body: 3}",
+		"- /*",
+		"services:",
+		"  users:",
+		"    strategy: ip-hash",
+		"    instances: [{id: a, addr: "+seen(t)+"}]",
+	)
+	g := launch(t, nil, "--config", file)
+	ask := func(method, path, body string) (*http.Response, string) {
+		return exchange(t, g.data, fmt.Sprintf("%s %s HTTP/1.1\r\nHost: API.example.com:80\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", method, path, len(body), body))
+	}
+	if response, body := ask("GET", "/v1/a?x=1", ""); body != "GET API.example.com:80 /a?x=1 test" || response.Header.Get("X-Secret") != "" {
+		t.Errorf("GET: %q, %v", body, response.Header)
+	}
+	if response, body := ask("POST", "/v1/a", "123"); body != "POST API.example.com:80 /v1/a " || response.Header.Get("X-Secret") != "1" {
+		t.Errorf("POST: %q, %v", body, response.Header)
+	}
+	if response, _ := ask("POST", "/v1/a", "1234"); response.StatusCode != 413 {
+		t.Errorf("a body that is too large for the route: %d", response.StatusCode)
+	}
+	if status, body := g.get("/users"); status != 200 || !strings.HasPrefix(body, "GET localhost /users") {
+		t.Errorf("the first segment: %d %q", status, body)
+	}
+	if _, body := exchange(t, g.admin, get("/services/users")); !strings.Contains(body, `"in_force":"ip-hash"`) {
+		t.Errorf("the service: %s", body)
+	}
+	out, errs, code := command(t, nil, "routes", "--config", file)
+	want := `HOST             PATH   METHODS  HEADERS  SERVICE              SENT AS
+api.example.com  /v1/*  POST     *        users                as it came
+api.example.com  /v1/*  *        *        users                /*
+*                /*     *        *        (the first segment)  as it came
+`
+	if out != want || code != 0 {
+		t.Errorf("routes: %d %s\n%s", code, errs, out)
+	}
+}
+
+// rewrite puts other settings in the place of a file, as editors do.
+func rewrite(t *testing.T, file string, lines ...string) {
+	t.Helper()
+	if err := os.Rename(settings(t, lines...), file); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// reload is POST /reload.
+func (g *running) reload() (status int, body string) {
+	g.t.Helper()
+	response, body := exchange(g.t, g.admin, "POST /reload HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+	return response.StatusCode, body
+}
+
+// The configuration is read again when the file changes, by a signal, and by a call.
+func TestReload(t *testing.T) {
+	a, b := named(t, "a"), named(t, "b")
+	at := func(path, addr string) []string {
+		return []string{"routes: [" + path + "=users]", "services:", "  users:", "    instances: [{id: x, addr: " + addr + "}]"}
+	}
+	file := settings(t, at("/1", a)...)
+	g := launch(t, nil, "--config", file, "--max-body=3")
+	answers := func(path string, want int, body string) func() bool {
+		return func() bool {
+			status, got := g.get(path)
+			return status == want && (body == "" || got == body)
+		}
+	}
+	if !answers("/1", 200, "a")() {
+		t.Error("at the start")
+	}
+	rewrite(t, file, at("/2", b)...)
+	eventually(t, "the change of the file is in force", answers("/2", 200, "b"))
+	if !answers("/1", 404, "")() {
+		t.Error("the route before is still there")
+	}
+	if !g.logged("the configuration has been read again", "a change of the file", "route, services") {
+		t.Error("the log does not tell")
+	}
+	rewrite(t, file, at("/3", a)...)
+	g.signal(syscall.SIGHUP)
+	eventually(t, "the signal was heard", answers("/3", 200, "a"))
+	rewrite(t, file, append(at("/4", a), "max-body: 1")...)
+	if status, body := g.reload(); status != 204 {
+		t.Errorf("POST /reload: %d %s", status, body)
+	}
+	if !answers("/4", 200, "a")() {
+		t.Error("the call has not changed what is in force")
+	}
+	if response, _ := exchange(t, g.data, "POST /4 HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 3\r\n\r\nabc"); response.StatusCode != 200 {
+		t.Errorf("the flag does not win any more: %d", response.StatusCode)
+	}
+	if response, _ := exchange(t, g.admin, get("/reload")); response.StatusCode != 405 {
+		t.Errorf("GET /reload: %d", response.StatusCode)
+	}
+	if response, _ := exchange(t, g.admin, "POST /reload HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"); response.StatusCode != 403 {
+		t.Errorf("POST /reload by a page: %d", response.StatusCode)
+	}
+	if _, metrics := exchange(t, g.admin, get("/metrics")); !strings.Contains(metrics, `kerberos_config_reloads_total{outcome="failure"} 0`) {
+		t.Errorf("no failure is counted: %s", metrics)
+	}
+	g.signal(os.Interrupt)
+	if code := g.wait(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
+// What cannot be used changes nothing, and is told.
+func TestReloadRefused(t *testing.T) {
+	good := []string{"routes: [/good=users]", "services: {users: {instances: [{id: x, addr: " + named(t, "x") + "}]}}"}
+	file := settings(t, good...)
+	g := launch(t, nil, "--config", file, "--addr-deny=192.0.2.0/24")
+	for name, test := range map[string]struct {
+		lines []string
+		want  string
+	}{
+		"a mistake":            {[]string{"routes: [/a=users]", "retries: two"}, "kerberos.yaml:2:10: retries: "},
+		"what cannot change":   {[]string{"routes: [/a=users]", "data: " + filepath.Join(t.TempDir(), "d"), "upstream-idle-timeout: 1s"}, "data, upstream-idle-timeout cannot change while the gateway runs"},
+		"an address of nobody": {[]string{"routes: [/a=users]", "services: {users: {instances: [{id: y, addr: http://192.0.2.1}]}}"}, "192.0.2.1"},
+		"two for the same":     {[]string{"routes: [/a=users, /a/=other]"}, "the same leads to users already"},
+	} {
+		rewrite(t, file, test.lines...)
+		if status, body := g.reload(); status != 422 || !strings.Contains(body, test.want) {
+			t.Errorf("%s: %d %s, want %s", name, status, body, test.want)
+		}
+		if status, body := g.get("/good"); status != 200 || body != "x" {
+			t.Errorf("%s: what was before answers %d %q", name, status, body)
+		}
+		if status, _ := g.get("/a"); status != 404 {
+			t.Errorf("%s: something of it is in force", name)
+		}
+	}
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	if status, body := g.reload(); status != 422 || !strings.Contains(body, file) {
+		t.Errorf("without the file: %d %s", status, body)
+	}
+	if !g.logged("the configuration cannot be used", "retries") {
+		t.Error("the log does not tell")
+	}
+	if _, metrics := exchange(t, g.admin, get("/metrics")); strings.Contains(metrics, `kerberos_config_reloads_total{outcome="failure"} 0`) {
+		t.Error("no failure is counted")
+	}
+	rewrite(t, file, good...)
+	if status, body := g.reload(); status != 204 {
+		t.Errorf("what is right again: %d %s", status, body)
+	}
+}
+
+// Another address is opened before the one before is closed; one that cannot be opened leaves all as it was. Connections stay.
+func TestReloadListeners(t *testing.T) {
+	x := named(t, "x")
+	lines := func(listen, admin string) []string {
+		return []string{"listen: " + listen, "admin: " + admin, "services: {users: {instances: [{id: x, addr: " + x + "}]}}"}
+	}
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	file := settings(t, lines("127.0.0.1:0", "127.0.0.1:0")...)
+	g := &running{child: begin(t, nil, "--config", file)}
+	g.listening()
+	conn, err := net.Dial("tcp", g.data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	reader := bufio.NewReader(conn)
+	ask := func() {
+		t.Helper()
+		fmt.Fprint(conn, "GET /users HTTP/1.1\r\nHost: h\r\n\r\n")
+		response, err := http.ReadResponse(reader, nil)
+		if err != nil || response.StatusCode != 200 {
+			t.Fatalf("the connection that was open: %v %v", response, err)
+		}
+		_, _ = io.Copy(io.Discard, response.Body)
+	}
+	ask()
+	for _, bad := range [][]string{lines(taken.Addr().String(), "127.0.0.1:0"), lines("localhost:0", taken.Addr().String()), lines("127.0.0.1:0", "off")} {
+		rewrite(t, file, bad...)
+		if status, body := g.reload(); status != 422 {
+			t.Errorf("%v: %d %s", bad, status, body)
+		}
+		if status, _ := g.get("/users"); status != 200 {
+			t.Errorf("%v: what was before answers %d", bad, status)
+		}
+	}
+	before, adminBefore := g.data, g.admin
+	rewrite(t, file, lines("localhost:0", "localhost:0")...)
+	if status, body := g.reload(); status != 204 {
+		t.Fatalf("%d %s", status, body)
+	}
+	eventually(t, "others are opened", func() bool {
+		g.listening()
+		return g.data != before && g.admin != adminBefore
+	})
+	if status, _ := g.get("/users"); status != 200 {
+		t.Errorf("the new one: %d", status)
+	}
+	if response, _ := exchange(t, g.admin, get("/healthz")); response.StatusCode != 200 {
+		t.Errorf("the new admin: %d", response.StatusCode)
+	}
+	for _, old := range []string{before, adminBefore} {
+		if conn, err := net.Dial("tcp", old); err == nil {
+			conn.Close()
+			t.Errorf("%s still accepts", old)
+		}
+	}
+	ask()
+	if status, body := g.post(`{"service":"users","id":"loop","addr":"http://` + g.data + `"}`); status != 400 || !strings.Contains(body, "listen") {
+		t.Errorf("an instance at the gateway's own new address: %d %s", status, body)
+	}
+	conn.Close()
+	g.signal(os.Interrupt)
+	if code := g.wait(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
+// Many reloads under load, with a tunnel and a slow response through them: nothing fails, and nothing is left of them.
+func TestReloadUnderLoad(t *testing.T) {
+	reloads := 300
+	if testing.Short() || raceDetector {
+		reloads = 50
+	}
+	release := make(chan struct{})
+	slow := backend(t, func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, "begun ")
+		w.(http.Flusher).Flush()
+		<-release
+		_, _ = io.WriteString(w, "ended")
+	})
+	a, b := named(t, "a"), named(t, "b")
+	lines := func(i int) []string {
+		text := []string{
+			"routes:", "- {prefix: /x, service: " + []string{"one", "two"}[i%2] + ", retries: 1}", "- /*", "services:",
+			"  one: {strategy: " + []string{"random", "round-robin"}[i/2%2] + ", instances: [{id: a, addr: " + a + "}]}",
+			"  slow: {instances: [{id: s, addr: " + slow + "}]}",
+			"  two: {instances: [{id: a, addr: " + a + "}",
+		}
+		if i%2 == 0 {
+			text[len(text)-1] += ", {id: b, addr: " + b + "}"
+		}
+		text[len(text)-1] += "]}"
+		return append(text, fmt.Sprintf("max-body: %d", 1000+i))
+	}
+	file := settings(t, lines(0)...)
+	g := launch(t, nil, "--config", file)
+	response, err := http.Get("http://" + g.data + "/slow")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	resident := func() int {
+		_, text := exchange(t, g.admin, get("/metrics"))
+		_, rest, _ := strings.Cut(text, "\ngo_goroutines ")
+		n, _ := strconv.Atoi(strings.Fields(rest)[0])
+		return n
+	}
+	stop := make(chan struct{})
+	var load sync.WaitGroup
+	for range 2 {
+		load.Go(func() {
+			client := &http.Client{Transport: &http.Transport{}}
+			defer client.CloseIdleConnections()
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				response, err := client.Get("http://" + g.data + "/x")
+				if err != nil || response.StatusCode != 200 {
+					t.Errorf("a request: %v %v", response, err)
+					return
+				}
+				_, _ = io.Copy(io.Discard, response.Body)
+				response.Body.Close()
+			}
+		})
+	}
+	change := func(i int) {
+		t.Helper()
+		rewrite(t, file, lines(i)...)
+		if status, body := g.reload(); status != 204 {
+			t.Fatalf("reload %d: %d %s", i, status, body)
+		}
+	}
+	for i := range reloads / 5 {
+		change(i)
+	}
+	goroutines := resident()
+	for i := range reloads * 4 / 5 {
+		change(i)
+	}
+	if after := resident(); after > goroutines+20 {
+		t.Errorf("%d goroutines, after a fifth of the reloads there were %d", after, goroutines)
+	}
+	close(stop)
+	load.Wait()
+	close(release)
+	if body, err := io.ReadAll(response.Body); err != nil || string(body) != "begun ended" {
+		t.Errorf("the response that ran through all of it: %q %v", body, err)
+	}
+}

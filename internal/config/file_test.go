@@ -1,0 +1,409 @@
+package config
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"kerberos/cb"
+	"kerberos/lb"
+	"kerberos/proxy"
+)
+
+// written writes a file of settings and returns its name.
+func written(t *testing.T, text string) string {
+	t.Helper()
+	name := filepath.Join(t.TempDir(), "kerberos.yaml")
+	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+// load loads a file, with more arguments and only env as environment.
+func load(t *testing.T, text string, env map[string]string, args ...string) (Gateway, *Sources, error) {
+	t.Helper()
+	return Load(append([]string{"--config", written(t, text)}, args...), func(name string) (string, bool) { v, ok := env[name]; return v, ok })
+}
+
+func TestFile(t *testing.T) {
+	got, sources, err := load(t, `
+# a comment
+listen: "127.0.0.1:0"
+retries: 3
+breaker-failures: 7
+request-timeout: 90s
+request-id: true
+via: off
+strategy: ip-hash
+trusted-proxies: [10.0.0.0/8, "::1"]
+breaker-statuses: 500,503
+allow-methods:
+- TRACE
+- CONNECT
+max-body: 2MiB
+routes: [/a=b, /*]
+`, map[string]string{"KERBEROS_RETRIES": "4", "BREAKER_FAILURES": "8"}, "--breaker-failures=9")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := Defaults()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want.File = got.Config
+	want.Config, want.Listen, want.Retries, want.BreakerFailures, want.RequestTimeout = got.Config, "127.0.0.1:0", 4, 9, 90*time.Second
+	want.RequestID, want.Via, want.Strategy, want.TrustedProxies = true, false, lb.IPHash, prefixes("10.0.0.0/8", "::1/128")
+	want.BreakerStatuses, want.AllowMethods, want.MaxBody = []int{500, 503}, []string{"TRACE", "CONNECT"}, 2<<20
+	want.Route = []Route{{Prefix: "/a", Service: "b"}, {Prefix: "/*", Service: ""}}
+	if diff := cmp.Diff(want, got, cmpopts.EquateEmpty(), cmpopts.EquateComparable(prefixes("::/0")[0])); diff != "" {
+		t.Errorf("want -, got +:\n%s", diff)
+	}
+	from := map[string]string{}
+	for _, s := range sources.Settings() {
+		from[s.Name] = s.Value + " from " + strings.Replace(s.From, got.Config, "FILE", 1)
+	}
+	for name, want := range map[string]string{
+		"config": got.Config + " from flag", "retries": "4 from env KERBEROS_RETRIES", "breaker-failures": "9 from flag", "max-fields": "200 from default",
+		"request-timeout": "1m30s from FILE:6", "via": "off from FILE:8", "trusted-proxies": "10.0.0.0/8,::1/128 from FILE:10",
+		"allow-methods": "TRACE,CONNECT from FILE:13", "max-body": "2MiB from FILE:15", "route": "/a=b,/* from FILE:16",
+	} {
+		if from[name] != want {
+			t.Errorf("%s: %q, want %q", name, from[name], want)
+		}
+	}
+}
+
+func TestFileRoutesAndFlags(t *testing.T) {
+	got, _, err := load(t, "routes: [/a=b]", nil, "--route", "/c=d")
+	if err != nil || !cmp.Equal(got.Route, []Route{{Prefix: "/c", Service: "d"}}) {
+		t.Errorf("%v, %v, want the route of the flag", got.Route, err)
+	}
+}
+
+func TestFileOfWorkingDirectory(t *testing.T) {
+	none := func(string) (string, bool) { return "", false }
+	t.Chdir(t.TempDir())
+	if got, sources, err := Load(nil, none); err != nil || got.Retries != 2 || sources.File() != "" {
+		t.Errorf("without a file: %d retries, file %q, %v", got.Retries, sources.File(), err)
+	}
+	if err := os.WriteFile(DefaultFile, []byte("retries: 5"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got, sources, err := Load(nil, none); err != nil || got.Retries != 5 || sources.File() != DefaultFile {
+		t.Errorf("with one: %d retries, file %q, %v", got.Retries, sources.File(), err)
+	}
+	if got, err := Defaults(); err != nil || got.Retries != 2 {
+		t.Errorf("Defaults: %d retries, %v", got.Retries, err)
+	}
+	other := written(t, "retries: 6")
+	variable := func(name string) (string, bool) {
+		v, ok := map[string]string{"KERBEROS_CONFIG": other}[name]
+		return v, ok
+	}
+	if got, sources, err := Load(nil, variable); err != nil || got.Retries != 6 || sources.File() != other {
+		t.Errorf("with another in the variable: %d retries, file %q, %v", got.Retries, sources.File(), err)
+	}
+	if _, _, err := Load([]string{"--config", "nowhere.yaml"}, none); err == nil || !strings.Contains(err.Error(), "--config: ") || !strings.Contains(err.Error(), "nowhere.yaml") {
+		t.Errorf("one that is not there: %v", err)
+	}
+	if _, _, err := Load([]string{"--config", "."}, none); err == nil || !strings.Contains(err.Error(), "no regular file") {
+		t.Errorf("a directory: %v", err)
+	}
+}
+
+func TestFileRefused(t *testing.T) {
+	for _, test := range []struct {
+		text string
+		want string // behind the name of the file
+	}{
+		{"retries: two", ":1:10: retries: \"two\" is not a whole number of at least 0\n  1 | retries: two\n    |          ^"},
+		{"\nrequest-timout: 5s", ":2:1: \"request-timout\" is no setting; there is request-timeout\n  2 | request-timout: 5s\n    | ^"},
+		{"timeout: 5s", ":1:1: \"timeout\" is no setting; there is client-body-timeout, "},
+		{"speed: 5", ":1:1: \"speed\" is no setting; kerberos config --default lists all\n"},
+		{"config: other.yaml", ":1:1: \"config\" is no setting; "},
+		{"route: /a=b", ":1:1: \"route\" is no setting; there is routes\n"},
+		{"retries: 1\nvia: on\nretries: 2", ":3:1: retries is there twice\n"},
+		{"retries:", ":1:1: retries has no value: give it one, or leave it out\n"},
+		{"retries: [1, 2]", ":1:10: retries must be one value\n"},
+		{"retries: {a: b}", ":1:11: retries must be one word or a string in quotes\n"},
+		{"allow-methods: []", ":1:16: allow-methods is an empty list"},
+		{"allow-methods: [TRACE, GET]", ":1:24: allow-methods: \"GET\" is neither CONNECT nor TRACE, the methods that need it\n  1 | allow-methods: [TRACE, GET]\n    |                        ^"},
+		{"api-allow: [none, \"::1\"]", ":1:12: api-allow: \"none,::1\": none stands alone\n"},
+		{"ambiguous-paths: allow", ":1:18: ambiguous-paths: \"allow\" is not one of refuse, pass, normalize\n"},
+		{"- retries: 1", ":1:1: the file must have keys and values\n"},
+		{"word", ":1:1: the file must have keys and values\n"},
+		{"retries: 1\n---\nretries: 2", ":3:1: there is a second document: the file must be one\n"},
+		{"retries: 1\n  via: on", ":1:10: not YAML: "},
+		{"routes: [{}]", ":1:10: service: is missing"},
+		{"routes: [{service: a, speed: 1}]", ":1:23: \"speed\" is no key of a route; allowed are headers, host, max-body, methods, path, prefix, replace-prefix, request-headers, request-timeout, response-headers, retries, service, strip-prefix, total-timeout\n"},
+		{"routes:\n- prefix: api\n  service: a", ":2:11: prefix: \"api\" is not a path: it starts with /\n  2 | - prefix: api\n    |           ^"},
+		{"routes: [{service: a, path: /a/../b}]", ":1:29: path: \"/a/../b\" has the segment .."},
+		{"routes: [{service: a, path: /a, prefix: /a}]", ":1:29: path: there is a prefix too"},
+		{"routes: [{service: a, host: \"a:80\"}]", ":1:29: host: \"a:80\" is neither a name"},
+		{"routes: [{service: a, methods: GET}]", ":1:32: methods must be a list"},
+		{"routes: [{service: a, retries: -1}]", ":1:32: retries: \"-1\" is not a whole number of at least 0"},
+		{"routes: [{service: a, strip-prefix: maybe}]", ":1:37: strip-prefix: \"maybe\" is neither on nor off"},
+		{"routes: [{service: a, headers: [x]}]", ":1:32: headers must have names and values"},
+		{"routes: [{service: a, headers: {x: 1, X: 2}}]", ":1:39: X is there twice"},
+		{"routes: [{service: a, request-headers: {drop: [x]}}]", ":1:41: \"drop\" is no key of request-headers; allowed are add, remove, set"},
+		{"routes: [{service: a, request-headers: {remove: [Via]}}]", ":1:41: request-headers: Via is left to the gateway"},
+		{"routes: [{service: a/b}]", ":1:20: service: \"a/b\" has a character"},
+		{"services: {a: {strategy: fastest}}", ":1:26: strategy: "},
+		{"services: {a: {breaker-probes: 0}}", ":1:32: breaker-probes: \"0\" is not a whole number of at least 1"},
+		{"services: [a]", ":1:11: services must have the names of services as keys\n"},
+		{"services: {a/b: {}}", ":1:12: the name of a service \"a/b\" has a character that is not allowed"},
+		{"services:\n  a:", ":2:3: service a has nothing in it"},
+		{"services:\n  a: {speed: 1}", ":2:7: \"speed\" is no key of a service; allowed are breaker-failures, breaker-open, breaker-probes, instances, max-body, request-timeout, retries, strategy, total-timeout"},
+		{"services:\n  a:\n    instances: []", ":3:16: instances must be a list of at least one"},
+		{"services:\n  a:\n    instances: [x]", ":3:17: an instance must have keys and values"},
+		{"services:\n  a: {instances: [{id: x, addr: x}]}", ":2:33: addr: \"x\" is not an http or https URL"},
+		{"services:\n  a: {instances: [{id: x, id: y}]}", ":2:27: id is there twice\n"},
+		{"services:\n  a: {instances: [{id: x, addr: http://h, ttl: 5s}]}", ":2:48: ttl: unknown member \"ttl\"; allowed here: id, addr, weight, metadata, check, slow_start"},
+		{"services:\n  a: {instances: [{id: x, addr: http://h, check: {path: /, fall: 0}}]}", ":2:66: check.fall: must be an integer from 1 to 100, not 0"},
+		{"services:\n  a: {instances: [{id: x, addr: http://h}, {id: x, addr: http://i}]}", ":2:45: instance x of service a is there twice\n"},
+		{"routes: /a=b", ":1:9: routes must be a list of at least one, such as [/api=echo, /*]\n"},
+		{"routes:\n- a=b", ":2:3: routes: \"a=b\" is not PREFIX=SERVICE"},
+	} {
+		_, _, err := load(t, test.text, nil)
+		if err == nil || !strings.Contains(err.Error(), "kerberos.yaml"+test.want) {
+			t.Errorf("%q: %v, want %s", test.text, err, test.want)
+		}
+	}
+	// A flag covers the setting, and not the mistake.
+	if _, _, err := load(t, "retries: two", nil, "--retries=2"); err == nil {
+		t.Error("a mistake is not seen behind a flag")
+	}
+	if _, _, err := load(t, "admin: off\napi: admin", nil); err == nil || !strings.Contains(err.Error(), "--api=admin with --admin=off") {
+		t.Errorf("what no single setting knows: %v", err)
+	}
+}
+
+func TestFileShowsNoToken(t *testing.T) {
+	for _, text := range []string{
+		"token: se cret", "token: [secret]", "token: {secret: x}", "'token': se cret", "token:\n  secret: x", "token: secret\n  via: on", "{token: se cret}", "token: \"se cret",
+		"token: secret\ntoken: secret", "token: &x se cret",
+	} {
+		_, _, err := load(t, text, nil)
+		if err == nil || strings.Contains(err.Error(), "cret") && !strings.Contains(err.Error(), "a token is") {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+	_, sources, err := load(t, "token: s3cret-s3cret", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range sources.Settings() {
+		if strings.Contains(s.Value, "s3cret") {
+			t.Errorf("shown: %v", s)
+		}
+	}
+}
+
+// The file of defaults sets what is so anyway.
+func TestWriteDefaults(t *testing.T) {
+	var text strings.Builder
+	if err := WriteDefaults(&text); err != nil {
+		t.Fatal(err)
+	}
+	got, sources, err := load(t, text.String(), nil)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, text.String())
+	}
+	want, err := Defaults()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want.Config, want.File = got.Config, got.File
+	if diff := cmp.Diff(want, got, cmpopts.EquateEmpty()); diff != "" {
+		t.Errorf("defaults -, file +:\n%s", diff)
+	}
+	set := 0
+	for _, flag := range sources.flags {
+		if key := Key(flag); key != "" && strings.Contains(text.String(), "\n"+key+": ") {
+			set++
+		} else if key != "" && !strings.Contains(text.String(), "\n# "+key+": ") {
+			t.Errorf("%s is missing", key)
+		}
+	}
+	if set != len(sources.file.values) {
+		t.Errorf("%d settings were read, and %d written", len(sources.file.values), set)
+	}
+}
+
+// The schema knows all settings, and is one.
+func TestWriteSchema(t *testing.T) {
+	var text strings.Builder
+	if err := WriteSchema(&text); err != nil {
+		t.Fatal(err)
+	}
+	var schema struct {
+		AdditionalProperties *bool
+		Properties           map[string]struct {
+			Description string
+			Minimum     *int
+		}
+	}
+	if err := json.Unmarshal([]byte(text.String()), &schema); err != nil {
+		t.Fatal(err)
+	}
+	flags, err := gatewayFlags()
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys := 2 // routes and services
+	for _, flag := range flags {
+		if key := Key(flag); key != "" {
+			keys++
+			if !strings.HasPrefix(schema.Properties[key].Description, flag.Help) {
+				t.Errorf("%s is described as %q", key, schema.Properties[key].Description)
+			}
+		}
+	}
+	if len(schema.Properties) != keys || *schema.AdditionalProperties || *schema.Properties["breaker-failures"].Minimum != 1 {
+		t.Errorf("the schema: %s", text.String())
+	}
+}
+
+func FuzzFile(f *testing.F) {
+	for _, seed := range []string{"retries: 3", "routes: [/a=b, /*]", "services:\n  a: {instances: [{id: x, addr: http://h, check: {tcp: true}}]}", "a: &b\n  c: *b", "? [a]: b", "token: >\n  x", "- {", "retries: !!int 3", "\"\\u0000\": |\n  x"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		g, _, err := load(t, text, nil)
+		if err == nil && (g.Retries < 0 || g.BreakerFailures < 1) {
+			t.Errorf("%q is let through: %+v", text, g)
+		}
+	})
+}
+
+func TestFileServices(t *testing.T) {
+	got, _, err := load(t, `
+services:
+  users:
+    instances:
+    - id: a
+      addr: http://10.0.0.5:8080
+      weight: 3
+      metadata: {zone: rack-2}
+      check: {path: /health, interval: 5s}
+      slow_start: 30s
+    - {id: b, addr: "https://users.example.org"}
+  orders:
+    instances: [{id: a, addr: "http://10.0.0.6"}]
+`, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, p := range got.Pinned() {
+		names = append(names, p.Service+"/"+p.Instance.ID+" "+p.Instance.Addr)
+	}
+	if want := []string{"users/a http://10.0.0.5:8080", "users/b https://users.example.org", "orders/a http://10.0.0.6"}; !cmp.Equal(names, want) {
+		t.Errorf("instances: %v, want %v", names, want)
+	}
+	a := got.Services[0].Instances[0]
+	if a.Weight != 3 || a.Metadata["zone"] != "rack-2" || a.Check.Path != "/health" || a.Check.Interval != 5*time.Second || a.Check.Fall != 3 || a.SlowStart != 30*time.Second {
+		t.Errorf("users/a: %+v %+v", a, a.Check)
+	}
+	if _, _, err := load(t, "services: {register: {instances: [{id: a, addr: http://h}]}}", nil); err == nil || !strings.Contains(err.Error(), `services: "register" cannot be a service`) {
+		t.Errorf("a name of the API: %v", err)
+	}
+}
+
+func TestFileRoutes(t *testing.T) {
+	got, _, err := load(t, `
+routes:
+- /api=echo
+- host: "*.example.com"
+  prefix: /v1
+  methods: [GET, POST]
+  headers: {X-Env: test, X-Any: "*", X-Number: 1}
+  service: users
+  replace-prefix: /v2
+  request-headers:
+    set: {X-A: a, Host: inner}
+    add: {X-B: "b c"}
+    remove: [Cookie]
+  response-headers: {remove: [Server]}
+  request-timeout: 5s
+  total-timeout: 0
+  retries: 0
+  max-body: 1MiB
+- {path: /exact, strip-prefix: true, service: users}
+- /*
+services:
+  users:
+    strategy: ip-hash
+    breaker-failures: 7
+    breaker-open: 5s
+    breaker-probes: 1
+    request-timeout: 0s
+    retries: 5
+`, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Route{
+		{Prefix: "/api", Service: "echo"},
+		{
+			Host: "*.example.com", Prefix: "/v1", Methods: []string{"GET", "POST"}, Headers: []proxy.Field{{Name: "X-Env", Value: "test"}, {Name: "X-Any"}, {Name: "X-Number", Value: "1"}},
+			Service: "users", ReplacePrefix: "/v2",
+			Request:  proxy.Edits{Set: []proxy.Field{{Name: "X-A", Value: "a"}, {Name: "Host", Value: "inner"}}, Add: []proxy.Field{{Name: "X-B", Value: "b c"}}, Remove: []string{"Cookie"}},
+			Response: proxy.Edits{Remove: []string{"Server"}}, Policy: proxy.Policy{RequestTimeout: 5 * time.Second, TotalTimeout: -1, Retries: -1, MaxBody: 1 << 20},
+		},
+		{Path: "/exact", StripPrefix: true, Service: "users"},
+		{Prefix: "/*"},
+	}
+	if diff := cmp.Diff(want, got.Route); diff != "" {
+		t.Errorf("routes: want -, got +:\n%s", diff)
+	}
+	users := proxy.Service{Policy: proxy.Policy{RequestTimeout: -1, Retries: 5}, Strategy: lb.IPHash, Breaker: cb.Config{Failures: 7, OpenFor: 5 * time.Second, Probes: 1}}
+	if diff := cmp.Diff(map[string]proxy.Service{"users": users}, got.ServiceSettings()); diff != "" {
+		t.Errorf("services: want -, got +:\n%s", diff)
+	}
+}
+
+// The value of a header field may be a secret.
+func TestFileShowsNoHeader(t *testing.T) {
+	for _, text := range []string{
+		"routes:\n- service: a\n  request-headers:\n    set:\n      X-Key: \"s3cret\\n\"",
+		"routes:\n- {service: a, request-headers: {set: {X-Key: \"s3cret\\n\"}}}",
+		"routes:\n- service: a\n  headers:\n    X-Key: [s3cret]",
+		"routes:\n- service: a\n  headers: {X-Key: s3cret\n  via",
+	} {
+		if _, _, err := load(t, text, nil); err == nil || strings.Contains(err.Error(), "s3cret") {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+}
+
+// BenchmarkLoad is what a reload takes to read and judge a file, with so many instances.
+func BenchmarkLoad(b *testing.B) {
+	for _, n := range []int{1, 1000} {
+		var text strings.Builder
+		text.WriteString("services:\n  users:\n    instances:\n")
+		for i := range n {
+			fmt.Fprintf(&text, "    - {id: i%d, addr: http://10.0.0.%d:8080}\n", i, i%250)
+		}
+		name := filepath.Join(b.TempDir(), "kerberos.yaml")
+		if err := os.WriteFile(name, []byte(text.String()), 0o600); err != nil {
+			b.Fatal(err)
+		}
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, _, err := Load([]string{"--config", name}, func(string) (string, bool) { return "", false }); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

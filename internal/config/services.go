@@ -1,0 +1,167 @@
+package config
+
+import (
+	"encoding/json"
+	"errors"
+	"strings"
+
+	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/ast"
+
+	"kerberos/registry"
+)
+
+const servicesHelp = "Services by name, each with settings of its own (strategy, breaker-failures, breaker-open, breaker-probes, request-timeout, " +
+	"total-timeout, retries, max-body) and instances that nobody registers. These are as the body of PUT /services/{service}/{id} has them, with the id: " +
+	"id, addr, weight, metadata, check, slow_start. They stand beside those that register, and the API does not change them."
+
+// readServices reads the mapping of services.
+func (f *file) readServices(node ast.Node) error {
+	m, ok := node.(ast.MapNode)
+	if !ok {
+		return f.wrong(node, "services must have the names of services as keys")
+	}
+	seen := map[string]bool{}
+	for at := m.MapRange(); at.Next(); {
+		s := Service{Name: at.Key().GetToken().Value}
+		if err := registry.ValidName(s.Name); err != nil {
+			return f.wrong(at.Key(), "the name of a service %v", err)
+		}
+		if seen[s.Name] {
+			return f.wrong(at.Key(), "service %s is there twice", s.Name)
+		}
+		seen[s.Name] = true
+		if _, null := at.Value().(*ast.NullNode); null {
+			return f.wrong(at.Key(), "service %s has nothing in it: give it instances, or leave it out", s.Name)
+		}
+		keys := f.policy(&s.Settings.Policy)
+		keys["instances"] = func(node ast.Node) error { return f.readInstances(&s, node) }
+		keys["strategy"] = override(f, "strategy", &s.Settings.Strategy)
+		keys["breaker-failures"] = override(f, "breaker-failures", &s.Settings.Breaker.Failures)
+		keys["breaker-open"] = override(f, "breaker-open", &s.Settings.Breaker.OpenFor)
+		keys["breaker-probes"] = override(f, "breaker-probes", &s.Settings.Breaker.Probes)
+		err := f.mapping(at.Value(), "a service", "key of a service", keys)
+		if err != nil {
+			return err
+		}
+		f.services = append(f.services, s)
+	}
+	return nil
+}
+
+// readInstances reads the list of a service's instances.
+func (f *file) readInstances(s *Service, node ast.Node) error {
+	list, ok := node.(*ast.SequenceNode)
+	if !ok || len(list.Values) == 0 {
+		return f.wrong(node, "instances must be a list of at least one, such as [{id: a, addr: http://10.0.0.5:8080}]")
+	}
+	seen := map[string]bool{}
+	for _, item := range list.Values {
+		if _, ok := item.(ast.MapNode); !ok {
+			return f.wrong(item, "an instance must have keys and values, such as {id: a, addr: http://10.0.0.5:8080}")
+		}
+		in, err := f.readInstance(s.Name, item)
+		if err != nil {
+			return err
+		}
+		if seen[in.ID] {
+			return f.wrong(item, "instance %s of service %s is there twice", in.ID, s.Name)
+		}
+		seen[in.ID] = true
+		s.Instances = append(s.Instances, in)
+	}
+	return nil
+}
+
+// readInstance has an instance be judged as the API does.
+func (f *file) readInstance(service string, node ast.Node) (registry.Instance, error) {
+	if err := f.unique(node); err != nil {
+		return registry.Instance{}, err
+	}
+	var value any
+	if err := yaml.NodeToValue(node, &value); err != nil {
+		return registry.Instance{}, f.syntax(err)
+	}
+	body, err := json.Marshal(value)
+	if err != nil {
+		return registry.Instance{}, f.wrong(node, "an instance cannot have such a value: %v", err)
+	}
+	in, err := registry.ReadInstance(service, body)
+	var bad *registry.FieldError
+	if errors.As(err, &bad) {
+		message := bad.Error()
+		if bad.Field == "" {
+			message = bad.Detail
+		}
+		return in, f.wrong(lookup(node, bad.Field), "%s", message)
+	}
+	if err != nil {
+		return in, f.wrong(node, "%v", err)
+	}
+	return in, nil
+}
+
+// unique refuses a key that is there twice.
+func (f *file) unique(node ast.Node) error {
+	m, ok := node.(ast.MapNode)
+	if !ok {
+		return nil
+	}
+	seen := map[string]bool{}
+	for at := m.MapRange(); at.Next(); {
+		name := at.Key().GetToken().Value
+		if seen[name] {
+			return f.wrong(at.Key(), "%s is there twice", name)
+		}
+		seen[name] = true
+		if err := f.unique(at.Value()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// lookup returns what stands at a path of keys such as check.path, as far as it leads.
+func lookup(node ast.Node, path string) ast.Node {
+	first, rest, _ := strings.Cut(path, ".")
+	m, ok := node.(ast.MapNode)
+	if !ok || first == "" {
+		return node
+	}
+	for at := m.MapRange(); at.Next(); {
+		if at.Key().GetToken().Value != first {
+			continue
+		}
+		if _, deeper := at.Value().(ast.MapNode); deeper || rest == "" {
+			return lookup(at.Value(), rest)
+		}
+		return at.Value()
+	}
+	return node
+}
+
+// instanceSchema is the JSON schema of an instance.
+func instanceSchema() map[string]any {
+	text, number, check := map[string]any{"type": "string"}, map[string]any{"type": "integer", "minimum": 1}, map[string]any{}
+	for _, name := range []string{"path", "interval", "timeout", "status"} {
+		check[name] = text
+	}
+	for _, name := range []string{"fall", "rise"} {
+		check[name] = number
+	}
+	for _, name := range []string{"tcp", "keep_alive"} {
+		check[name] = map[string]any{"type": "boolean"}
+	}
+	check["start"] = map[string]any{"enum": []registry.CheckStart{registry.StartDown, registry.StartUp}}
+	object := func(properties map[string]any, required ...string) map[string]any {
+		o := map[string]any{"type": "object", "additionalProperties": false, "properties": properties}
+		if len(required) > 0 {
+			o["required"] = required
+		}
+		return o
+	}
+	return object(map[string]any{
+		"id": text, "addr": text, "weight": map[string]any{"type": "integer", "minimum": 0, "maximum": registry.MaxWeight},
+		"metadata": map[string]any{"type": "object", "additionalProperties": text}, "check": object(check), "slow_start": text,
+	}, "id", "addr")
+}
