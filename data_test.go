@@ -381,3 +381,61 @@ func TestBadData(t *testing.T) {
 		refused(dir, "is damaged", "move it away", "left as it is")
 	}
 }
+
+// Instances that come and go, with all that the gateway does for them, leave nothing behind.
+func TestRoundsLeaveNothing(t *testing.T) {
+	rounds := 10_000
+	if testing.Short() || raceDetector {
+		rounds = 1000
+	}
+	const callers = 64
+	k := keep(t, t.TempDir())
+	alive := named(t, "a")
+	play := func(rounds int) {
+		var next atomic.Int64
+		var playing sync.WaitGroup
+		for range callers {
+			playing.Go(func() {
+				for n := next.Add(1); int(n) <= rounds; n = next.Add(1) {
+					service, id := fmt.Sprint("s", n%50), fmt.Sprint(n)
+					at := "/services/" + service + "/" + id
+					for _, call := range [][3]string{
+						{"PUT", at, fmt.Sprintf(`{"addr":%q,"ttl":"1h","check":{"tcp":true,"interval":"1s"},"slow_start":"1s"}`, alive)},
+						{"POST", at + "/heartbeat", ""},
+						{"PUT", at, fmt.Sprintf(`{"addr":%q,"ttl":"2h","check":{"path":"/","interval":"1s"}}`, alive)},
+						{"DELETE", at, ""},
+					} {
+						if status, text, err := k.call(call[0], call[1], call[2]); err != nil || status != http.StatusNoContent {
+							t.Errorf("%v: %d %s, %v", call, status, text, err)
+							return
+						}
+					}
+				}
+			})
+		}
+		playing.Wait()
+	}
+	play(200) // what stays from the first on
+	k.client.CloseIdleConnections()
+	counts := func() (goroutines, files, left float64) {
+		s := k.scrape()
+		return s.value("go_goroutines"), s.value("process_open_fds"), s.value("kerberos_leases") + s.value("kerberos_instances") + s.value("kerberos_holds")
+	}
+	var goroutines, files, left float64
+	eventually(t, "it is quiet", func() bool {
+		before := goroutines + files
+		goroutines, files, left = counts()
+		return goroutines+files == before && left == 0
+	})
+	play(rounds)
+	k.client.CloseIdleConnections()
+	var goroutinesNow, filesNow float64
+	eventually(t, fmt.Sprintf("what was there before: %.0f goroutines, %.0f files", goroutines, files), func() bool {
+		goroutinesNow, filesNow, left = counts()
+		return goroutinesNow <= goroutines && filesNow <= files && left == 0
+	})
+	if all := k.services(); len(all) > 0 {
+		t.Errorf("left: %v", all)
+	}
+	t.Logf("%d rounds: %.0f goroutines before and %.0f behind, %.0f and %.0f files", rounds, goroutines, goroutinesNow, files, filesNow)
+}

@@ -31,7 +31,7 @@ type setup struct {
 	instances   int      // kerberos: of each service
 	beside      int      // kerberos: instances of one more service
 	token       bool     // kerberos: its API wants apiToken
-	data        bool     // kerberos: it keeps registrations on disk
+	data        bool     // kerberos: it keeps registrations on disk, and those beside have a lease and a check
 	plain       bool     // with defaults, and WebSocket: for what it does, not for what that costs
 }
 

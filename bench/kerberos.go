@@ -92,7 +92,7 @@ func startKerberos(ctx context.Context, binary string, s setup) (*running, error
 		if r.addr == "" || r.admin == "" {
 			return errors.New("no log line tells its addresses")
 		}
-		return callAPI(ctx, http.DefaultClient, r.admin, http.MethodPost, instance{serviceName(0), "i-0", "http://" + s.origins[0]})
+		return callAPI(ctx, http.DefaultClient, r.admin, http.MethodPost, instance{Service: serviceName(0), ID: "i-0", Addr: "http://" + s.origins[0]})
 	})
 	if err == nil {
 		err = callAll(ctx, r.admin, http.MethodPost, s.all)
@@ -118,13 +118,13 @@ func serviceName(n int) string {
 func (s setup) all(yield func(instance) bool) {
 	for service := range s.services {
 		for i := range s.instances {
-			if !yield(instance{serviceName(service), fmt.Sprintf("i-%d", i), "http://" + s.origins[i%len(s.origins)]}) {
+			if !yield(instance{Service: serviceName(service), ID: fmt.Sprintf("i-%d", i), Addr: "http://" + s.origins[i%len(s.origins)]}) {
 				return
 			}
 		}
 	}
 	for i := range s.beside {
-		if !yield(instance{stormService, fmt.Sprintf("i-%d", i), "http://" + s.origins[i%len(s.origins)]}) {
+		if !yield(s.stormed(fmt.Sprintf("i-%d", i), s.origins[i%len(s.origins)])) {
 			return
 		}
 	}
@@ -166,6 +166,22 @@ type instance struct {
 	Service string `json:"service"`
 	ID      string `json:"id"`
 	Addr    string `json:"addr,omitempty"`
+	TTL     string `json:"ttl,omitempty"`
+	Check   *check `json:"check,omitempty"`
+}
+
+type check struct {
+	TCP      bool   `json:"tcp"`
+	Interval string `json:"interval"`
+}
+
+// stormed is an instance of the service with the storm; with data it has all that a gateway can do for it.
+func (s setup) stormed(id, origin string) instance {
+	in := instance{Service: stormService, ID: id, Addr: "http://" + origin}
+	if s.data {
+		in.TTL, in.Check = "1h", &check{true, "10s"}
+	}
+	return in
 }
 
 // callAPI registers an instance (POST) or unregisters it (DELETE).

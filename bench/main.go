@@ -167,7 +167,7 @@ type runCmd struct {
 	Files    int           `hidden:"" default:"65536" help:"Files that a process may have open; where there are few, sections that open thousands are smaller."`
 	Gateways []string      `placeholder:"GATEWAY" help:"Which to compare: ${gateways}. All that are installed, if none is named."`
 	Kerberos string        `type:"existingfile" placeholder:"FILE" help:"Measure this binary instead of building one."`
-	Data     bool          `help:"In the section storm kerberos keeps registrations on disk (its --data), in the directory for temporary files."`
+	Data     bool          `help:"In the section storm instances have a lease and a check, and kerberos keeps them on disk (its --data), in the directory for temporary files."`
 	Tool     string        `default:"builtin" enum:"builtin,wrk" help:"What makes the closed loops: ${enum}."`
 	JSON     string        `name:"json" type:"path" placeholder:"FILE" help:"Write the figures, those of every round included, to this file too."`
 	SVG      string        `name:"svg" type:"path" placeholder:"FILE" help:"Draw what requests cost to this file."`

@@ -39,7 +39,7 @@ func storm(ctx context.Context, b *bench) ([]*table, error) {
 	t.Title = fmt.Sprintf("GET 12 B at %.0f requests/s (half of %.0f), quiet, and while %d callers register %d new instances a second into another service of %d",
 		rate, capacity[0], stormCallers, stormRate, stormInstances)
 	if b.data {
-		t.Title += ", with --data"
+		t.Title += ", all with a lease, a check of tcp each 10 s, and --data"
 	}
 	quiet, busy := g.rows()[0], g.rows()[0]
 	quiet.Setting, busy.Setting = "quiet", "storm"
@@ -67,7 +67,7 @@ func storm(ctx context.Context, b *bench) ([]*table, error) {
 // paceInStorm is pace while instances are registered, numbered from first; it returns how many were.
 func (g *group) paceInStorm(ctx context.Context, rate float64, first int) (measurement, int, error) {
 	r := g.at[0]
-	body, err := json.Marshal(instance{stormService, "n-" + counterMark, "http://" + g.origins[0]})
+	body, err := json.Marshal(g.subjects[0].setup.stormed("n-"+counterMark, g.origins[0]))
 	if err != nil {
 		return measurement{}, 0, err
 	}

@@ -146,7 +146,7 @@ func wireResults(ctx context.Context, g gateway, dir string, origin *wire.Origin
 	}
 	if r.admin != "" {
 		for _, service := range []string{"wire", "other"} {
-			if err := callAPI(ctx, http.DefaultClient, r.admin, http.MethodPost, instance{service, "i-0", "http://" + origin.Addr()}); err != nil {
+			if err := callAPI(ctx, http.DefaultClient, r.admin, http.MethodPost, instance{Service: service, ID: "i-0", Addr: "http://" + origin.Addr()}); err != nil {
 				return nil, err
 			}
 		}
