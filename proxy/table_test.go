@@ -194,7 +194,7 @@ func TestRouteRewrites(t *testing.T) {
 		cfg.Routes = []Route{
 			{Prefix: "/strip", StripPrefix: true, Service: "echo"},
 			{Prefix: "/replace/", ReplacePrefix: "/v2/x/", Service: "echo"},
-			{Prefix: "/root", ReplacePrefix: "/", Service: "echo"},
+			{Prefix: "/bare", ReplacePrefix: "/", Service: "echo"},
 			{Path: "/old", ReplacePrefix: "/new", Service: "echo"},
 			{Prefix: "/", Service: "echo"},
 		}
@@ -212,8 +212,8 @@ func TestRouteRewrites(t *testing.T) {
 		{"/strip/%2e/a;b", "/%2e/a;b"}, // still of the same route
 		{"/replace", "/v2/x"},
 		{"/replace/a?x", "/v2/x/a?x"},
-		{"/root/a", "/a"},
-		{"/root", "/"},
+		{"/bare/a", "/a"},
+		{"/bare", "/"},
 		{"/old", "/new"},
 		{"/old?x", "/new?x"},
 		{"/old/x", "/old/x"},
