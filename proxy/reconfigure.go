@@ -42,6 +42,10 @@ func (p *Proxy) publish(next *settings) {
 		if a, b := before.breaker(s.name), next.breaker(s.name); a != b {
 			s.setBreakers(b)
 		}
+		if a, b := before.checks[s.name], next.checks[s.name]; (a == nil) != (b == nil) || a != nil && *a != *b {
+			s.recheck()
+			s.refresh()
+		}
 		if before.strategy(s.name) != next.strategy(s.name) {
 			s.changes.Add(1)
 			s.refresh()
@@ -66,6 +70,16 @@ func (p *Proxy) publish(next *settings) {
 				touch(s)
 			}
 		}
+	}
+}
+
+// recheck has all instances checked as is configured now.
+func (s *service) recheck() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for u := range s.view.Load().all {
+		u.recheck(u.instance.Load())
+		s.touch(u)
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 
 	"kerberos/cb"
 	"kerberos/lb"
+	"kerberos/registry"
 )
 
 // reconfigure changes what is in force.
@@ -87,6 +88,51 @@ func TestReconfigure(t *testing.T) {
 	g.reconfigure(t, func(cfg *Config) { cfg.Services = nil })
 	if got := g.DescribeInstance("one", "a").Breaker.State; got != "open" {
 		t.Errorf("the breaker of one is %s", got)
+	}
+}
+
+// A check of a service is that of its instances which register none, and comes and goes while they are asked.
+func TestReconfigureChecks(t *testing.T) {
+	g := startGateway(t, nil, nil)
+	a, own := startSick(t, false), startSick(t, true)
+	g.register(t, "echo", "a", a.url())
+	g.checked(t, "own", own.url(), nil)
+	eventually(t, "its own check fails", func() bool { return g.reason("own") == "check failing: got status 500" })
+	set := func(check *registry.Check) {
+		t.Helper()
+		g.reconfigure(t, func(cfg *Config) { cfg.Services = map[string]Service{"echo": {Check: check}} })
+	}
+	set(&registry.Check{Path: "/health", Interval: 100 * time.Millisecond, Timeout: 100 * time.Millisecond, Fall: 1})
+	if g.reason("a") != "" { // it has served, and is out when it fails
+		t.Errorf("a is %q", g.reason("a"))
+	}
+	eventually(t, "a is checked", func() bool { return a.checks.Load() > 1 })
+	if status := g.DescribeInstance("echo", "a"); status.Check == nil || status.Check.Path != "/health" || status.Health == nil {
+		t.Errorf("%+v", status)
+	}
+	a.sick.Store(true)
+	eventually(t, "a is down", func() bool { return g.reason("a") == "check failing: got status 500" })
+	if reason := g.reason("own"); reason != "check failing: got status 500" {
+		t.Errorf("own is %q", reason)
+	}
+	set(nil)
+	if status := g.DescribeInstance("echo", "a"); !status.Ready || status.Health != nil {
+		t.Errorf("without a check: %+v", status)
+	}
+	g.dial(t).get("/echo").want(t, 200)
+	if g.DescribeInstance("echo", "own").Health == nil {
+		t.Error("own is not checked any more")
+	}
+	// One that comes under it is new.
+	set(&registry.Check{Path: "/health", Interval: time.Hour, Timeout: time.Minute})
+	g.register(t, "echo", "b", startActor(t, hangs).url())
+	if reason := g.reason("b"); reason != "not checked yet" {
+		t.Errorf("b is %q", reason)
+	}
+	cfg := g.cfg().Config
+	cfg.Services = map[string]Service{"echo": {Check: &registry.Check{}}}
+	if _, err := g.Reconfigure(cfg); err == nil || !strings.Contains(err.Error(), "echo: Check: check") {
+		t.Errorf("a check of nothing: %v", err)
 	}
 }
 

@@ -25,6 +25,7 @@ type Service struct {
 	Policy
 	Strategy lb.Strategy
 	Breaker  cb.Config
+	Check    *registry.Check // of the instances that register none
 }
 
 // settings is a Config with all that is made of it. It never changes: the next one replaces it as a whole.
@@ -38,9 +39,10 @@ type settings struct {
 	slowAfter time.Duration // see the constant; less with a short request timeout
 	byFunc    RouteFunc     // nil: table
 	table     *table
-	standard  *route            // of a service for which nothing is set
-	services  map[string]*route // of those for which something is, and their routes nothing
-	kept      map[string]bool   // services that are never forgotten: somebody has named them
+	standard  *route                     // of a service for which nothing is set
+	services  map[string]*route          // of those for which something is, and their routes nothing
+	checks    map[string]*registry.Check // of the instances of a service that register none
+	kept      map[string]bool            // services that are never forgotten: somebody has named them
 }
 
 // cfg is what is in force.
@@ -52,7 +54,8 @@ func (p *Proxy) settings(cfg Config, byFunc RouteFunc) (*settings, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &settings{Config: cfg, byFunc: byFunc, allow: allowField(cfg.AllowMethods), services: map[string]*route{}, kept: map[string]bool{defaultService: true}}
+	n := &settings{Config: cfg, byFunc: byFunc, allow: allowField(cfg.AllowMethods), services: map[string]*route{},
+		checks: map[string]*registry.Check{}, kept: map[string]bool{defaultService: true}}
 	n.capped = cfg.Limits.InFlightPerInstance > 0 || cfg.Limits.InFlightPerService > 0
 	if !cfg.NoVia {
 		n.via = p.pseudonym
@@ -72,6 +75,11 @@ func (p *Proxy) settings(cfg Config, byFunc RouteFunc) (*settings, error) {
 		s := cfg.Services[name]
 		if err := s.check(name); err != nil {
 			return nil, err
+		}
+		if s.Check != nil {
+			if n.checks[name], err = s.Check.Filled(); err != nil {
+				return nil, fmt.Errorf("proxy: Config.Services: %s: Check: %w", name, err)
+			}
 		}
 		n.kept[name] = true
 		n.services[name] = &route{name: name, policy: n.standard.policy.with(s.Policy)}
@@ -124,6 +132,14 @@ func (n *settings) strategy(service string) lb.Strategy {
 		return s
 	}
 	return n.Strategy
+}
+
+// check is how an instance of a service is checked; nil: it is not.
+func (n *settings) check(service string, in *registry.Instance) *registry.Check {
+	if in.Check != nil {
+		return in.Check
+	}
+	return n.checks[service]
 }
 
 // breaker is how the breakers of a service's instances are configured.

@@ -153,21 +153,21 @@ func (u *upstream) register(in *registry.Instance) {
 	u.recheck(in)
 }
 
-// recheck has the instance checked as its registration says. If that says the same as before nothing changes; a new check of an
+// recheck has the instance checked as its registration says, or else the settings of its service. If that says the same as before nothing changes; a new check of an
 // instance that is known goes on from what is thought of it. The caller holds service.mu.
 func (u *upstream) recheck(in *registry.Instance) {
-	before := u.health.Load()
-	if before == nil && in.Check == nil || before != nil && in.Check != nil && before.Check == *in.Check {
+	before, check := u.health.Load(), u.service.proxy.cfg().check(u.service.name, in)
+	if before == nil && check == nil || before != nil && check != nil && before.Check == *check {
 		return
 	}
 	if before != nil {
 		before.Stop()
 	}
-	if in.Check == nil {
+	if check == nil {
 		u.health.Store(nil)
 		return
 	}
-	up := in.Check.Start == registry.StartUp
+	up := check.Start == registry.StartUp
 	switch view := u.service.view.Load(); {
 	case before != nil && before.Status().State != health.Unknown:
 		up = before.Status().State == health.Up
@@ -175,7 +175,7 @@ func (u *upstream) recheck(in *registry.Instance) {
 		up = true
 	}
 	w := u.service.proxy.checks.Watch(health.Instance{
-		Check: *in.Check, Target: u.target, TLS: u.tls, Up: up, Recent: in.Restored(),
+		Check: *check, Target: u.target, TLS: u.tls, Up: up, Recent: in.Restored(),
 		Addrs:   func() []netip.AddrPort { return u.addresses.Load().list },
 		Allowed: u.check,
 		Changed: u.healthChanged,

@@ -71,8 +71,8 @@ func (c *Check) Accepts(status int) bool {
 	return bit < 500 && c.statuses[bit/64]>>(bit%64)&1 != 0
 }
 
-// filled returns a check without gaps. The error is a *FieldError.
-func (c Check) filled() (*Check, error) {
+// Filled returns a check without gaps. The error is a *FieldError.
+func (c Check) Filled() (*Check, error) {
 	bad := func(field, format string, args ...any) (*Check, error) {
 		return nil, &FieldError{"check." + field, fmt.Sprintf(format, args...)}
 	}
@@ -274,7 +274,7 @@ func decodeCheck(dec *json.Decoder, first json.Token) (*Check, error) {
 	if _, err := dec.Token(); err != nil { // its end
 		return nil, err
 	}
-	return c.filled()
+	return c.Filled()
 }
 
 // What follows reads one value. A zero is refused like any other that is wrong: it is there, and is no gap to be filled.

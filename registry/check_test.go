@@ -75,7 +75,7 @@ func TestCheckJSON(t *testing.T) {
 			}
 			continue
 		}
-		want, wrong := row.want.filled()
+		want, wrong := row.want.Filled()
 		if err != nil || wrong != nil || got != *want {
 			t.Errorf("%s: %+v %v, want %+v %v", row.json, got, err, row.want, wrong)
 			continue
@@ -89,7 +89,7 @@ func TestCheckJSON(t *testing.T) {
 }
 
 func TestCheckAccepts(t *testing.T) {
-	check, err := (&Check{Path: "/", Status: "200-299,404,500-599"}).filled()
+	check, err := (&Check{Path: "/", Status: "200-299,404,500-599"}).Filled()
 	if err != nil {
 		t.Fatal(err)
 	}

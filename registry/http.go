@@ -42,6 +42,7 @@ type InstanceStatus struct {
 	Reason    string        `json:"reason"` // why it is not ready, else empty
 	Breaker   BreakerStatus `json:"breaker"`
 	Health    *HealthStatus `json:"health"`    // nil: it is not checked
+	Check     *Check        `json:"-"`         // in force, be it one that it registers or not; nil with Health
 	InFlight  int64         `json:"in_flight"` // requests now
 	Tunnels   int64         `json:"tunnels"`   // open now: upgraded connections, which are no requests in flight any more
 	Success   uint64        `json:"success"`   // requests that ended, since the instance came
@@ -475,7 +476,7 @@ type instanceJSON struct {
 	Override     *Override         `json:"override"`   // and what an operator has set; null: nothing
 	Metadata     map[string]string `json:"metadata"`   // in force
 	Generation   uint64            `json:"generation"` // of the registration
-	Check        *Check            `json:"check"`      // null: none
+	Check        *Check            `json:"check"`      // in force; null: none
 	SlowStart    string            `json:"slow_start"` // 0s: none
 
 	PinnedBy string `json:"pinned_by,omitempty"` // the file that holds it; empty: none
@@ -510,7 +511,7 @@ func (a *api) instance(service string, in *Instance) instanceJSON {
 			h.CheckedAt = &at
 		}
 	}
-	out := instanceJSON{in.ID, in.Addr, in.Weight, st, seconds(in.RegisteredAt), nil, in.State(), nil, in.Metadata, in.Generation, in.Check, in.SlowStart.String(), in.pinned}
+	out := instanceJSON{in.ID, in.Addr, in.Weight, st, seconds(in.RegisteredAt), nil, in.State(), nil, in.Metadata, in.Generation, cmp.Or(st.Check, in.Check), in.SlowStart.String(), in.pinned}
 	if out.Metadata == nil {
 		out.Metadata = map[string]string{}
 	}

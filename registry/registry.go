@@ -362,7 +362,7 @@ func validate(service string, in *Instance) error {
 		return &FieldError{"slow_start", slowStartRule + ", not " + in.SlowStart.String()}
 	}
 	if in.Check != nil {
-		check, err := in.Check.filled()
+		check, err := in.Check.Filled()
 		if err != nil {
 			return err
 		}

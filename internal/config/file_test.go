@@ -161,7 +161,10 @@ func TestFileRefused(t *testing.T) {
 		{"services: [a]", ":1:11: services must have the names of services as keys\n"},
 		{"services: {a/b: {}}", ":1:12: the name of a service \"a/b\" has a character that is not allowed"},
 		{"services:\n  a:", ":2:3: service a has nothing in it"},
-		{"services:\n  a: {speed: 1}", ":2:7: \"speed\" is no key of a service; allowed are breaker-failures, breaker-open, breaker-probes, instances, max-body, request-timeout, retries, strategy, total-timeout"},
+		{"services:\n  a: {speed: 1}", ":2:7: \"speed\" is no key of a service; allowed are breaker-failures, breaker-open, breaker-probes, check, instances, max-body, request-timeout, retries, strategy, total-timeout"},
+		{"services:\n  a:\n    check: {path: /, rise: 0}", ":3:28: check.rise: must be an integer from 1 to 100, not 0"},
+		{"services:\n  a:\n    check: /health", ":3:12: check: must be an object with a path"},
+		{"services:\n  a:\n    check: {tcp: true, tcp: true}", ":3:24: tcp is there twice\n"},
 		{"services:\n  a:\n    instances: []", ":3:16: instances must be a list of at least one"},
 		{"services:\n  a:\n    instances: [x]", ":3:17: an instance must have keys and values"},
 		{"services:\n  a: {instances: [{id: x, addr: x}]}", ":2:33: addr: \"x\" is not an http or https URL"},
@@ -296,6 +299,7 @@ services:
       check: {path: /health, interval: 5s}
       slow_start: 30s
     - {id: b, addr: "https://users.example.org"}
+    check: {tcp: true, fall: 5}
   orders:
     instances: [{id: a, addr: "http://10.0.0.6"}]
 `, nil)
@@ -312,6 +316,9 @@ services:
 	a := got.Services[0].Instances[0]
 	if a.Weight != 3 || a.Metadata["zone"] != "rack-2" || a.Check.Path != "/health" || a.Check.Interval != 5*time.Second || a.Check.Fall != 3 || a.SlowStart != 30*time.Second {
 		t.Errorf("users/a: %+v %+v", a, a.Check)
+	}
+	if c := got.ServiceSettings()["users"].Check; c == nil || !c.TCP || c.Fall != 5 || c.Interval != 2*time.Second {
+		t.Errorf("the check of users: %+v", c)
 	}
 	if _, _, err := load(t, "services: {register: {instances: [{id: a, addr: http://h}]}}", nil); err == nil || !strings.Contains(err.Error(), `services: "register" cannot be a service`) {
 		t.Errorf("a name of the API: %v", err)

@@ -12,7 +12,7 @@ import (
 )
 
 const servicesHelp = "Services by name, each with settings of its own (strategy, breaker-failures, breaker-open, breaker-probes, request-timeout, " +
-	"total-timeout, retries, max-body) and instances that nobody registers. These are as the body of PUT /services/{service}/{id} has them, with the id: " +
+	"total-timeout, retries, max-body), a check of the instances that register none, and instances that nobody registers. These are as the body of PUT /services/{service}/{id} has them, with the id: " +
 	"id, addr, weight, metadata, check, slow_start. They stand beside those that register, and the API does not change them."
 
 // readServices reads the mapping of services.
@@ -40,6 +40,7 @@ func (f *file) readServices(node ast.Node) error {
 		keys["breaker-failures"] = override(f, "breaker-failures", &s.Settings.Breaker.Failures)
 		keys["breaker-open"] = override(f, "breaker-open", &s.Settings.Breaker.OpenFor)
 		keys["breaker-probes"] = override(f, "breaker-probes", &s.Settings.Breaker.Probes)
+		keys["check"] = func(node ast.Node) error { return f.readCheck(&s, node) }
 		err := f.mapping(at.Value(), "a service", "key of a service", keys)
 		if err != nil {
 			return err
@@ -75,16 +76,9 @@ func (f *file) readInstances(s *Service, node ast.Node) error {
 
 // readInstance has an instance be judged as the API does.
 func (f *file) readInstance(service string, node ast.Node) (registry.Instance, error) {
-	if err := f.unique(node); err != nil {
-		return registry.Instance{}, err
-	}
-	var value any
-	if err := yaml.NodeToValue(node, &value); err != nil {
-		return registry.Instance{}, f.syntax(err)
-	}
-	body, err := json.Marshal(value)
+	body, err := f.asJSON(node)
 	if err != nil {
-		return registry.Instance{}, f.wrong(node, "an instance cannot have such a value: %v", err)
+		return registry.Instance{}, err
 	}
 	in, err := registry.ReadInstance(service, body)
 	var bad *registry.FieldError
@@ -99,6 +93,41 @@ func (f *file) readInstance(service string, node ast.Node) (registry.Instance, e
 		return in, f.wrong(node, "%v", err)
 	}
 	return in, nil
+}
+
+// readCheck has a check be judged as the API does.
+func (f *file) readCheck(s *Service, node ast.Node) error {
+	text, err := f.asJSON(node)
+	if err != nil {
+		return err
+	}
+	s.Settings.Check = &registry.Check{}
+	err = s.Settings.Check.UnmarshalJSON(text)
+	var bad *registry.FieldError
+	if errors.As(err, &bad) {
+		_, member, _ := strings.Cut(bad.Field, ".")
+		return f.wrong(lookup(node, member), "%s", bad)
+	}
+	if err != nil {
+		return f.wrong(node, "check: %v", err)
+	}
+	return nil
+}
+
+// asJSON is a part of the file as the API's parsers read it.
+func (f *file) asJSON(node ast.Node) ([]byte, error) {
+	if err := f.unique(node); err != nil {
+		return nil, err
+	}
+	var value any
+	if err := yaml.NodeToValue(node, &value); err != nil {
+		return nil, f.syntax(err)
+	}
+	text, err := json.Marshal(value)
+	if err != nil {
+		return nil, f.wrong(node, "there cannot be such a value: %v", err)
+	}
+	return text, nil
 }
 
 // unique refuses a key that is there twice.
@@ -140,8 +169,17 @@ func lookup(node ast.Node, path string) ast.Node {
 	return node
 }
 
-// instanceSchema is the JSON schema of an instance.
-func instanceSchema() map[string]any {
+// schemaObject is the JSON schema of an object that has no other properties than these.
+func schemaObject(properties map[string]any, required ...string) map[string]any {
+	o := map[string]any{"type": "object", "additionalProperties": false, "properties": properties}
+	if len(required) > 0 {
+		o["required"] = required
+	}
+	return o
+}
+
+// checkSchema is the JSON schema of a check.
+func checkSchema() map[string]any {
 	text, number, check := map[string]any{"type": "string"}, map[string]any{"type": "integer", "minimum": 1}, map[string]any{}
 	for _, name := range []string{"path", "interval", "timeout", "status"} {
 		check[name] = text
@@ -153,15 +191,14 @@ func instanceSchema() map[string]any {
 		check[name] = map[string]any{"type": "boolean"}
 	}
 	check["start"] = map[string]any{"enum": []registry.CheckStart{registry.StartDown, registry.StartUp}}
-	object := func(properties map[string]any, required ...string) map[string]any {
-		o := map[string]any{"type": "object", "additionalProperties": false, "properties": properties}
-		if len(required) > 0 {
-			o["required"] = required
-		}
-		return o
-	}
-	return object(map[string]any{
+	return schemaObject(check)
+}
+
+// instanceSchema is the JSON schema of an instance.
+func instanceSchema() map[string]any {
+	text := map[string]any{"type": "string"}
+	return schemaObject(map[string]any{
 		"id": text, "addr": text, "weight": map[string]any{"type": "integer", "minimum": 0, "maximum": registry.MaxWeight},
-		"metadata": map[string]any{"type": "object", "additionalProperties": text}, "check": object(check), "slow_start": text,
+		"metadata": map[string]any{"type": "object", "additionalProperties": text}, "check": checkSchema(), "slow_start": text,
 	}, "id", "addr")
 }

@@ -87,6 +87,7 @@ func WriteSchema(w io.Writer) error {
 		map[string]any{"type": "string"}, routeSchema(overrides(properties, policyKeys...)),
 	}}}
 	service := overrides(properties, append([]string{"strategy", "breaker-failures", "breaker-open", "breaker-probes"}, policyKeys...)...)
+	service["check"] = checkSchema()
 	service["instances"] = map[string]any{"type": "array", "minItems": 1, "items": instanceSchema()}
 	properties["services"] = map[string]any{"description": servicesHelp, "type": "object", "additionalProperties": map[string]any{
 		"type": "object", "additionalProperties": false, "properties": service,
