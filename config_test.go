@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -374,11 +373,10 @@ func TestReloadUnderLoad(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer response.Body.Close()
-	resident := func() int {
-		_, text := exchange(t, g.admin, get("/metrics"))
-		_, rest, _ := strings.Cut(text, "\ngo_goroutines ")
-		n, _ := strconv.Atoi(strings.Fields(rest)[0])
-		return n
+	alive := func() (goroutines, bytes float64) {
+		exchange(t, g.admin, get("/debug/pprof/heap?gc=1")) // collects garbage
+		now := g.scrape()
+		return now.value("go_goroutines"), now.value("go_memstats_heap_alloc_bytes")
 	}
 	stop := make(chan struct{})
 	var load sync.WaitGroup
@@ -412,13 +410,15 @@ func TestReloadUnderLoad(t *testing.T) {
 	for i := range reloads / 5 {
 		change(i)
 	}
-	goroutines := resident()
+	goroutines, bytes := alive()
 	for i := range reloads * 4 / 5 {
 		change(i)
 	}
-	if after := resident(); after > goroutines+20 {
-		t.Errorf("%d goroutines, after a fifth of the reloads there were %d", after, goroutines)
+	goroutinesNow, bytesNow := alive()
+	if goroutinesNow > goroutines+20 || bytesNow > bytes+4*mib {
+		t.Errorf("%.0f goroutines and %.1f MiB, after a fifth of the reloads there were %.0f and %.1f", goroutinesNow, bytesNow/mib, goroutines, bytes/mib)
 	}
+	t.Logf("%d reloads: %.0f goroutines and %.1f MiB, after a fifth %.0f and %.1f", reloads, goroutinesNow, bytesNow/mib, goroutines, bytes/mib)
 	close(stop)
 	load.Wait()
 	close(release)
