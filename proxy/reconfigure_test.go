@@ -3,6 +3,7 @@ package proxy
 import (
 	"bufio"
 	"fmt"
+	"io"
 	"net"
 	"runtime"
 	"strings"
@@ -206,6 +207,18 @@ func TestLeave(t *testing.T) {
 	g.dial(t).get("/echo").want(t, 200)
 }
 
+// answerAll answers each request, and unlike naming keeps none.
+func answerAll(_ *origin, c net.Conn, r *bufio.Reader) {
+	for {
+		if _, err := readMessage(r, false); err != nil {
+			return
+		}
+		if _, err := io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"); err != nil {
+			return
+		}
+	}
+}
+
 // Many changes under load: no request fails, and nothing is left of them.
 func TestReconfigureUnderLoad(t *testing.T) {
 	changes := 10_000
@@ -215,7 +228,7 @@ func TestReconfigureUnderLoad(t *testing.T) {
 	g := startGateway(t, nil, nil)
 	for _, service := range []string{"one", "two"} {
 		for _, id := range []string{"a", "b", "c"} {
-			g.register(t, service, id, naming(t, "").url())
+			g.register(t, service, id, startOrigin(t, answerAll).url())
 		}
 	}
 	change := func(i int) {

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"kerberos/cb"
-	"kerberos/registry"
 	"kerberos/registry/health"
 )
 
@@ -152,15 +151,16 @@ func (s *service) stats() ServiceStats {
 		}
 	}
 	out.Whole, out.Gateway, out.Backend = whole.histogram(), gateway.histogram(), backend.histogram()
-	var states [len(stateNames)]uint64
+	var states [len(conditionNames)]uint64
 	for u := range out.view.all {
 		out.Instances++
-		states[u.condition()]++
+		c, _ := u.condition()
+		states[c]++
 		if u.instance.Load().Stale() {
 			out.Stale++
 		}
 	}
-	for i, name := range stateNames {
+	for i, name := range conditionNames {
 		out.States = append(out.States, Count{name, states[i]})
 	}
 	return out
@@ -194,56 +194,6 @@ func (s *total) histogram() Histogram {
 	}
 	s.First, s.Counts = firstOctave*perOctave+1+first, slices.Clone(s.all[first:end])
 	return s.Histogram
-}
-
-// condition is what an instance is, in one word.
-type condition uint8
-
-const (
-	isReady condition = iota
-	isDraining
-	isDown
-	isSuspect
-	isUnreachable
-	isNowhere
-	isFailing
-	isUnchecked
-	isOpen
-	isHalfOpen
-)
-
-// stateNames are what Stats call them.
-var stateNames = [...]string{"ready", "drain", "down", "suspect", "unreachable", "no_address", "check_failing", "unchecked", "breaker_open", "breaker_half_open"}
-
-func (u *upstream) condition() condition {
-	switch u.instance.Load().State() {
-	case registry.Drain:
-		return isDraining
-	case registry.Down:
-		return isDown
-	case registry.Suspect:
-		return isSuspect
-	case registry.Unreachable:
-		return isUnreachable
-	}
-	if len(u.addresses.Load().list) == 0 {
-		return isNowhere
-	}
-	if w := u.health.Load(); w != nil {
-		switch w.Status().State {
-		case health.Down:
-			return isFailing
-		case health.Unknown:
-			return isUnchecked
-		}
-	}
-	switch u.gate.State() {
-	case cb.Open:
-		return isOpen
-	case cb.HalfOpen:
-		return isHalfOpen
-	}
-	return isReady
 }
 
 // UpstreamStats is one instance as it is used. What only grows begins at 0 when it is registered with another address.

@@ -520,29 +520,59 @@ func (u *upstream) release(i int, l lease, reusable bool) {
 	}
 }
 
-// ready says whether requests may go to the instance, and if not, why.
-func (u *upstream) ready() (bool, string) {
-	if ok, why := u.fit(); !ok {
-		return false, why
-	}
-	if state := u.gate.State(); state != cb.Closed {
-		return false, "breaker " + state.String()
-	}
-	return true, ""
+// condition is what an instance is, in one word: ready, or the first thing that keeps requests from it.
+type condition uint8
+
+const (
+	isReady condition = iota
+	isDraining
+	isDown
+	isSuspect
+	isUnreachable
+	isNowhere
+	isFailing
+	isUnchecked
+	isOpen
+	isHalfOpen
+)
+
+// conditionNames are what Stats call them.
+var conditionNames = [...]string{"ready", "drain", "down", "suspect", "unreachable", "no_address", "check_failing", "unchecked", "breaker_open", "breaker_half_open"}
+
+// byState are those that the registry says.
+var byState = map[registry.State]condition{
+	registry.Drain: isDraining, registry.Down: isDown, registry.Suspect: isSuspect, registry.Unreachable: isUnreachable,
 }
 
-// fit is ready but for the breaker.
-func (u *upstream) fit() (bool, string) {
+// condition returns it, and why it is not ready.
+func (u *upstream) condition() (c condition, why string) {
 	if state := u.instance.Load().State(); state != registry.Up {
-		return false, string(state)
+		return byState[state], string(state)
 	}
 	if now := u.addresses.Load(); len(now.list) == 0 {
-		return false, now.err.Error()
+		return isNowhere, now.err.Error()
 	}
 	if w := u.health.Load(); w != nil {
-		return w.Ready()
+		switch state, why := w.Verdict(); state {
+		case health.Unknown:
+			return isUnchecked, why
+		case health.Down:
+			return isFailing, why
+		}
 	}
-	return true, ""
+	switch state := u.gate.State(); state {
+	case cb.Open:
+		return isOpen, "breaker " + state.String()
+	case cb.HalfOpen:
+		return isHalfOpen, "breaker " + state.String()
+	}
+	return isReady, ""
+}
+
+// ready says whether requests may go to the instance, and if not, why.
+func (u *upstream) ready() (bool, string) {
+	c, why := u.condition()
+	return c == isReady, why
 }
 
 func (u *upstream) noteError(reason string) { u.lastError.Store(&reason) }

@@ -10,7 +10,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"kerberos/cb"
 	"kerberos/lb"
 	"kerberos/registry"
 )
@@ -304,13 +303,10 @@ func (s *service) part(strategy lb.Strategy, have []member, gone []*upstream, in
 
 // stateNow looks behind the pointers.
 func (m *member) stateNow() memberState {
-	if ok, _ := m.fit(); !ok {
-		return notReady
-	}
-	switch m.gate.State() {
-	case cb.Closed:
+	switch c, _ := m.condition(); c {
+	case isReady:
 		return ready
-	case cb.HalfOpen:
+	case isHalfOpen:
 		return probing
 	}
 	return notReady

@@ -222,18 +222,18 @@ func (w *Watch) Status() Status {
 	return s
 }
 
-// Ready says whether the instance should get requests, and if not, why.
-func (w *Watch) Ready() (bool, string) {
+// Verdict is what is thought of the instance, and if that is not Up, why.
+func (w *Watch) Verdict() (State, string) {
 	switch s := w.status.Load(); s.State {
 	case Up:
-		return true, ""
+		return Up, ""
 	case Down:
 		if s.Error == "" {
-			return false, fmt.Sprintf("check failing: it passes, but not %d times in a row yet", w.Check.Rise)
+			return Down, fmt.Sprintf("check failing: it passes, but not %d times in a row yet", w.Check.Rise)
 		}
-		return false, "check failing: " + s.Error
+		return Down, "check failing: " + s.Error
 	}
-	return false, "not checked yet"
+	return Unknown, "not checked yet"
 }
 
 // wake has the goroutine of all checks look around.

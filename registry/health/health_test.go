@@ -224,12 +224,13 @@ func TestVerdicts(t *testing.T) {
 				check := row.check
 				check.Interval, check.Timeout = time.Hour, time.Second
 				w := c.Watch(instance(t, at, check))
-				if ready, why := w.Ready(); w.Status().Checked.IsZero() && (ready || why != "not checked yet") {
-					t.Errorf("before the first check: %t %s", ready, why)
+				if state, why := w.Verdict(); w.Status().Checked.IsZero() && (state == Up || why != "not checked yet") {
+					t.Errorf("before the first check: %s %s", state, why)
 				}
 				eventually(t, "the first check has ended", func() bool { return w.Status().State != Unknown })
 				s := w.Status()
-				ready, why := w.Ready()
+				state, why := w.Verdict()
+				ready := state == Up
 				if row.want == "" {
 					if s.State != Up || s.Error != "" || !ready {
 						t.Errorf("%+v, want it up", s)
@@ -444,8 +445,8 @@ func TestFallAndRise(t *testing.T) {
 func TestRiseIsShown(t *testing.T) {
 	w := &Watch{Instance: Instance{Check: registry.Check{Rise: 2}}}
 	w.status.Store(&Status{State: Down})
-	if ready, why := w.Ready(); ready || why != "check failing: it passes, but not 2 times in a row yet" {
-		t.Errorf("%t %q", ready, why)
+	if state, why := w.Verdict(); state == Up || why != "check failing: it passes, but not 2 times in a row yet" {
+		t.Errorf("%s %q", state, why)
 	}
 }
 
