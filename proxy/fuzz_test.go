@@ -109,16 +109,23 @@ func checkRequestHead(t *testing.T, c *conn, data []byte, trusted bool) bool {
 		return false // readHead never hands such a thing to parse
 	}
 	head := data[:end+len(headEnd)]
-	r := &Request{}
-	if r.parse(head, c.p.cfg().via, trusted, &standard) != nil || is(r.Method, "connect") && !r.authority {
+	r, first := &Request{}, &Request{}
+	err, errFirst := r.parse(head, c.p.cfg().via, trusted, &standard), first.parse(data, c.p.cfg().via, trusted, &standard)
+	if err != errFirst || err == nil && (r.size != len(head) || first.size != r.size || !bytes.Equal(first.lines, r.lines)) {
+		t.Fatalf("%q alone: %v, %d bytes; before others: %v, %d bytes", head, err, r.size, errFirst, first.size)
+	}
+	if first.parse(head[:len(head)-1], c.p.cfg().via, trusted, &standard) == nil {
+		t.Fatalf("we take %q without its end", head)
+	}
+	if err != nil || is(r.Method, "connect") && !r.authority {
 		return false // such a CONNECT is refused, whatever its target means
 	}
-	want, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(head)))
-	if err != nil {
+	want, failed := http.ReadRequest(bufio.NewReader(bytes.NewReader(head)))
+	if failed != nil {
 		if brokenEscape(r.target) || r.Header("Trailer") != nil {
 			return false
 		}
-		t.Fatalf("we take %q, net/http does not: %v", head, err)
+		t.Fatalf("we take %q, net/http does not: %v", head, failed)
 	}
 	agree(t, r, want)
 
@@ -129,8 +136,8 @@ func checkRequestHead(t *testing.T, c *conn, data []byte, trusted bool) bool {
 	if err := again.parse(sent, nil, false, &standard); err != nil {
 		t.Fatalf("%q goes on as %q, which we would not take: %v", head, sent, err)
 	}
-	if want, err = http.ReadRequest(bufio.NewReader(bytes.NewReader(sent))); err != nil {
-		t.Fatalf("%q goes on as %q, which net/http does not take: %v", head, sent, err)
+	if want, failed = http.ReadRequest(bufio.NewReader(bytes.NewReader(sent))); failed != nil {
+		t.Fatalf("%q goes on as %q, which net/http does not take: %v", head, sent, failed)
 	}
 	agree(t, again, want)
 	if !bytes.Equal(again.Method, r.Method) || !bytes.Equal(again.target, r.target) || again.minor != 1 ||
@@ -233,10 +240,17 @@ func checkResponseHead(t *testing.T, data []byte, head bool) bool {
 	if end < 0 {
 		return false
 	}
+	var r, first response
+	errFirst := first.parse(data, &standard)
 	data = data[:end+len(headEnd)]
-	var r response
-	if r.parse(data, &standard) != nil {
+	if err := r.parse(data, &standard); err != errFirst || err == nil && (r.size != len(data) || first.size != r.size) {
+		t.Fatalf("%q alone: %v, %d bytes; before others: %v, %d bytes", data, err, r.size, errFirst, first.size)
+	}
+	if errFirst != nil {
 		return false
+	}
+	if first.parse(data[:len(data)-1], &standard) == nil {
+		t.Fatalf("we take %q without its end", data)
 	}
 	method := http.MethodGet
 	if head {

@@ -25,6 +25,7 @@ type Request struct {
 
 	target []byte // path and query, as they are sent on
 	lines  []byte // all field lines, each with its CRLF
+	size   int    // of the head, with the empty line
 	minor  byte   // the x of HTTP/1.x
 	framing
 	drops         []span   // what is not sent on of lines: hop-by-hop fields and those that we set ourselves
@@ -271,6 +272,9 @@ func readField(b []byte) (f field, n int, err *refusal) {
 	return f, nl + 1, nil
 }
 
+// emptyLine reports whether b begins with the line that ends a head.
+func emptyLine(b []byte) bool { return len(b) >= 2 && b[0] == '\r' && b[1] == '\n' }
+
 // trim cuts optional white space, RFC 9110 section 5.6.3.
 func trim(b []byte) []byte {
 	for len(b) > 0 && (b[0] == ' ' || b[0] == '\t') {
@@ -306,7 +310,7 @@ func visibleBytes(b []byte) bool {
 	return true
 }
 
-// parse reads a whole request head, from the request line to the empty line. via is our own name there, nil if we have
+// parse reads the request head that b begins with, from the request line to the empty line. via is our own name there, nil if we have
 // none; trusted says whether the peer's forwarding fields are believed. The errors are the answers that the client gets.
 func (r *Request) parse(b, via []byte, trusted bool, limits *Limits) *refusal {
 	*r = Request{drops: r.drops[:0], xff: r.xff[:0], nominated: r.nominated[:0], reading: r.reading[:0], framing: framing{length: -1}, maxForwards: -1}
@@ -321,12 +325,13 @@ func (r *Request) parse(b, via []byte, trusted bool, limits *Limits) *refusal {
 		return err
 	}
 	absolute := len(r.Host) > 0
-	r.lines = b[nl+1 : len(b)-2]
-	for at, fields := 0, 0; at < len(r.lines); fields++ {
+	b, r.size = b[nl+1:], nl+1
+	at := 0
+	for fields := 0; !emptyLine(b[at:]); fields++ {
 		if fields == limits.Fields {
 			return errFields
 		}
-		f, n, err := readField(r.lines[at:])
+		f, n, err := readField(b[at:])
 		if err != nil {
 			return err
 		}
@@ -407,6 +412,8 @@ func (r *Request) parse(b, via []byte, trusted bool, limits *Limits) *refusal {
 		}
 		at += n
 	}
+	r.lines = b[:at]
+	r.size += at + len("\r\n")
 	if r.chunked && r.length >= 0 {
 		return errBothLengths
 	}

@@ -60,7 +60,6 @@ func (c *conn) record(took times) {
 	}
 	c.fill(r, took)
 	c.p.tell(r)
-	*r = Record{} // it refers to bytes of the client
 }
 
 func (p *Proxy) tell(r *Record) {
@@ -72,7 +71,7 @@ func (p *Proxy) tell(r *Record) {
 	}
 }
 
-// fill fills a Record, but for its Loop.
+// fill fills a Record, which may have been another request's, but for its Loop. Tunnel is tunnelRecord's.
 func (c *conn) fill(to *Record, took times) {
 	r, x := &c.req, &c.x
 	to.Began = x.began
@@ -81,6 +80,7 @@ func (c *conn) fill(to *Record, took times) {
 	to.Method, to.Host, to.Target, to.Minor = r.Method, r.Host, r.target, r.minor
 	to.Attempts, to.Status, to.Reason, to.Cut = x.attempts, x.status, x.tally.reason, x.tally.by == byHalf
 	to.Received, to.Sent = x.tally.received, max(0, x.tally.sent-x.tally.head)
+	to.Service, to.Route, to.Instance = "", "", ""
 	if x.service != nil {
 		to.Service = x.service.name
 		to.Route = x.route.name
@@ -88,6 +88,7 @@ func (c *conn) fill(to *Record, took times) {
 	if x.upstream != nil {
 		to.Instance = x.upstream.id
 	}
+	to.Referer, to.UserAgent = nil, nil
 	to.RequestID, to.TraceID, to.Trace = x.id, x.trace.id, x.trace.spans
 	x.fillFields(to)
 }

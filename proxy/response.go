@@ -7,6 +7,7 @@ type response struct {
 	status int
 	line   []byte // status code and reason phrase, with the space before and the CRLF behind
 	lines  []byte // all field lines, each with its CRLF
+	size   int    // of the head, with the empty line
 	minor  byte
 	framing
 	drops     []span
@@ -17,7 +18,7 @@ type response struct {
 	protocols int    // how many of them there are
 }
 
-// parse reads a whole response head, from the status line to the empty line, as strictly as we read requests. The
+// parse reads the response head that b begins with, from the status line to the empty line, as strictly as we read requests. The
 // errors are errMalformed, for one that could be framed in two ways too, and errResponseFields.
 func (r *response) parse(b []byte, limits *Limits) *refusal {
 	*r = response{drops: r.drops[:0], framing: framing{length: -1}}
@@ -33,14 +34,15 @@ func (r *response) parse(b []byte, limits *Limits) *refusal {
 		return errMalformed
 	}
 	r.status, r.line = int(code), b[8:nl+1]
-	r.lines = b[nl+1 : len(b)-2]
+	b, r.size = b[nl+1:], nl+1
 	keepAlive := false
 	var named [][]byte
-	for at, fields := 0, 0; at < len(r.lines); fields++ {
+	at := 0
+	for fields := 0; !emptyLine(b[at:]); fields++ {
 		if fields == limits.Fields {
 			return errResponseFields
 		}
-		f, n, err := readField(r.lines[at:])
+		f, n, err := readField(b[at:])
 		if err != nil {
 			return errMalformed
 		}
@@ -85,6 +87,8 @@ func (r *response) parse(b []byte, limits *Limits) *refusal {
 		}
 		at += n
 	}
+	r.lines = b[:at]
+	r.size += at + len("\r\n")
 	if r.chunked && r.length >= 0 || r.length > 0 && r.empty() || r.chunked && r.empty() && r.status != 205 {
 		return errMalformed
 	}

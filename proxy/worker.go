@@ -322,14 +322,13 @@ func (c *conn) step() {
 func (c *conn) ask() (s stage, ok bool) {
 	b, r, x, w := &c.in, &c.req, &c.x, c.worker
 	waiting := b.waiting()
-	end := bytes.Index(waiting, headEnd) + len(headEnd)
 	limits := &c.p.cfg().Limits
-	if end < len(headEnd) && waiting[0] != '\r' && len(waiting) < min(readRequest, limits.Head) && !bareLF(waiting, 0) &&
-		(len(waiting) < limits.RequestLine || bytes.IndexByte(waiting, '\n') >= 0) {
-		return stageHead, false
+	// Most heads are whole, so they are parsed before it is known; those that are not, once.
+	if c.reading && !bytes.Contains(waiting, headEnd) || r.parse(waiting, c.p.cfg().via, c.trusted, limits) != nil {
+		return unfinished(waiting, limits), false
 	}
-	if end < len(headEnd) || waiting[0] == '\r' || end > limits.Head || r.parse(waiting[:end], c.p.cfg().via, c.trusted, limits) != nil ||
-		r.authority || r.chunked || r.length > int64(len(waiting)-end) || c.isLocal() || c.asksTunnel() {
+	end := r.size
+	if end > limits.Head || r.authority || r.chunked || r.length > int64(len(waiting)-end) || c.isLocal() || c.asksTunnel() {
 		return stageReading, false
 	}
 	x.begin(w.loop.Now())
@@ -365,6 +364,15 @@ func (c *conn) ask() (s stage, ok bool) {
 	}
 	x.attempts, x.sent = 1, x.began
 	return stageAsked, c.put()
+}
+
+// unfinished says what becomes of a head that parse does not take: more of it may come, or it is bad.
+func unfinished(b []byte, limits *Limits) stage {
+	if b[0] != '\r' && len(b) < min(readRequest, limits.Head) && !bytes.Contains(b, headEnd) && !bareLF(b, 0) &&
+		(len(b) < limits.RequestLine || bytes.IndexByte(b, '\n') >= 0) {
+		return stageHead
+	}
+	return stageReading
 }
 
 // put sends the request to the backend, as soon as it is connected; false: not all of it.
@@ -478,9 +486,9 @@ func (c *conn) answered(e loop.Events) {
 		}
 		got += max(n, 0)
 		if end == 0 {
-			end = bytes.Index(room[:got], headEnd) + len(headEnd)
-			if end < len(headEnd) || end > w.p.cfg().Limits.Head || x.res.parse(room[:end], &w.p.cfg().Limits) != nil || x.res.status < 200 {
-				end = -1
+			limits := &w.p.cfg().Limits
+			if end = -1; x.res.parse(room[:got], limits) == nil && x.res.size <= limits.Head && x.res.status >= 200 {
+				end = x.res.size
 			}
 		}
 		if end < 0 || got < limit || limit == len(room) || x.res.length > maxWhole || x.whole(got-end) {

@@ -59,14 +59,13 @@ type Log struct {
 	closing sync.Once     // closes stop
 	ended   chan struct{} // closed when the writer has ended
 	file    *os.File      // belongs to the writer
-	out     []byte        // of the writer
+	torn    bool          // the file ends within a line; belongs to the writer
 }
 
 // shard is where the lines of one loop wait.
 type shard struct {
 	ring
 	encoder
-	line []byte
 }
 
 // Open opens the file and starts the goroutine that writes. The error names the file.
@@ -101,8 +100,8 @@ func (l *Log) Write(r *proxy.Record) {
 		l.shared.Lock() // by goroutines only, for less than a microsecond
 		defer l.shared.Unlock()
 	}
-	s.line = s.append(s.line[:0], r)
-	if !s.put(s.line) {
+	room := s.room()
+	if room == nil || !s.put(room, s.append(room, r)) {
 		l.drop(1)
 		return
 	}
@@ -210,8 +209,10 @@ func (l *Log) run() {
 func (l *Log) sleep() bool {
 	l.asleep.Store(true)
 	defer l.asleep.Store(false)
-	if l.waiting() {
-		return true
+	for _, s := range l.shards {
+		if !s.empty() {
+			return true
+		}
 	}
 	select {
 	case <-l.wake:
@@ -234,28 +235,37 @@ func (l *Log) change() {
 	l.file = file
 }
 
-// waiting reports whether there are lines to be written.
-func (l *Log) waiting() bool {
-	for _, s := range l.shards {
-		if s.waiting() {
-			return true
-		}
-	}
-	return false
-}
-
 // write writes what waits, and reports whether there was anything.
 func (l *Log) write() (wrote bool, err error) {
 	for _, s := range l.shards {
-		if l.out = s.take(l.out[:0]); len(l.out) == 0 {
-			continue
+		lines, upTo := s.waiting()
+		for _, b := range lines {
+			if len(b) == 0 {
+				continue
+			}
+			wrote = true
+			if failed := l.append(b); failed != nil {
+				err = errors.Join(err, failed)
+			}
 		}
-		wrote = true
-		n, failed := l.file.Write(l.out)
-		if failed != nil {
-			l.drop(lines(l.out[n:]))
-			err = errors.Join(err, failed)
-		}
+		s.took(upTo)
 	}
 	return wrote, err
+}
+
+// append writes whole lines to the file.
+func (l *Log) append(b []byte) error {
+	if l.torn {
+		if _, err := l.file.Write([]byte{'\n'}); err != nil {
+			l.drop(count(b))
+			return err
+		}
+		l.torn = false
+	}
+	n, err := l.file.Write(b)
+	if err != nil {
+		l.torn = n > 0 && b[n-1] != '\n'
+		l.drop(count(b[n:]))
+	}
+	return err
 }
