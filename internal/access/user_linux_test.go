@@ -95,8 +95,16 @@ func TestSocketUser(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			client, server := pair(t, c.listen, c.dial)
 			peer, here := ends(t, server)
-			if uid, err := socketUser(peer, here); err != nil || uid != os.Geteuid() {
-				t.Errorf("socketUser(%v, %v) = %d, %v; we are %d", peer, here, uid, err, os.Geteuid())
+			for how, user := range map[string]func(peer, here netip.AddrPort) (int, error){"asked": askSocket, "found": findSocket} {
+				if uid, err := user(peer, here); err != nil || uid != os.Geteuid() {
+					t.Errorf("%s (%v, %v) = %d, %v; we are %d", how, peer, here, uid, err, os.Geteuid())
+				}
+				if uid, err := user(here, peer); err != nil || uid != os.Geteuid() {
+					t.Errorf("%s, the other way round: %d, %v", how, uid, err)
+				}
+				if uid, err := user(peer, netip.AddrPortFrom(here.Addr(), here.Port()-1)); err == nil {
+					t.Errorf("%s: the user of a connection that is not there is %d", how, uid)
+				}
 			}
 			if why := otherUser(peer, here); why != "" {
 				t.Errorf("our own socket: %s", why)
@@ -105,9 +113,6 @@ func TestSocketUser(t *testing.T) {
 			elsewhere := netip.AddrPortFrom(here.Addr(), here.Port()-1)
 			if why := otherUser(peer, elsewhere); !strings.Contains(why, "cannot be told") {
 				t.Errorf("a connection that is not there: %q", why)
-			}
-			if uid, err := socketUser(here, peer); err != nil || uid != os.Geteuid() {
-				t.Errorf("the other way round: %d, %v", uid, err)
 			}
 			_ = client
 		})
@@ -127,6 +132,23 @@ func TestClosedSocket(t *testing.T) {
 	client.Close()
 	if why := otherUser(peer, here); !strings.Contains(why, "no open socket") {
 		t.Errorf("a closed socket: %q", why)
+	}
+}
+
+// Who listens where a connection would have come from is not its peer.
+func TestListenerIsNoPeer(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	peer, _ := addrPort(ln.Addr())
+	here := netip.AddrPortFrom(peer.Addr(), 1)
+	if uid, err := askSocket(peer, here); err == nil {
+		t.Errorf("asked: user %d", uid)
+	}
+	if uid, err := findSocket(peer, here); err == nil {
+		t.Errorf("found: user %d", uid)
 	}
 }
 
