@@ -49,8 +49,10 @@ type Config struct {
 	Log  *slog.Logger // what goes wrong while the program runs; default: nothing
 }
 
-// retryAfter is the time between two attempts to reach a gateway.
-const retryAfter = 500 * time.Millisecond
+const (
+	retryAfter = 500 * time.Millisecond // between two attempts to reach a gateway
+	leaveAgain = 3 * time.Second        // how long Close tries it at one that restarts
+)
 
 // Registration is a program that is registered.
 type Registration struct {
@@ -117,7 +119,7 @@ func Start(ctx context.Context, cfg Config) (*Registration, error) {
 }
 
 // Close unregisters the program at every gateway, and returns when its requests have ended or Drain is over. Call it before the
-// program stops to listen. The error says at which gateways it did not work: there the lease ends.
+// program stops to listen. The error says at which gateways it did not work, tried for 3 s: there the lease ends.
 func (r *Registration) Close() error {
 	r.stop()
 	r.kept.Wait()
@@ -133,9 +135,16 @@ func (r *Registration) Close() error {
 		left.Go(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), wait)
 			defer cancel()
-			err := r.cfg.call(ctx, http.MethodDelete, gateway, r.cfg.path()+"?"+query.Encode(), nil)
-			if status := statusOf(err); status != http.StatusNotFound && status != http.StatusConflict { // not there any more
-				errs[i] = err
+			for began := time.Now(); ; time.Sleep(retryAfter) {
+				err := r.cfg.call(ctx, http.MethodDelete, gateway, r.cfg.path()+"?"+query.Encode(), nil)
+				status := statusOf(err)
+				if status == http.StatusNotFound || status == http.StatusConflict { // not there any more
+					err = nil
+				}
+				if err == nil || status/100 == 4 || time.Since(began) > leaveAgain {
+					errs[i] = err
+					return
+				}
 			}
 		})
 	}

@@ -25,11 +25,18 @@ type api struct {
 
 func serve(t *testing.T, addr string) *api {
 	t.Helper()
+	a := &api{Registry: registry.New(registry.Config{})}
+	a.listen(t, addr)
+	return a
+}
+
+func (a *api) listen(t *testing.T, addr string) {
+	t.Helper()
 	ln, err := net.Listen("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := &api{Registry: registry.New(registry.Config{}), url: "http://" + ln.Addr().String()}
+	a.url = "http://" + ln.Addr().String()
 	handler := registry.NewHandler(a.Registry, nil)
 	a.server = &fasthttp.Server{CloseOnShutdown: true, Handler: func(ctx *fasthttp.RequestCtx) {
 		a.calls.Add(1)
@@ -37,7 +44,6 @@ func serve(t *testing.T, addr string) *api {
 	}}
 	go a.server.Serve(ln)
 	t.Cleanup(a.stop)
-	return a
 }
 
 func (a *api) stop() {
@@ -110,6 +116,45 @@ func TestGatewayComesBack(t *testing.T) {
 		again := serve(t, strings.TrimPrefix(g.url, "http://"))
 		eventually(t, "it is registered again", func() bool { return again.has("a") })
 	}
+}
+
+// A gateway that restarts just then is told all the same that the program leaves.
+func TestCloseTriesAgain(t *testing.T) {
+	g := serve(t, "127.0.0.1:0")
+	cfg, failed := config(g), make(chan struct{}, 100)
+	cfg.HTTP.Transport = told{cfg.HTTP.Transport, failed}
+	r, err := Start(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := *g.Snapshot("users").Instance("a")
+	g.stop()
+	closed := make(chan error)
+	go func() { closed <- r.Close() }()
+	<-failed
+	again := &api{Registry: registry.New(registry.Config{}), url: g.url}
+	in.TTL = 0
+	if err := again.Register("users", in); err != nil { // as it has read from its disk
+		t.Fatal(err)
+	}
+	again.listen(t, strings.TrimPrefix(g.url, "http://"))
+	if err := <-closed; err != nil || again.has("a") {
+		t.Errorf("%v, left: %v", err, again.has("a"))
+	}
+}
+
+// told tells of unregistrations that fail.
+type told struct {
+	http.RoundTripper
+	failed chan struct{}
+}
+
+func (c told) RoundTrip(r *http.Request) (*http.Response, error) {
+	response, err := c.RoundTripper.RoundTrip(r)
+	if err != nil && r.Method == http.MethodDelete {
+		c.failed <- struct{}{}
+	}
+	return response, err
 }
 
 // A successor with the same id stays when its predecessor is closed.
