@@ -144,6 +144,26 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
+// Requests that instances have not answered yet are counted, for each and for the service.
+func TestMetricsInFlight(t *testing.T) {
+	g := launch(t, nil)
+	release := make(chan struct{})
+	for _, id := range []string{"a", "b"} {
+		g.register("users", id, backend(t, func(http.ResponseWriter, *http.Request) { <-release }))
+	}
+	var asked sync.WaitGroup
+	for range 4 {
+		asked.Go(func() { g.get("/users") })
+	}
+	eventually(t, "four are in flight", func() bool {
+		s := g.scrape()
+		return s.value("kerberos_requests_in_flight", "service=users") == 4 && s.value("kerberos_instance_requests_in_flight", "id=a") == 2
+	})
+	close(release)
+	asked.Wait()
+	eventually(t, "none is", func() bool { return g.scrape().value("kerberos_requests_in_flight", "service=users") == 0 })
+}
+
 // No counter of a service ever falls, whatever comes and goes.
 func TestMetricsOnlyGrow(t *testing.T) {
 	g := launch(t, nil)

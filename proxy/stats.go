@@ -96,6 +96,7 @@ type ServiceStats struct {
 	RetriesDenied uint64  // by the budget
 	RetryBudget   float64 // retries that it would allow now
 
+	InFlight     int64   // requests that instances have now
 	Waiting      int64   // requests in the queue
 	QueueRefused uint64  // requests that found no place, at once or in time
 	States       []Count // instances now, by what they are
@@ -154,6 +155,7 @@ func (s *service) stats() ServiceStats {
 	var states [len(conditionNames)]uint64
 	for u := range out.view.all {
 		out.Instances++
+		out.InFlight += u.inFlight.Load()
 		c, _ := u.condition()
 		states[c]++
 		if u.instance.Load().Stale() {

@@ -49,6 +49,7 @@ func (f families) service(s *proxy.ServiceStats) {
 	f.add(retries, float64(s.Retries), name)
 	f.add(retriesDenied, float64(s.RetriesDenied), name)
 	f.add(retryBudget, s.RetryBudget, name)
+	f.add(serviceFlight, float64(s.InFlight), name)
 	f.add(queue, float64(s.Waiting), name)
 	f.add(queueRefused, float64(s.QueueRefused), name)
 	for _, n := range s.States {

@@ -126,6 +126,7 @@ var (
 	retries       = counter("retries_total", "Attempts beyond the first of a request.")
 	retriesDenied = counter("retries_denied_total", "Attempts beyond the first that the retry budget did not allow.")
 	retryBudget   = gauge("retry_budget", "Attempts beyond the first that the retry budget would allow now.")
+	serviceFlight = gauge("requests_in_flight", "Requests at the instances now.")
 	queue         = gauge("queue_requests", "Requests that wait for a place below the limits of requests in flight.")
 	queueRefused  = counter("queue_refused_total", "Requests that found no place below these limits, at once or in time.")
 	instances     = gauge("instances", "Instances, by what they are: ready for requests, or why not.")
