@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"bufio"
 	"encoding/hex"
 	"fmt"
 	"io"
@@ -278,6 +279,29 @@ func TestAttempts(t *testing.T) {
 		}
 		if len(r.Trace.Attempts) != r.Attempts {
 			t.Errorf("%d spans of %d attempts", len(r.Trace.Attempts), r.Attempts)
+		}
+	}
+}
+
+// What an instance said of an answer that was none, in part or badly, is no status of the attempt.
+func TestAttemptWithoutAnswer(t *testing.T) {
+	traces := make(chan Record, 1)
+	g := startGateway(t, func(cfg *Config) {
+		cfg.TraceShare, cfg.Trace = 1, func(r *Record) { traces <- *r.clone() }
+	}, nil)
+	for i, said := range []string{"HTTP/1.1 20", "HTTP/1.1 200 OK\r\nX: y\r\n", "HTTP/1.1 200 OK\r\nX: y\r\nBad Name: z\r\n\r\n"} {
+		service := fmt.Sprint("s", i)
+		o := startOrigin(t, func(_ *origin, c net.Conn, r *bufio.Reader) {
+			if _, err := readMessage(r, false); err == nil {
+				_, _ = io.WriteString(c, said)
+			}
+		})
+		g.register(t, service, "a", o.url())
+		g.do(t, "POST /"+service+" HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n").want(t, 502)
+		for _, a := range (<-traces).Trace.Attempts {
+			if a.Status != 0 || a.Reason == "" {
+				t.Errorf("%q: %+v", said, a)
+			}
 		}
 	}
 }

@@ -22,6 +22,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"runtime"
 	"strings"
@@ -194,6 +195,7 @@ type Proxy struct {
 
 	mu         sync.Mutex // guards what follows
 	listeners  []listener
+	left       []net.Listener      // before they were served
 	conns      map[*conn]struct{}  // open client connections
 	noConns    *sync.Cond          // conns has become empty
 	clients    map[netip.Addr]int  // how many of them have that address; but for trusted proxies

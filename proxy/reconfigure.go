@@ -94,11 +94,12 @@ func (s *service) setBreakers(cfg cb.Config) {
 	}
 }
 
-// Leave ends Serve for one listener: it returns nil. Connections that it has accepted stay.
+// Leave ends Serve for one listener, also if it has yet to begin: it returns nil. Connections that it has accepted stay.
 func (p *Proxy) Leave(ln net.Listener) {
 	p.mu.Lock()
 	i := slices.IndexFunc(p.listeners, func(l listener) bool { return l.Listener == ln })
 	if i < 0 {
+		p.left = append(p.left, ln)
 		p.mu.Unlock()
 		return
 	}

@@ -207,6 +207,30 @@ func TestLeave(t *testing.T) {
 	g.dial(t).get("/echo").want(t, 200)
 }
 
+// A listener that is left before it is served is closed all the same: two reloads may come close together.
+func TestLeaveBeforeServe(t *testing.T) {
+	g := startGateway(t, nil, nil)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.Leave(ln)
+	served := make(chan error, 1)
+	go func() { served <- g.Serve(ln) }()
+	select {
+	case err := <-served:
+		if err != nil {
+			t.Errorf("Serve: %v", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("it is served")
+	}
+	if c, err := net.Dial("tcp", ln.Addr().String()); err == nil {
+		c.Close()
+		t.Error("it still accepts")
+	}
+}
+
 // answerAll answers each request, and unlike naming keeps none.
 func answerAll(_ *origin, c net.Conn, r *bufio.Reader) {
 	for {

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -137,7 +138,11 @@ func (p *Proxy) Serve(ln net.Listener) error {
 		return fmt.Errorf("serve %s: %w", ln.Addr(), err)
 	}
 	p.mu.Lock()
-	if p.closing.Load() {
+	left := slices.Index(p.left, ln)
+	if left >= 0 {
+		p.left = slices.Delete(p.left, left, left+1)
+	}
+	if p.closing.Load() || left >= 0 {
 		p.mu.Unlock()
 		closer.Close()
 		return nil

@@ -231,6 +231,10 @@ func (l *Log) change() {
 		l.cfg.Log.Error("the access log cannot be opened anew", slog.String("access_log", l.cfg.Path), slog.String("reason", err.Error()))
 		return
 	}
+	if before, err := l.file.Stat(); err == nil && l.torn {
+		now, err := file.Stat()
+		l.torn = err == nil && os.SameFile(before, now)
+	}
 	_ = l.file.Close()
 	l.file = file
 }

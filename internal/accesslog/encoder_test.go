@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -155,6 +157,66 @@ func TestRing(t *testing.T) {
 	}
 	if len(got) > 0 || n < lines/100 {
 		t.Errorf("%d lines, and %q", n, got)
+	}
+}
+
+// Loops write their first lines while the writer is at work for others.
+func TestFirstLines(t *testing.T) {
+	const loops, each = 16, 200
+	l, err := Open(Config{Path: filepath.Join(t.TempDir(), "a"), Share: 1, Loops: loops, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all sync.WaitGroup
+	for loop := range loops {
+		all.Go(func() {
+			r := sample()
+			r.Loop = loop
+			for range each {
+				l.Write(r)
+				select {
+				case l.wake <- struct{}{}: // it shall look as often as it can
+				default:
+				}
+			}
+		})
+	}
+	all.Wait()
+	if err := l.Close(); err != nil {
+		t.Error(err)
+	}
+	if b, err := os.ReadFile(l.cfg.Path); err != nil || count(b) != loops*each || l.Dropped() > 0 {
+		t.Errorf("%v, %d lines, %d dropped", err, count(b), l.Dropped())
+	}
+}
+
+// A line that a full disk tore is ended before the next one, in the same file; a new file begins with a line.
+func TestTornLine(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a")
+	for name, rename := range map[string]bool{"the same": false, "a new one": true} {
+		if err := os.WriteFile(path, []byte("{torn"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		l := &Log{cfg: Config{Path: path, Log: slog.New(slog.DiscardHandler)}, torn: true}
+		var err error
+		if l.file, err = l.open(); err != nil {
+			t.Fatal(err)
+		}
+		want := "{torn\n{}\n"
+		if rename {
+			want = "{}\n"
+			if err := os.Rename(path, path+".1"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		l.change()
+		if err := l.append([]byte("{}\n")); err != nil {
+			t.Fatal(err)
+		}
+		l.file.Close()
+		if b, err := os.ReadFile(path); err != nil || string(b) != want {
+			t.Errorf("%s: %q, %v", name, b, err)
+		}
 	}
 }
 

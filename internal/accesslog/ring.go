@@ -13,7 +13,6 @@ const lineRoom = 2 << 10
 type ring struct {
 	bytes []byte        // ringSize, made with the first line
 	read  uint64        // of taken, what put has seen
-	told  uint64        // of given, when crowded last said so
 	_     [128]byte     // what one writes stands apart from what the other does
 	given atomic.Uint64 // where the next line goes
 	end   int           // where the lines of the lap before end; written before given, read behind it
@@ -76,17 +75,14 @@ func (r *ring) put(room, line []byte) bool {
 	return true
 }
 
-// crowded reports, once for each time, whether half of it is full. Whoever puts calls it.
+// crowded reports whether half of it is full. Whoever puts calls it.
 func (r *ring) crowded() bool {
 	given := r.given.Load()
-	if given-max(r.read, r.told) <= ringSize/2 {
+	if given-r.read <= ringSize/2 {
 		return false
 	}
-	if r.read = r.taken.Load(); given-r.read <= ringSize/2 {
-		return false
-	}
-	r.told = given
-	return true
+	r.read = r.taken.Load()
+	return given-r.read > ringSize/2
 }
 
 // waiting returns all lines that there are, in two pieces, and what to tell took when they are not needed any more. Only one
@@ -95,6 +91,7 @@ func (r *ring) waiting() (lines [2][]byte, upTo uint64) {
 	given, taken := r.given.Load(), r.taken.Load()
 	from, to := taken%ringSize, given%ringSize
 	switch {
+	case given == taken: // it may not have been made yet
 	case given/ringSize == taken/ringSize:
 		lines[0] = r.bytes[from:to]
 	default:

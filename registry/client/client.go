@@ -97,7 +97,7 @@ func Start(ctx context.Context, cfg Config) (*Registration, error) {
 		for _, err := range errs {
 			if statusOf(err)/100 == 4 {
 				cfg.Drain = -1
-				_ = (&Registration{cfg: cfg, stop: func() {}}).Close() // where others have taken it
+				_ = (&Registration{cfg: cfg}).leave(0) // where others have taken it
 				return nil, err
 			}
 			reached = reached || err == nil
@@ -123,6 +123,11 @@ func Start(ctx context.Context, cfg Config) (*Registration, error) {
 func (r *Registration) Close() error {
 	r.stop()
 	r.kept.Wait()
+	return r.leave(leaveAgain)
+}
+
+// leave unregisters it; where that fails it tries again for so long.
+func (r *Registration) leave(again time.Duration) error {
 	query := url.Values{"addr": {r.cfg.Addr}} // a successor that has the same id stays
 	wait := 10 * time.Second
 	if r.cfg.Drain > 0 {
@@ -135,16 +140,21 @@ func (r *Registration) Close() error {
 		left.Go(func() {
 			ctx, cancel := context.WithTimeout(context.Background(), wait)
 			defer cancel()
-			for began := time.Now(); ; time.Sleep(retryAfter) {
+			var failing time.Time // since
+			for {
 				err := r.cfg.call(ctx, http.MethodDelete, gateway, r.cfg.path()+"?"+query.Encode(), nil)
 				status := statusOf(err)
 				if status == http.StatusNotFound || status == http.StatusConflict { // not there any more
 					err = nil
 				}
-				if err == nil || status/100 == 4 || time.Since(began) > leaveAgain {
+				if err != nil && failing.IsZero() {
+					failing = time.Now()
+				}
+				if err == nil || status/100 == 4 || ctx.Err() != nil || time.Since(failing) >= again {
 					errs[i] = err
 					return
 				}
+				time.Sleep(retryAfter)
 			}
 		})
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -140,6 +141,42 @@ func TestCloseTriesAgain(t *testing.T) {
 	again.listen(t, strings.TrimPrefix(g.url, "http://"))
 	if err := <-closed; err != nil || again.has("a") {
 		t.Errorf("%v, left: %v", err, again.has("a"))
+	}
+}
+
+// So is one that goes away while it waits for the program's requests to end, however long it has.
+func TestCloseTriesAgainWithinDrain(t *testing.T) {
+	var asked atomic.Int64
+	g := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodDelete && asked.Add(1) == 1 {
+			time.Sleep(leaveAgain + retryAfter)
+			panic(http.ErrAbortHandler)
+		}
+		w.WriteHeader(http.StatusNoContent)
+	}))
+	defer g.Close()
+	cfg := config()
+	cfg.Gateways, cfg.Drain = []string{g.URL}, time.Minute
+	r, err := Start(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Close(); err != nil || asked.Load() != 2 {
+		t.Errorf("%v, asked %d times", err, asked.Load())
+	}
+}
+
+// A start that a gateway refuses ends at once, though another one is down.
+func TestStartRefused(t *testing.T) {
+	g := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusForbidden) }))
+	defer g.Close()
+	down := httptest.NewServer(nil)
+	down.Close()
+	cfg := config()
+	cfg.Gateways = []string{g.URL, down.URL}
+	began := time.Now()
+	if _, err := Start(t.Context(), cfg); statusOf(err) != http.StatusForbidden || time.Since(began) > leaveAgain {
+		t.Errorf("%v after %v", err, time.Since(began))
 	}
 }
 
