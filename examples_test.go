@@ -60,6 +60,9 @@ func TestExamples(t *testing.T) {
 			if code := p.wait(); code != 0 {
 				t.Errorf("it ended with %d", code)
 			}
+			if !g.logged(`"action":"drain"`, `"instance":"hello/`) {
+				t.Error("it did not drain")
+			}
 			if status, _ := g.get("/hello"); status != http.StatusServiceUnavailable {
 				t.Errorf("status %d once it has ended", status)
 			}

@@ -51,7 +51,7 @@ func TestArrows(t *testing.T) {
 		}
 	}
 	tops := []string{"", "proxy", "lb", "registry", "cb", "bench", "internal", "examples"}
-	out, err := exec.Command("go", "list", "-json=ImportPath,Dir,Imports", "./...").Output()
+	out, err := exec.Command("go", "list", "-json=ImportPath,Dir,Imports,GoFiles", "./...").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -64,8 +64,8 @@ func TestArrows(t *testing.T) {
 	seen := 0
 	for decoder := json.NewDecoder(strings.NewReader(string(out))); ; {
 		var p struct {
-			ImportPath, Dir string
-			Imports         []string
+			ImportPath, Dir  string
+			Imports, GoFiles []string
 		}
 		if err := decoder.Decode(&p); errors.Is(err, io.EOF) {
 			break
@@ -79,7 +79,13 @@ func TestArrows(t *testing.T) {
 		if top, _, _ := strings.Cut(from, "/"); !slices.Contains(tops, top) {
 			t.Errorf("%s is at the top level, where there are only %q", p.ImportPath, tops)
 		}
+		if from == "registry/client" && len(p.GoFiles) != 1 {
+			t.Errorf("%s, which is copied into other projects, is %q", p.ImportPath, p.GoFiles)
+		}
 		for _, path := range p.Imports {
+			if first, _, _ := strings.Cut(path, "/"); from == "registry/client" && strings.Contains(first, ".") {
+				t.Errorf("%s, which is copied into other projects, imports %s", p.ImportPath, path)
+			}
 			if to, is := ours(path); is {
 				seen++
 				if !allowed(from, to) {

@@ -164,6 +164,26 @@ func TestMetricsInFlight(t *testing.T) {
 	eventually(t, "none is", func() bool { return g.scrape().value("kerberos_requests_in_flight", "service=users") == 0 })
 }
 
+// Instances that fell silent all at once, and are not believed to be gone, are seen in /services, in the metrics and in the log.
+func TestStaleIsShown(t *testing.T) {
+	g := launch(t, nil)
+	addr := named(t, "a")
+	for i := range 5 {
+		if status, body := g.post(fmt.Sprintf(`{"service":"users","id":"i-%d","addr":%q,"ttl":"1s"}`, i, addr)); status != 204 {
+			t.Fatalf("%d %s", status, body)
+		}
+	}
+	eventually(t, "they are stale", func() bool { return g.scrape().value("kerberos_stale_instances", "service=users") == 5 })
+	if _, body := exchange(t, g.admin, get("/services/users")); strings.Count(body, `"stale":true`) != 5 {
+		t.Error(body)
+	}
+	for i := range 5 {
+		if !g.logged("too many of its service are silent", fmt.Sprintf(`"instance":"users/i-%d"`, i)) {
+			t.Errorf("the log does not have i-%d", i)
+		}
+	}
+}
+
 // No counter of a service ever falls, whatever comes and goes.
 func TestMetricsOnlyGrow(t *testing.T) {
 	g := launch(t, nil)

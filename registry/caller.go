@@ -77,23 +77,27 @@ func (a *api) auditChange(ctx *fasthttp.RequestCtx, action, service string, befo
 	if now == nil || !a.reg.cfg.Log.Enabled(context.Background(), slog.LevelInfo) {
 		return
 	}
-	var changed, was []slog.Attr
+	if changed := now.differs(before); len(changed) > 0 {
+		a.audit(ctx, action, service, now.ID, changed...)
+	}
+}
+
+// differs is what is another in an instance than it was before, and under "was" what that was; before is nil if it is new.
+func (in *Instance) differs(before *Instance) (changed []slog.Attr) {
 	old := new(Instance).settings()
 	if before != nil {
 		old = before.settings()
 	}
-	for i, attr := range now.settings() {
+	var was []slog.Attr
+	for i, attr := range in.settings() {
 		if !attr.Equal(old[i]) {
 			changed, was = append(changed, attr), append(was, old[i])
 		}
 	}
-	switch {
-	case len(changed) == 0:
-		return
-	case before != nil:
+	if before != nil && len(changed) > 0 {
 		changed = append(changed, slog.Attr{Key: "was", Value: slog.GroupValue(was...)})
 	}
-	a.audit(ctx, action, service, now.ID, changed...)
+	return changed
 }
 
 // settings are what of an instance a call can change.

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -68,7 +69,10 @@ func (r *Registry) Pin(by string, all []Pinned) error {
 		next[k] = &in
 	}
 	changed := map[string]struct{}{}
-	var lines [][]any
+	var lines [][]slog.Attr
+	line := func(action string, k key, what ...slog.Attr) {
+		lines = append(lines, append([]slog.Attr{slog.String("action", action), slog.String("instance", k.service+"/"+k.id), slog.String("by", by)}, what...))
+	}
 	r.mu.Lock()
 	if r.closed {
 		r.mu.Unlock()
@@ -79,7 +83,7 @@ func (r *Registry) Pin(by string, all []Pinned) error {
 		if next[k] == nil {
 			at := r.service(k.service)
 			r.remove(at, at.snapshot.Load().Instance(k.id))
-			lines = append(lines, []any{"action", "unpin", "instance", k.service + "/" + k.id, "by", by, "addr", before.Addr})
+			line("unpin", k, slog.String("addr", before.Addr))
 			changed[k.service] = struct{}{}
 		}
 	}
@@ -88,8 +92,8 @@ func (r *Registry) Pin(by string, all []Pinned) error {
 			next[k] = before
 			continue
 		}
-		r.pin(k.service, in)
-		lines = append(lines, []any{"action", "pin", "instance", k.service + "/" + k.id, "by", by, "addr", in.Addr})
+		before := r.pin(k.service, in)
+		line("pin", k, in.differs(before)...)
 		changed[k.service] = struct{}{}
 	}
 	r.pins = next
@@ -100,7 +104,7 @@ func (r *Registry) Pin(by string, all []Pinned) error {
 		lines = nil
 	}
 	for _, line := range lines {
-		r.cfg.Log.Info("registration changed", line...)
+		r.cfg.Log.LogAttrs(context.Background(), slog.LevelInfo, "registration changed", line...)
 	}
 	for _, name := range slices.Sorted(maps.Keys(changed)) {
 		for _, f := range hear {
@@ -117,8 +121,8 @@ func (in *Instance) samePin(other *Instance) bool {
 		in.pinned == other.pinned && maps.Equal(in.registered.metadata, other.Metadata)
 }
 
-// pin puts an instance of the configuration into its service. The caller holds mu.
-func (r *Registry) pin(service string, in *Instance) {
+// pin puts an instance of the configuration into its service, and returns the one that it replaces, or nil. The caller holds mu.
+func (r *Registry) pin(service string, in *Instance) (before *Instance) {
 	r.generation++
 	in.Generation, in.RegisteredAt = r.generation, time.Now()
 	at := r.service(service)
@@ -126,10 +130,11 @@ func (r *Registry) pin(service string, in *Instance) {
 	if at != nil {
 		prev = at.snapshot.Load()
 	}
-	before := prev.Instance(in.ID)
+	before = prev.Instance(in.ID)
 	r.revoke(before)
 	in.inherit(nil)
 	r.expired = slices.DeleteFunc(r.expired, func(e Expired) bool { return e.Service == service && e.ID == in.ID })
 	r.publish(service, at, prev.with(service, in, in.Generation))
 	r.store.mark(service, before, in, r.generation)
+	return before
 }

@@ -1,8 +1,10 @@
 package registry
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"testing"
@@ -135,6 +137,35 @@ func TestPinAndStore(t *testing.T) {
 	defer r.Close()
 	if got := r.Snapshot("users").Instance("a"); got == nil || got.Addr != "http://127.0.0.1:11" {
 		t.Errorf("registered after it was held: %+v", got)
+	}
+}
+
+// The log of changes says what the configuration has changed, and what was before.
+func TestPinIsLogged(t *testing.T) {
+	var out bytes.Buffer
+	r := New(Config{Log: slog.New(slog.NewTextHandler(&out, nil))})
+	defer r.Close()
+	a := pinned("users", "a", "http://127.0.0.1:10")
+	heavier, elsewhere := a, pinned("users", "a", "http://127.0.0.1:11")
+	heavier.Instance.Weight = 3
+	for i, row := range []struct {
+		all  []Pinned
+		want string
+	}{
+		{nil, ""},
+		{[]Pinned{a}, "action=pin instance=users/a by=k.yaml addr=http://127.0.0.1:10\n"},
+		{[]Pinned{a}, ""},
+		{[]Pinned{heavier}, "action=pin instance=users/a by=k.yaml weight=3 was.weight=0\n"},
+		{[]Pinned{elsewhere}, "action=pin instance=users/a by=k.yaml addr=http://127.0.0.1:11 weight=0 was.addr=http://127.0.0.1:10 was.weight=3\n"},
+		{nil, "action=unpin instance=users/a by=k.yaml addr=http://127.0.0.1:11\n"},
+	} {
+		out.Reset()
+		if err := r.Pin("k.yaml", row.all); err != nil {
+			t.Fatal(err)
+		}
+		if !strings.HasSuffix(out.String(), row.want) || (row.want == "") != (out.Len() == 0) {
+			t.Errorf("%d: %q, want %q", i, out.String(), row.want)
+		}
 	}
 }
 

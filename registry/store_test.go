@@ -351,6 +351,13 @@ func TestOpenTogether(t *testing.T) {
 	}
 }
 
+// What is acknowledged is on the disk, and not with the system only: kill -9 does not show that.
+func TestWritesAreSynced(t *testing.T) {
+	if r := reopen(t, t.TempDir()); r.store.db.NoSync || r.store.db.NoGrowSync || r.store.db.NoFreelistSync {
+		t.Error("bbolt does not wait for the disk")
+	}
+}
+
 // What changes nothing that the file keeps writes nothing, however often it comes.
 func TestNothingToWrite(t *testing.T) {
 	dir := t.TempDir()

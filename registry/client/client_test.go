@@ -119,6 +119,39 @@ func TestGatewayComesBack(t *testing.T) {
 	}
 }
 
+// Close returns when the requests that are under way have ended, and not before.
+func TestCloseDrains(t *testing.T) {
+	g := serve(t, "127.0.0.1:0")
+	var busy traffic
+	busy.Store(1)
+	g.Observe(func(string, string) registry.Traffic { return &busy })
+	cfg := config(g)
+	cfg.Drain = time.Minute
+	r, err := Start(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed := make(chan error, 1)
+	go func() { closed <- r.Close() }()
+	eventually(t, "it drains", func() bool { return g.Snapshot("users").Instance("a").State() == registry.Drain })
+	select {
+	case err := <-closed:
+		t.Fatalf("Close has returned beside a request: %v", err)
+	case <-time.After(200 * time.Millisecond):
+	}
+	busy.Store(0)
+	if err := <-closed; err != nil || g.has("a") {
+		t.Errorf("%v, left: %v", err, g.has("a"))
+	}
+}
+
+// traffic is how many requests are under way.
+type traffic struct{ atomic.Int64 }
+
+func (t *traffic) Busy() int         { return int(t.Load()) }
+func (t *traffic) Cut()              {}
+func (t *traffic) Succeeded() uint64 { return 0 }
+
 // A gateway that restarts just then is told all the same that the program leaves.
 func TestCloseTriesAgain(t *testing.T) {
 	g := serve(t, "127.0.0.1:0")
