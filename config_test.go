@@ -669,10 +669,12 @@ func TestReloadUnderLoad(t *testing.T) {
 	for i := range reloads * 4 / 5 {
 		change(i + 1)
 	}
-	goroutinesNow, bytesNow := alive()
-	if goroutinesNow > goroutines+20 || bytesNow > bytes+4*mib {
-		t.Errorf("%.0f goroutines and %.1f MiB, after a fifth of the reloads there were %.0f and %.1f", goroutinesNow, bytesNow/mib, goroutines, bytes/mib)
-	}
+	// The connections to an instance that has left have --upstream-idle-timeout, 4 s, to end.
+	var goroutinesNow, bytesNow float64
+	eventually(t, "no more goroutines and memory are there than after a fifth of the reloads", func() bool {
+		goroutinesNow, bytesNow = alive()
+		return goroutinesNow <= goroutines+5 && bytesNow <= bytes+4*mib
+	})
 	t.Logf("%d reloads: %.0f goroutines and %.1f MiB, after a fifth %.0f and %.1f", reloads, goroutinesNow, bytesNow/mib, goroutines, bytes/mib)
 	close(stop)
 	load.Wait()
