@@ -192,6 +192,8 @@ func start(cfg config.Gateway, from origin, log *slog.Logger) (_ *gateway, err e
 	}()
 	if cfg.File != "" {
 		log.Info("settings are read from a file", "file", cfg.File)
+	} else if from.load != nil {
+		log.Info("no settings are read from a file; flags and the environment only", "looked_for", config.DefaultFile)
 	}
 	if g.data, err = net.Listen("tcp", cfg.Listen); err != nil {
 		return nil, fmt.Errorf("--listen: %w", err)

@@ -1,12 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/valyala/fasthttp"
@@ -23,13 +25,18 @@ type origin struct {
 	sources *config.Sources                                 // of what is in force
 }
 
+// quiet is how long a file of settings must be still before it is read again unasked: longer than those who write one in parts
+// usually pause.
+const quiet = 2 * time.Second
+
 // reloader has the configuration read again while the gateway runs.
 type reloader struct {
 	origin
-	follow *follow.Follower // nil: there is no file
+	follow *follow.Follower // nil: there is no file to read again
 
 	mu    sync.Mutex // one reload at a time; guards what changes of a gateway: cfg, sources, data, admin; and what follows
 	ended bool
+	tried follow.Sum // of the file at the latest attempt, whatever came of it
 	count metrics.Reloads
 }
 
@@ -42,7 +49,33 @@ func (g *gateway) reload(why string) error {
 	if r.ended || r.load == nil {
 		return errors.New("the gateway stops, or has nothing to read again")
 	}
-	changed, err := g.take()
+	next, sources, err := r.load()
+	return g.replace(why, next, sources, err)
+}
+
+// reloadFile reloads because the file has become what settled is the fingerprint of. It does nothing if that was tried already, or
+// if the file has changed again by now; then it is not known, and will be followed on.
+func (g *gateway) reloadFile(settled follow.Sum) {
+	r := &g.reloader
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.ended || settled == r.tried {
+		return
+	}
+	if next, sources, err := r.load(); sources.Seen() == settled {
+		_ = g.replace("a change of the file", next, sources, err) // the error is in the log
+	}
+}
+
+// replace puts in force what was read, or has failed with err; it counts and logs what came of it. Its caller holds mu.
+func (g *gateway) replace(why string, next config.Gateway, sources *config.Sources, err error) error {
+	r := &g.reloader
+	r.tried = sources.Seen()
+	var changed []string
+	if err == nil {
+		changed, err = g.take(next, sources)
+	}
+	r.count.Refused = err != nil
 	if err != nil {
 		r.count.Failed++
 		g.log.Error("the configuration cannot be used: what was before stays in force", "by", why, "reason", err.Error())
@@ -64,13 +97,12 @@ func (r *reloader) end() {
 }
 
 // take takes over what is configured by now, and tells what has changed.
-func (g *gateway) take() (changed []string, err error) {
-	next, sources, err := g.reloader.load()
-	if err != nil {
-		return nil, err
-	}
+func (g *gateway) take(next config.Gateway, sources *config.Sources) (changed []string, err error) {
 	if g.cfg.File != "" && next.File == "" {
 		return nil, fmt.Errorf("%s is not there any more", g.cfg.File)
+	}
+	if sources.Empty() && !g.reloader.sources.Empty() { // as a file is that is about to be written
+		return nil, fmt.Errorf("%s has no setting any more: nothing of it is applied; put back what was, or restart the gateway to have it run without", next.File)
 	}
 	changed, fixed := config.Changes(g.reloader.sources, sources)
 	if (g.admin == nil) != (next.Admin == config.Off) {
@@ -93,12 +125,12 @@ func (g *gateway) take() (changed []string, err error) {
 		}
 	}()
 	if next.Listen != g.cfg.Listen {
-		if data, err = net.Listen("tcp", next.Listen); err != nil {
+		if data, err = g.listenInstead(g.data, next.Listen); err != nil {
 			return nil, fmt.Errorf("listen: %w", err)
 		}
 	}
 	if next.Admin != g.cfg.Admin {
-		if admin, err = net.Listen("tcp", next.Admin); err != nil {
+		if admin, err = g.listenInstead(g.admin, next.Admin); err != nil {
 			return nil, fmt.Errorf("admin: %w", err)
 		}
 	}
@@ -127,6 +159,34 @@ func (g *gateway) take() (changed []string, err error) {
 	}
 	g.cfg, g.reloader.sources, g.data, g.admin = next, sources, data, admin
 	return changed, nil
+}
+
+// listenInstead opens a listener that is to replace ln, or returns ln if addr is but another name of where that listens.
+func (g *gateway) listenInstead(ln net.Listener, addr string) (net.Listener, error) {
+	wanted, err := net.ResolveTCPAddr("tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	want := wanted.AddrPort()
+	ip := want.Addr().Unmap()
+	wide := !ip.IsValid() || ip.IsUnspecified() // all addresses, of IPv4 and IPv6, however that is written
+	at := bound(ln)
+	if want.Port() == at.Port() && (ip == at.Addr() || wide && at.Addr().IsUnspecified()) {
+		return ln, nil
+	}
+	other, err := net.Listen("tcp", wanted.String())
+	if !errors.Is(err, syscall.EADDRINUSE) {
+		return other, err
+	}
+	for _, own := range []net.Listener{g.data, g.admin} {
+		if own == nil {
+			continue
+		}
+		if at := bound(own); at.Port() == want.Port() && (wide || at.Addr().IsUnspecified() || ip == at.Addr()) {
+			return nil, fmt.Errorf("%s cannot be opened while the gateway itself listens on %s: restart it, or choose another port; nothing of the file is applied", addr, at)
+		}
+	}
+	return nil, err
 }
 
 // closeOther closes a listener that was opened for nothing.
@@ -172,11 +232,20 @@ func (g *gateway) answerReload(ctx *fasthttp.RequestCtx) {
 	ctx.SetStatusCode(fasthttp.StatusNoContent)
 }
 
-// followFile reloads whenever the file has changed.
+// followFile reloads whenever the file has changed. Where there is none, --config has named none: then the one that may come is
+// followed.
 func (g *gateway) followFile() {
-	if file := g.cfg.File; file != "" && g.reloader.load != nil {
-		g.reloader.follow = follow.Files(g.reloader.sources.Seen(), func() { _ = g.reload("a change of the file") }, file) // the error is in the log
+	r := &g.reloader
+	if r.load == nil {
+		return
 	}
+	r.tried = r.sources.Seen()
+	known := func() follow.Sum {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return r.tried
+	}
+	r.follow = follow.Settled(known, quiet, g.reloadFile, cmp.Or(g.cfg.File, config.DefaultFile))
 }
 
 // clock is the time for people.

@@ -22,6 +22,7 @@ type file struct {
 	lines  []string
 	flags  map[string]*kong.Flag // by key
 	values map[string]setting
+	filled bool // there is a setting, routes or services
 
 	routes   []Route
 	routesAt int // the line; 0: it has none
@@ -68,6 +69,9 @@ func parseSettings(name string, data []byte, flags []*kong.Flag) (*file, error) 
 	}
 	keys["routes"] = f.readRoutes
 	keys["services"] = f.readServices
+	if m, ok := doc.(ast.MapNode); ok {
+		f.filled = m.MapRange().Next()
+	}
 	return f, f.mapping(doc, "the file", "setting", keys)
 }
 

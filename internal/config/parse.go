@@ -67,16 +67,14 @@ func parseWith(grammar any, args []string, sources *Sources, options ...kong.Opt
 	return parser.Parse(args)
 }
 
-// Load reads the configuration of a gateway that runs with args, as Parse does, and where it comes from.
+// Load reads the configuration of a gateway that runs with args, as Parse does, and where it comes from, which is there beside an
+// error too.
 func Load(args []string, env func(string) (string, bool)) (Gateway, *Sources, error) {
 	var grammar struct {
 		Run Gateway `cmd:"" default:"withargs"`
 	}
-	var sources *Sources
-	ctx, err := Parse(&grammar, args, env)
-	if err == nil {
-		_, err = ctx.Call(func(s *Sources) { sources = s })
-	}
+	sources := &Sources{env: env}
+	_, err := parseWith(&grammar, args, sources)
 	return grammar.Run, sources, err
 }
 

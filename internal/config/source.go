@@ -20,11 +20,14 @@ type Sources struct {
 	flags  []*kong.Flag    // of the gateway; none if the command has none
 	given  map[string]bool // on the command line
 	file   *file           // nil: there is none
-	seen   follow.Sum      // of it, before it was read
+	seen   follow.Sum      // of what was read of it
 }
 
-// Seen is the fingerprint of File before it was read.
+// Seen is the fingerprint of File as it was read, or of DefaultFile if there is none; it is there beside an error too.
 func (s *Sources) Seen() follow.Sum { return s.seen }
+
+// Empty says that no file was read, or one without a setting.
+func (s *Sources) Empty() bool { return s.file == nil || !s.file.filled }
 
 // File is the name of the file that was read, or empty.
 func (s *Sources) File() string {
@@ -154,8 +157,8 @@ func (s *Sources) read(ctx *kong.Context) error {
 	if name == "" {
 		name = DefaultFile
 	}
-	s.seen = follow.Fingerprint(name)
 	data, err := follow.Read(name)
+	s.seen = follow.Of(data, err)
 	if named == "" && errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

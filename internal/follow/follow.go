@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"os"
 	"sync"
@@ -31,22 +32,29 @@ type Follower struct {
 // Files calls changed each time that the files are others than before, and have not changed any more for Every: one that is being
 // written is not half read. seen is what Fingerprint returned before they were read first.
 func Files(seen Sum, changed func(), files ...string) *Follower {
+	return Settled(func() Sum { return seen }, Every, func(now Sum) { seen = now; changed() }, files...)
+}
+
+// Settled calls changed with the fingerprint of the files when it is another than the known one and has been the same for quiet,
+// which is at least Every. Who reads them then may find that they have changed again: as long as known does not return what was
+// settled, changed is called again after each quiet. That is told by this process's own clock, since a file's times are another's.
+func Settled(known func() Sum, quiet time.Duration, changed func(Sum), files ...string) *Follower {
 	f := &Follower{stop: make(chan struct{})}
 	f.done.Go(func() {
-		ticker := time.NewTicker(Every)
-		defer ticker.Stop()
-		for last := seen; ; {
+		last, since := Fingerprint(files...), time.Now()
+		for {
 			select {
-			case <-ticker.C:
+			case <-time.After(Every): // counted from the last look, so that no two are closer
 			case <-f.stop:
 				return
 			}
 			now := Fingerprint(files...)
-			if now == last && now != seen {
-				seen = now
-				changed()
+			if now != last {
+				last, since = now, time.Now()
+			} else if time.Since(since) >= quiet && now != known() {
+				changed(now)
+				since = time.Now()
 			}
-			last = now
 		}
 	})
 	return f
@@ -65,10 +73,21 @@ func Fingerprint(files ...string) Sum {
 	h := sha256.New()
 	for _, name := range files {
 		data, err := Read(name)
-		fmt.Fprintf(h, "%d %v\n", len(data), err)
-		h.Write(data)
+		add(h, data, err)
 	}
 	return Sum(h.Sum(nil))
+}
+
+// Of is the Fingerprint of one file for which Read has returned this.
+func Of(data []byte, err error) Sum {
+	h := sha256.New()
+	add(h, data, err)
+	return Sum(h.Sum(nil))
+}
+
+func add(h hash.Hash, data []byte, err error) {
+	fmt.Fprintf(h, "%d %v\n", len(data), err)
+	h.Write(data)
 }
 
 // Read reads a regular file of at most MaxFile bytes. Its errors name it.

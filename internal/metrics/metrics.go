@@ -46,6 +46,7 @@ type Config struct {
 type Reloads struct {
 	Done, Failed uint64
 	Last         int64 // when it was taken over, in Unix milliseconds; at the start too
+	Refused      bool  // the latest attempt has failed
 }
 
 // Handler answers scrapes: in the text format, OpenMetrics or protobuf, which alone has native histograms.
@@ -111,6 +112,7 @@ var (
 	unwritten   = counter("registry_write_failures_total", "How often registrations could not be written to --data.")
 	reloads     = counter("config_reloads_total", "How often the configuration was read again, by what came of it; a failure has changed nothing.")
 	reloaded    = gauge("config_last_reload_success_timestamp_seconds", "When the configuration in force was read.")
+	inForce     = gauge("config_last_reload_successful", "Whether the latest attempt to read the configuration went well; the start is one.")
 	unlogged    = counter("access_log_dropped_lines_total", "Lines of the access log that were dropped because its file or reader did not take them.")
 	omitted     = gauge("metrics_omitted", "Services and instances that have no metrics because of --metrics-max-series.")
 )
@@ -174,6 +176,7 @@ func (g *gateway) Gather() ([]*dto.MetricFamily, error) {
 	out.add(reloads, float64(read.Done), pairs("outcome", "success"))
 	out.add(reloads, float64(read.Failed), pairs("outcome", "failure"))
 	out.add(reloaded, float64(read.Last)/1e3, nil)
+	out.add(inForce, flag(!read.Refused), nil)
 	out.add(unlogged, float64(g.cfg.Unlogged()), nil)
 	g.services(out)
 
