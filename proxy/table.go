@@ -113,6 +113,22 @@ func (l *lengths) add(n int) {
 	(*l)[n>>6] |= 1 << (n & 63)
 }
 
+// TableError says which route of a list no table can have beside the others, and why.
+type TableError struct {
+	Index int    // in the list
+	Route string // as Route.String has it
+	Err   error  // a *RouteError if it is about the route alone
+}
+
+func (e *TableError) Error() string { return "route " + e.Route + ": " + e.Err.Error() }
+func (e *TableError) Unwrap() error { return e.Err }
+
+// CheckRoutes refuses what New refuses as Config.Routes. The error is a *TableError.
+func CheckRoutes(all []Route) error {
+	_, err := newTable(all, func(string) *route { return &route{} })
+	return err
+}
+
 // newTable makes the table; none at all is the rule of the first segment. of is how requests to a service are served.
 func newTable(all []Route, of func(service string) *route) (*table, error) {
 	t := &table{hosts: map[string]*paths{}, any: newPaths(), first: len(all) == 0}
@@ -122,7 +138,7 @@ func newTable(all []Route, of func(service string) *route) (*table, error) {
 		if r.Prefix == FirstSegmentRule {
 			if r.String() != FirstSegmentRule || r.Service != "" || r.StripPrefix || r.ReplacePrefix != "" || r.Policy != (Policy{}) ||
 				r.Request.resolve() != nil || r.Response.resolve() != nil {
-				return nil, fmt.Errorf("route %s: %s stands alone", &r, FirstSegmentRule)
+				return nil, &TableError{i, r.String(), fmt.Errorf("%s stands alone", FirstSegmentRule)}
 			}
 			t.first = true
 			continue
@@ -131,13 +147,13 @@ func newTable(all []Route, of func(service string) *route) (*table, error) {
 			r.Prefix = "/"
 		}
 		if err := r.Check(); err != nil {
-			return nil, fmt.Errorf("route %s: %w", &r, err)
+			return nil, &TableError{i, r.String(), err}
 		}
 		r.Host = strings.ToLower(r.Host)
 		if r.conditions() == 0 {
 			place := [3]string{r.Host, r.Path, strings.TrimSuffix(r.Prefix, "/")}
 			if other, ok := taken[place]; ok {
-				return nil, fmt.Errorf("route %s: the same leads to %s already", &r, other)
+				return nil, &TableError{i, r.String(), fmt.Errorf("the same leads to %s already", other)}
 			}
 			taken[place] = r.Service
 		}

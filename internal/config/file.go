@@ -23,9 +23,10 @@ type file struct {
 	flags  map[string]*kong.Flag // by key
 	values map[string]setting
 
-	routes   []Route
-	routesAt int // the line; 0: it has none
-	services []Service
+	routes      []Route
+	routesAt    int  // the line; 0: it has none
+	routesCount bool // no flag or variable has others
+	services    []Service
 }
 
 // setting is what a file says of one flag.

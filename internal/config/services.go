@@ -150,6 +150,39 @@ func (f *file) unique(node ast.Node) error {
 	return nil
 }
 
+// keyOf returns a key of a mapping, or nil.
+func keyOf(node ast.Node, key string) ast.Node {
+	m, ok := node.(ast.MapNode)
+	if !ok {
+		return nil
+	}
+	for at := m.MapRange(); at.Next(); {
+		if at.Key().GetToken().Value == key {
+			return at.Key()
+		}
+	}
+	return nil
+}
+
+// child returns what stands below keys, one in the other, or nil.
+func child(node ast.Node, keys ...string) ast.Node {
+next:
+	for _, key := range keys {
+		m, ok := node.(ast.MapNode)
+		if !ok {
+			return nil
+		}
+		for at := m.MapRange(); at.Next(); {
+			if at.Key().GetToken().Value == key {
+				node = at.Value()
+				continue next
+			}
+		}
+		return nil
+	}
+	return node
+}
+
 // lookup returns what stands at a path of keys such as check.path, as far as it leads.
 func lookup(node ast.Node, path string) ast.Node {
 	first, rest, _ := strings.Cut(path, ".")

@@ -9,8 +9,11 @@ import (
 	"strings"
 
 	"github.com/alecthomas/kong"
+	"github.com/goccy/go-yaml/ast"
 
 	"kerberos/internal/follow"
+	"kerberos/proxy"
+	"kerberos/registry"
 )
 
 // Sources is where the values of a command line come from. A command whose grammar has a Gateway can have it bound.
@@ -60,6 +63,78 @@ func (s *Sources) Settings() []Setting {
 
 // isSecret says that nobody is to see what a flag is set to.
 func isSecret(flag *kong.Flag) bool { return flag.Tag.Type == "token" }
+
+// At has an error about a route or an instance of the file tell where that stands. Any other is returned as it is.
+func (s *Sources) At(err error) error {
+	var route *proxy.TableError
+	var instance *registry.PinError
+	switch {
+	case errors.As(err, &route):
+		return s.atRoute(route.Index, "", err)
+	case errors.As(err, &instance):
+		return s.atInstance(instance)
+	}
+	return err
+}
+
+// atRoute is At for a route of the table, and one of its keys if it has that.
+func (s *Sources) atRoute(index int, key string, err error) error {
+	if s == nil || s.file == nil || !s.file.routesCount {
+		return err
+	}
+	return s.file.at(err, func(doc ast.Node) ast.Node {
+		if list, ok := child(doc, "routes").(*ast.SequenceNode); ok && index < len(list.Values) {
+			return lookup(list.Values[index], key)
+		}
+		return nil
+	})
+}
+
+// atService is At for a service.
+func (s *Sources) atService(name string, err error) error {
+	if s == nil || s.file == nil {
+		return err
+	}
+	return s.file.at(err, func(doc ast.Node) ast.Node { return keyOf(child(doc, "services"), name) })
+}
+
+// atInstance is At for an instance.
+func (s *Sources) atInstance(err *registry.PinError) error {
+	if s == nil || s.file == nil {
+		return err
+	}
+	return s.file.at(err, func(doc ast.Node) ast.Node {
+		for _, service := range s.file.services {
+			list, ok := child(child(doc, "services"), service.Name, "instances").(*ast.SequenceNode)
+			i := slices.IndexFunc(service.Instances, func(in registry.Instance) bool { return in.ID == err.ID })
+			if service.Name != err.Service || !ok || i < 0 || i >= len(list.Values) {
+				continue
+			}
+			var field *registry.FieldError
+			if errors.As(err, &field) {
+				return lookup(list.Values[i], field.Field)
+			}
+			return list.Values[i]
+		}
+		return nil
+	})
+}
+
+// at adds to an error the place of what find returns. It parses the file anew: what stands where is not kept while all is well.
+func (f *file) at(err error, find func(doc ast.Node) ast.Node) error {
+	if errors.As(err, new(*FileError)) {
+		return err
+	}
+	doc, failed := f.document([]byte(strings.Join(f.lines, "\n")))
+	if failed != nil || doc == nil {
+		return err
+	}
+	node := find(doc)
+	if node == nil {
+		return err
+	}
+	return f.wrong(node, "%s", strings.TrimPrefix(err.Error(), "--route: "))
+}
 
 // Changes lists the settings that differ between what is in force and what is read next: those that can change while a gateway
 // runs, and those that cannot.
