@@ -238,6 +238,8 @@ func (r *Route) conditions() int { return min(len(r.Methods), 1) + len(r.Headers
 // RouteError says which field of a Route is wrong, and why.
 type RouteError struct {
 	Field string // host, path, prefix, replace-prefix, strip-prefix, methods, headers, service, request-headers or response-headers
+	Part  string // set, add or remove, of the last two
+	Name  string // of a header field, or a method: which of several is wrong; empty: all of Field
 	Err   error
 }
 
@@ -247,7 +249,7 @@ func (e *RouteError) Unwrap() error { return e.Err }
 // Check refuses what no route may have. The error is a *RouteError.
 func (r *Route) Check() error {
 	bad := func(field, format string, args ...any) error {
-		return &RouteError{field, fmt.Errorf(format, args...)}
+		return &RouteError{Field: field, Err: fmt.Errorf(format, args...)}
 	}
 	name := strings.TrimPrefix(r.Host, "*.")
 	if r.Host != "" && (!validHost([]byte(name)) || strings.Contains(name, "*") || string(hostName(nil, []byte(name))) != strings.ToLower(name)) {
@@ -266,22 +268,22 @@ func (r *Route) Check() error {
 	}
 	for _, method := range r.Methods {
 		if !all([]byte(method), isToken) {
-			return bad("methods", "%q is no method", method)
+			return &RouteError{Field: "methods", Name: method, Err: fmt.Errorf("%q is no method", method)}
 		}
 	}
 	for _, h := range r.Headers {
 		if err := h.check(); err != nil {
-			return bad("headers", "%w", err)
+			return &RouteError{Field: "headers", Name: h.Name, Err: err}
 		}
 	}
 	if err := registry.ValidName(r.Service); err != nil {
 		return bad("service", "%w", err)
 	}
-	if err := r.Request.check(false); err != nil {
-		return bad("request-headers", "%w", err)
+	if part, name, err := r.Request.check(false); err != nil {
+		return &RouteError{"request-headers", part, name, err}
 	}
-	if err := r.Response.check(true); err != nil {
-		return bad("response-headers", "%w", err)
+	if part, name, err := r.Response.check(true); err != nil {
+		return &RouteError{"response-headers", part, name, err}
 	}
 	return nil
 }
@@ -303,32 +305,36 @@ func (f *Field) check() error {
 	return nil
 }
 
-func (e *Edits) check(response bool) error {
-	for _, f := range slices.Concat(e.Set, e.Add) {
-		if err := f.check(); err != nil {
-			return err
-		}
-		if err := mayEdit(f.Name, response); err != nil {
-			return err
-		}
-	}
-	for _, f := range e.Add {
-		if identify([]byte(f.Name)) == fieldHost {
-			return fmt.Errorf("a Host cannot be added: there is one; set it")
+// check returns, with an error, the part in which the name is that it is about.
+func (e *Edits) check(response bool) (part, name string, err error) {
+	for _, p := range []struct {
+		part   string
+		fields []Field
+	}{{"set", e.Set}, {"add", e.Add}} {
+		for _, f := range p.fields {
+			if err := f.check(); err != nil {
+				return p.part, f.Name, err
+			}
+			if err := mayEdit(f.Name, response); err != nil {
+				return p.part, f.Name, err
+			}
+			if p.part == "add" && identify([]byte(f.Name)) == fieldHost {
+				return p.part, f.Name, fmt.Errorf("a Host cannot be added: there is one; set it")
+			}
 		}
 	}
 	for _, name := range e.Remove {
 		if err := (&Field{Name: name}).check(); err != nil {
-			return err
+			return "remove", name, err
 		}
 		if identify([]byte(name)) == fieldHost {
-			return fmt.Errorf("a Host cannot be removed: set it")
+			return "remove", name, fmt.Errorf("a Host cannot be removed: set it")
 		}
 		if err := mayEdit(name, response); err != nil {
-			return err
+			return "remove", name, err
 		}
 	}
-	return nil
+	return "", "", nil
 }
 
 // markNames are the fields of Config.RequestIDs and Config.Trace.

@@ -154,7 +154,7 @@ func TestFileRefused(t *testing.T) {
 		{"routes: [{service: a, headers: [x]}]", ":1:32: headers must have names and values"},
 		{"routes: [{service: a, headers: {x: 1, X: 2}}]", ":1:39: X is there twice"},
 		{"routes: [{service: a, request-headers: {drop: [x]}}]", ":1:41: \"drop\" is no key of request-headers; allowed are add, remove, set"},
-		{"routes: [{service: a, request-headers: {remove: [Via]}}]", ":1:41: request-headers: Via is left to the gateway"},
+		{"routes: [{service: a, request-headers: {remove: [Via]}}]", ":1:50: request-headers: Via is left to the gateway"},
 		{"routes: [{service: a/b}]", ":1:20: service: \"a/b\" has a character"},
 		{"services: {a: {strategy: fastest}}", ":1:26: strategy: "},
 		{"services: {a: {breaker-probes: 0}}", ":1:32: breaker-probes: \"0\" is not a whole number of at least 1"},
@@ -385,9 +385,39 @@ func TestFileShowsNoHeader(t *testing.T) {
 		"routes:\n- {service: a, request-headers: {set: {X-Key: \"s3cret\\n\"}}}",
 		"routes:\n- service: a\n  headers:\n    X-Key: [s3cret]",
 		"routes:\n- service: a\n  headers: {X-Key: s3cret\n  via",
+		"routes:\n- service: a\n  request-headers:\n    set: {Via: s3cret}",
+		"routes:\n- service: a\n  request-headers:\n    set:\n      Via: \"a\n       s3cret\"\n    speed: 1",
+		"routes:\n- service: a\n  request-headers:\n    set:\n      X-A: a\n       s3cret\n       \n      Via: 1",
+		"routes:\n- service: a\n  request-headers:\n    add:\n      Via: >\n       s3cret",
+		"routes:\n- service: a\n  request-headers:\n    add: &x\n      Via: !!str s3cret",
+		"routes:\n- {service: a, request-headers: {add: [X-Key: s3cret]}}",
+		"routes:\n- {service: a, request-headers: 's3cret'}",
+		"routes:\n- {service: a, request-haeders: {set: {X-Key: s3cret}}}",
+		"routes:\n- {service: a, headers: {X-Key: s3cret}, retries: two}",
 	} {
 		if _, _, err := load(t, text, nil); err == nil || strings.Contains(err.Error(), "s3cret") {
 			t.Errorf("%q: %v", text, err)
+		}
+	}
+}
+
+// A line is shown unless it has a secret, and the place of a wrong name is where that stands.
+func TestFileShowsLines(t *testing.T) {
+	block := "routes:\n- service: a\n  request-headers:\n    set:\n      X-A: s3cret\n      %s: x\n    remove:\n    - %s\n  request-timeout: %s"
+	for _, test := range []struct{ text, want string }{
+		{"routes: [{prefix: /e, service: echo, headers: {X-A: \"*\"}, request-timeout: 5}]", ":1:76: request-timeout: \"5\" is not a time of at least 0s, written like 30s, 1m30s or 250ms\n  1 | routes: [{prefix: /e, "},
+		{"routes: [{service: a, headers: {X-A: \"*\", Bad Name: \"*\"}}]", ":1:43: headers: \"Bad Name\" is no name of a header field\n  1 | routes: "},
+		{"routes: [{service: a, methods: [GET, \"a b\"]}]", ":1:38: methods: \"a b\" is no method\n  1 | routes: "},
+		{fmt.Sprintf(block, "Content-Length", "X-B", "5s"), ":6:7: request-headers: Content-Length is left to the gateway"},
+		{fmt.Sprintf(block, "Bad Name", "X-B", "5s"), ":6:7: request-headers: \"Bad Name\" is no name of a header field"},
+		{fmt.Sprintf(block, "X-B", "Via", "5s"), ":8:7: request-headers: Via is left to the gateway\n  8 |     - Via\n    |       ^"},
+		{fmt.Sprintf(block, "X-B", "Host", "5s"), ":8:7: request-headers: a Host cannot be removed: set it\n  8 |     - Host\n"},
+		{fmt.Sprintf(block, "X-B", "X-C", "5"), ":9:20: request-timeout: \"5\" is not a time of at least 0s, written like 30s, 1m30s or 250ms\n  9 |   request-timeout: 5\n"},
+		{"{retries: two}", ":1:11: retries: \"two\" is not a whole number of at least 0\n  1 | {retries: two}\n"},
+	} {
+		_, _, err := load(t, test.text, nil)
+		if err == nil || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "s3cret") {
+			t.Errorf("%s: %v, want %s", test.text, err, test.want)
 		}
 	}
 }
