@@ -19,7 +19,7 @@ type Route struct {
 	Host    string   // example.com, without a port; or *.example.com for all names that end so; empty: any
 	Path    string   // all of it; or
 	Prefix  string   // whole segments of it: /echo is not /echoes, and / is all; empty, with Path: /
-	Methods []string // one of these, in upper case; none: any
+	Methods []string // one of these, which are case-sensitive: GET; none: any
 	Headers []Field  // the first field line of each name has this value, or any if it is empty
 
 	Service string // where they go
@@ -270,6 +270,9 @@ func (r *Route) Check() error {
 		if !all([]byte(method), isToken) {
 			return &RouteError{Field: "methods", Name: method, Err: fmt.Errorf("%q is no method", method)}
 		}
+		if upper := strings.ToUpper(method); upper != method && slices.Contains(usualMethods, upper) {
+			return &RouteError{Field: "methods", Name: method, Err: fmt.Errorf("%q never matches %s: methods are case-sensitive", method, upper)}
+		}
 	}
 	for _, h := range r.Headers {
 		if err := h.check(); err != nil {
@@ -287,6 +290,10 @@ func (r *Route) Check() error {
 	}
 	return nil
 }
+
+// usualMethods are those that a route in another case is meant for, of RFC 9110 section 9.3, and PATCH. No rule keeps a client from
+// others: get is one too.
+var usualMethods = []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"}
 
 // Order returns routes in the order in which they count; FirstSegmentRule is the last one.
 func Order(all []Route) []Route {

@@ -408,6 +408,7 @@ func TestFileShowsLines(t *testing.T) {
 		{"routes: [{prefix: /e, service: echo, headers: {X-A: \"*\"}, request-timeout: 5}]", ":1:76: request-timeout: \"5\" is not a time of at least 0s, written like 30s, 1m30s or 250ms\n  1 | routes: [{prefix: /e, "},
 		{"routes: [{service: a, headers: {X-A: \"*\", Bad Name: \"*\"}}]", ":1:43: headers: \"Bad Name\" is no name of a header field\n  1 | routes: "},
 		{"routes: [{service: a, methods: [GET, \"a b\"]}]", ":1:38: methods: \"a b\" is no method\n  1 | routes: "},
+		{"routes: [{service: a, methods: [GET, post]}]", ":1:38: methods: \"post\" never matches POST: methods are case-sensitive\n  1 | routes: "},
 		{fmt.Sprintf(block, "Content-Length", "X-B", "5s"), ":6:7: request-headers: Content-Length is left to the gateway"},
 		{fmt.Sprintf(block, "Bad Name", "X-B", "5s"), ":6:7: request-headers: \"Bad Name\" is no name of a header field"},
 		{fmt.Sprintf(block, "X-B", "Via", "5s"), ":8:7: request-headers: Via is left to the gateway\n  8 |     - Via\n    |       ^"},
