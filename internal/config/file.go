@@ -37,8 +37,8 @@ type setting struct {
 	text string // as a flag would have it
 }
 
-// FileError is what is wrong with a file of settings. It shows the line, unless that may hold a secret: a token, or the value of a
-// header field.
+// FileError is what is wrong with a file of settings. It shows the line, unless that may hold a secret: a token, or the value of
+// a header field.
 type FileError struct {
 	File         string
 	Line, Column int // from 1

@@ -3,8 +3,11 @@ package config
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +18,7 @@ import (
 	"kerberos/cb"
 	"kerberos/lb"
 	"kerberos/proxy"
+	"kerberos/registry"
 )
 
 // written writes a file of settings and returns its name.
@@ -73,7 +77,7 @@ routes: [/a=b, /*]
 	for name, want := range map[string]string{
 		"config": got.Config + " from flag", "retries": "4 from env KERBEROS_RETRIES", "breaker-failures": "9 from flag", "max-fields": "200 from default",
 		"request-timeout": "1m30s from FILE:6", "via": "off from FILE:8", "trusted-proxies": "10.0.0.0/8,::1/128 from FILE:10",
-		"allow-methods": "TRACE,CONNECT from FILE:13", "max-body": "2MiB from FILE:15", "route": "/a=b,/* from FILE:16",
+		"allow-methods": "TRACE,CONNECT from FILE:13", "max-body": "2MiB from FILE:15", "routes[0]": "/a=b from FILE:16", "routes[1]": "/* from FILE:16",
 	} {
 		if from[name] != want {
 			t.Errorf("%s: %q, want %q", name, from[name], want)
@@ -241,6 +245,137 @@ func TestWriteDefaults(t *testing.T) {
 	}
 }
 
+// What the file of defaults says of routes and services as comments can be taken out of them, and has all keys of the schema.
+func TestWriteDefaultsOfRoutesAndServices(t *testing.T) {
+	var text strings.Builder
+	if err := WriteDefaults(&text); err != nil {
+		t.Fatal(err)
+	}
+	_, block, _ := strings.Cut(text.String(), "##### Routes\n")
+	var lines []string
+	for line := range strings.Lines(block) {
+		if line, comment := strings.CutPrefix(line, "# "); comment {
+			lines = append(lines, strings.TrimSuffix(line, "\n"))
+		}
+	}
+	lines = slices.DeleteFunc(lines, func(line string) bool { return line == routesHelp || line == servicesHelp })
+	block = strings.Join(lines, "\n")
+	got, _, err := load(t, block, nil)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, block)
+	}
+	if len(got.Route) != 1 || len(got.Services) != 1 || len(got.Services[0].Instances) != 1 {
+		t.Fatalf("%+v %+v", got.Route, got.Services)
+	}
+	defaults, err := registry.Check{Path: "/health"}.Filled()
+	if err != nil {
+		t.Fatal(err)
+	}
+	users := got.Services[0].Settings
+	if *users.Check != *defaults || users.Strategy != lb.RoundRobin || users.Retries != 2 || users.Breaker.OpenFor != 30*time.Second || users.MaxBody != -1 {
+		t.Errorf("these are no defaults: %+v %+v", users, users.Check)
+	}
+	for _, at := range [][]string{
+		{"routes", "items", "anyOf", "1"}, {"services", "additionalProperties"}, {"services", "additionalProperties", "check"},
+		{"services", "additionalProperties", "instances", "items"},
+	} {
+		keys := schemaKeys(t, at...)
+		if len(keys) < 6 {
+			t.Errorf("%v: the schema has the keys %v", at, keys)
+		}
+		for _, key := range keys {
+			if !strings.Contains(block, " "+key+":") {
+				t.Errorf("%v: %s is missing in\n%s", at, key, block)
+			}
+		}
+	}
+}
+
+// schemaKeys are the properties of a part of the schema.
+func schemaKeys(t *testing.T, path ...string) []string {
+	t.Helper()
+	var text strings.Builder
+	if err := WriteSchema(&text); err != nil {
+		t.Fatal(err)
+	}
+	var at any
+	if err := json.Unmarshal([]byte(text.String()), &at); err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range path {
+		switch now := at.(type) {
+		case map[string]any:
+			if properties, ok := now["properties"].(map[string]any); ok {
+				now = properties
+			}
+			at = now[step]
+		case []any:
+			i, _ := strconv.Atoi(step)
+			at = now[i]
+		}
+	}
+	properties, _ := at.(map[string]any)["properties"].(map[string]any)
+	return slices.Sorted(maps.Keys(properties))
+}
+
+// Each key of routes and services is listed with its line, but for what a flag covers; values of header fields are not shown.
+func TestSettingsOfRoutesAndServices(t *testing.T) {
+	const text = `
+routes:
+- /b=c
+- prefix: /v1
+  methods: [GET, POST]
+  headers: {X-Env: s3cret, X-Any: "*"}
+  service: users
+  request-headers:
+    set: {X-A: s3cret}
+    remove: [Cookie, Server]
+services:
+  users:
+    retries: 5
+    check: {path: /health, fall: 5}
+    instances:
+    - id: a
+      addr: http://10.0.0.6
+      metadata: {zone: x}
+`
+	want := `routes[0]|/b=c|FILE:3
+routes[1].prefix|/v1|FILE:4
+routes[1].methods|GET,POST|FILE:5
+routes[1].headers.X-Env|(not shown)|FILE:6
+routes[1].headers.X-Any|*|FILE:6
+routes[1].service|users|FILE:7
+routes[1].request-headers.set.X-A|(not shown)|FILE:9
+routes[1].request-headers.remove|Cookie,Server|FILE:10
+services.users.retries|5|FILE:13
+services.users.check.path|/health|FILE:14
+services.users.check.fall|5|FILE:14
+services.users.instances[0].id|a|FILE:16
+services.users.instances[0].addr|http://10.0.0.6|FILE:17
+services.users.instances[0].metadata.zone|x|FILE:18
+`
+	listed := func(args ...string) string {
+		g, sources, err := load(t, text, nil, args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var rows strings.Builder
+		for _, s := range sources.Settings() {
+			if strings.HasPrefix(s.Name, "route") || strings.HasPrefix(s.Name, "services") {
+				fmt.Fprintf(&rows, "%s|%s|%s\n", s.Name, s.Value, strings.Replace(s.From, g.Config, "FILE", 1))
+			}
+		}
+		return rows.String()
+	}
+	if diff := cmp.Diff(want, listed()); diff != "" {
+		t.Errorf("want -, got +:\n%s", diff)
+	}
+	_, services, _ := strings.Cut(want, "\nservices.")
+	if diff := cmp.Diff("route|/c=d|flag\nservices."+services, listed("--route=/c=d")); diff != "" {
+		t.Errorf("with a flag: want -, got +:\n%s", diff)
+	}
+}
+
 // The schema knows all settings, and is one.
 func TestWriteSchema(t *testing.T) {
 	var text strings.Builder
@@ -276,11 +411,16 @@ func TestWriteSchema(t *testing.T) {
 }
 
 func FuzzFile(f *testing.F) {
-	for _, seed := range []string{"retries: 3", "routes: [/a=b, /*]", "services:\n  a: {instances: [{id: x, addr: http://h, check: {tcp: true}}]}", "a: &b\n  c: *b", "? [a]: b", "token: >\n  x", "- {", "retries: !!int 3", "\"\\u0000\": |\n  x"} {
+	for _, seed := range []string{"retries: 3", "routes: [/a=b, /*]", "services:\n  a: {instances: [{id: x, addr: http://h, check: {tcp: true}}]}", "a: &b\n  c: *b", "? [a]: b", "token: >\n  x", "- {", "retries: !!int 3",
+		"routes: [{service: a, methods: [GET], request-headers: {set: {A: b}, remove: [c]}}]", "services: {a: {instances: [{id: &x a, addr: http://h, metadata: {z: *x}}]}}",
+		"\"\\u0000\": |\n  x"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
-		g, _, err := load(t, text, nil)
+		g, sources, err := load(t, text, nil)
+		if err == nil {
+			sources.Settings()
+		}
 		if err == nil && (g.Retries < 0 || g.BreakerFailures < 1) {
 			t.Errorf("%q is let through: %+v", text, g)
 		}

@@ -6,7 +6,9 @@ import (
 	"io/fs"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
+	"unicode"
 
 	"github.com/alecthomas/kong"
 	"github.com/goccy/go-yaml/ast"
@@ -40,11 +42,16 @@ func (s *Sources) File() string {
 // Setting is the value of one setting and where it comes from.
 type Setting struct{ Name, Value, From string }
 
-// Settings lists what is in force. A token is not in it.
+// Settings lists what is in force: each setting, and each key that the file has of routes and services. Tokens and values of header
+// fields are not in it.
 func (s *Sources) Settings() []Setting {
 	var all []Setting
 	for _, flag := range s.flags {
 		if flag.Name == "help" || flag.Tag.Has("nofile") && flag.Name != "config" {
+			continue
+		}
+		if flag.Name == "route" && s.file != nil && s.file.routesCount && s.file.routesAt > 0 {
+			all = append(all, s.file.rows("routes")...)
 			continue
 		}
 		from, value := s.from(flag), valueText(flag.Value)
@@ -54,11 +61,73 @@ func (s *Sources) Settings() []Setting {
 		case from == fromDefault:
 			value = flag.Default
 		case isSecret(flag):
-			value = "(not shown)"
+			value = notShown
 		}
 		all = append(all, Setting{flag.Name, value, from})
 	}
+	if s.file != nil {
+		all = append(all, s.file.rows("services")...)
+	}
 	return all
+}
+
+const notShown = "(not shown)"
+
+// rows lists what stands below a key of the file.
+func (f *file) rows(key string) []Setting {
+	doc, err := f.document([]byte(strings.Join(f.lines, "\n")))
+	if err != nil || doc == nil { // it was read before
+		return nil
+	}
+	if node := child(doc, key); node != nil {
+		return f.row(nil, key, node, key == "routes", false)
+	}
+	return nil
+}
+
+// row adds a row for each value in node, which is called name. A list of words is one value, unless each is to have its row.
+// secret says that they may be secrets.
+func (f *file) row(all []Setting, name string, node ast.Node, each, secret bool) []Setting {
+	line, _ := place(node)
+	value := ""
+	switch n := node.(type) {
+	case ast.MapNode:
+		for at := n.MapRange(); at.Next(); {
+			key := at.Key().GetToken().Value
+			below := secret && key != "remove" || key == "headers" || key == "request-headers" || key == "response-headers"
+			all = f.row(all, name+"."+key, at.Value(), false, below)
+		}
+		return all
+	case *ast.SequenceNode:
+		words := make([]string, len(n.Values))
+		for i, item := range n.Values {
+			word, err := f.scalar(name, item)
+			if each = each || err != nil; each {
+				break
+			}
+			words[i] = word
+		}
+		if each {
+			for i, item := range n.Values {
+				all = f.row(all, fmt.Sprintf("%s[%d]", name, i), item, false, secret)
+			}
+			return all
+		}
+		value = strings.Join(words, ",")
+	default:
+		word, err := f.scalar(name, node)
+		if err != nil {
+			word = node.String()
+		}
+		value = word
+	}
+	switch {
+	case secret && value != "*":
+		value = notShown
+	case strings.ContainsFunc(value, unicode.IsControl):
+		value = strconv.Quote(value)
+	}
+	return append(all, Setting{name, value, fmt.Sprintf("%s:%d", f.name, line)})
 }
 
 // isSecret says that nobody is to see what a flag is set to.
