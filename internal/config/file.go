@@ -58,6 +58,9 @@ func (e *FileError) Error() string {
 
 // parseSettings judges all of a file: a setting that a flag or a variable covers must be right too.
 func parseSettings(name string, data []byte, flags []*kong.Flag) (*file, error) {
+	// All line ends are one, as in YAML (section 5.4): the parser counts \r\n twice within quotes, and the lines would not be those that
+	// hide has noted.
+	data = []byte(strings.NewReplacer("\r\n", "\n", "\r", "\n").Replace(string(data)))
 	f := &file{name: name, lines: strings.Split(string(data), "\n"), flags: map[string]*kong.Flag{}, values: map[string]setting{}}
 	doc, err := f.document(data)
 	if err != nil || doc == nil {
@@ -208,7 +211,7 @@ func (f *file) wrong(at ast.Node, format string, args ...any) error {
 func (f *file) wrongAt(line, column int, message string) error {
 	e := &FileError{File: f.name, Line: line, Column: column, Message: message}
 	if line <= len(f.lines) && !f.secret(line) {
-		e.Text = strings.TrimRight(f.lines[line-1], "\r")
+		e.Text = f.lines[line-1]
 	}
 	return e
 }

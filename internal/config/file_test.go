@@ -532,6 +532,10 @@ func TestFileShowsNoHeader(t *testing.T) {
 		"routes:\n- service: a\n  request-headers:\n    add: &x\n      Via: !!str s3cret",
 		"routes:\n- {service: a, request-headers: {add: [X-Key: s3cret]}}",
 		"routes:\n- {service: a, request-headers: 's3cret'}",
+		"access-log: \"a\r\n  b\"\r\nroutes:\r\n- service: a\r\n  request-headers:\r\n    set:\r\n      X-A: s3cret\r\n    speed: 1",
+		"access-log: \"a\r\n  b\"\r\ntoken: s3cret-s3cret\r\nretries: two",
+		"access-log: \"a\r\n  b\"\r\nretries: two\r\ntoken: s3cret-s3cret",
+		"via: on\rretries: two\rtoken: s3cret-s3cret",
 		"routes:\n- {service: a, request-haeders: {set: {X-Key: s3cret}}}",
 		"routes:\n- {service: a, headers: {X-Key: s3cret}, retries: two}",
 	} {
@@ -554,6 +558,8 @@ func TestFileShowsLines(t *testing.T) {
 		{fmt.Sprintf(block, "X-B", "Via", "5s"), ":8:7: request-headers: Via is left to the gateway\n  8 |     - Via\n    |       ^"},
 		{fmt.Sprintf(block, "X-B", "Host", "5s"), ":8:7: request-headers: a Host cannot be removed: set it\n  8 |     - Host\n"},
 		{fmt.Sprintf(block, "X-B", "X-C", "5"), ":9:20: request-timeout: \"5\" is not a time of at least 0s, written like 30s, 1m30s or 250ms\n  9 |   request-timeout: 5\n"},
+		{"metrics: \"o\r\n  n\"\r\nretries: two", ":1:10: metrics: "},
+		{"access-log: \"a\r\n  b\"\r\nretries: two\r\n", ":3:10: retries: \"two\" is not a whole number of at least 0\n  3 | retries: two\n"},
 		{"{retries: two}", ":1:11: retries: \"two\" is not a whole number of at least 0\n  1 | {retries: two}\n"},
 	} {
 		_, _, err := load(t, test.text, nil)

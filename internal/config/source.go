@@ -114,6 +114,8 @@ func (f *file) row(all []Setting, name string, node ast.Node, each, secret bool)
 			return all
 		}
 		value = strings.Join(words, ",")
+	case *ast.AnchorNode:
+		return f.row(all, name, n.Value, each, secret)
 	default:
 		word, err := f.scalar(name, node)
 		if err != nil {
