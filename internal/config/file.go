@@ -23,12 +23,13 @@ type file struct {
 	lines  []string
 	flags  map[string]*kong.Flag // by key
 	values map[string]setting
-	hidden map[int]bool // lines that may show a secret; nil: nobody knows, the file is not YAML
 
 	routes      []Route
 	routesAt    int  // the line; 0: it has none
 	routesCount bool // no flag or variable has others
 	services    []Service
+
+	hidden map[int]bool // lines that may show a secret; nil: nobody knows, the file is not YAML
 }
 
 // setting is what a file says of one flag.
