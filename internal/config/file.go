@@ -119,6 +119,7 @@ func (f *file) document(data []byte) (doc ast.Node, err error) {
 // that what is in it may be one, but for its keys.
 func (f *file) hide(node ast.Node, top, secret bool) {
 	switch n := node.(type) {
+	case nil: // the file is empty
 	case ast.MapNode:
 		for at := n.MapRange(); at.Next(); {
 			name := strings.ToLower(at.Key().GetToken().Value)
@@ -147,6 +148,9 @@ func (f *file) hide(node ast.Node, top, secret bool) {
 // hideAll notes the lines from one node to the end of another. The lines of what stands before and behind it are among them where
 // it has several: how the parser counts those is not relied on.
 func (f *file) hideAll(node, from ast.Node) {
+	if node == nil {
+		node = from
+	}
 	first, last := from.GetToken(), lastToken(node)
 	if first == nil || first.Position == nil || last == nil || last.Position == nil { // whatever it is, nothing is shown
 		for line := range f.lines {

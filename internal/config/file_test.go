@@ -85,6 +85,15 @@ routes: [/a=b, /*]
 	}
 }
 
+// A file may say nothing.
+func TestFileEmpty(t *testing.T) {
+	for _, text := range []string{"", "\n", "# a comment\n", "---\n", "null", "---\n---\nvia: on"} {
+		if got, sources, err := load(t, text, nil); err != nil || got.Retries != 2 || len(sources.Settings()) < 50 {
+			t.Errorf("%q: %d retries, %v", text, got.Retries, err)
+		}
+	}
+}
+
 func TestFileRoutesAndFlags(t *testing.T) {
 	got, _, err := load(t, "routes: [/a=b]", nil, "--route", "/c=d")
 	if err != nil || !cmp.Equal(got.Route, []Route{{Prefix: "/c", Service: "d"}}) {
@@ -135,6 +144,8 @@ func TestFileRefused(t *testing.T) {
 		{"config: other.yaml", ":1:1: \"config\" is no setting; "},
 		{"route: /a=b", ":1:1: \"route\" is no setting; there is routes\n"},
 		{"retries: 1\nvia: on\nretries: 2", ":3:1: retries is there twice\n"},
+		{"token: &x\nvia: 2", ":1:"},
+		{"routes: [{service: a, headers: {x: &y }}]", ":1:3"},
 		{"retries:", ":1:1: retries has no value: give it one, or leave it out\n"},
 		{"retries: [1, 2]", ":1:10: retries must be one value\n"},
 		{"retries: {a: b}", ":1:11: retries must be one word or a string in quotes\n"},
