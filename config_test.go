@@ -72,6 +72,63 @@ func TestConfigFileRefused(t *testing.T) {
 	}
 }
 
+// What the start refuses of a file, check refuses with the same words.
+func TestCheckIsAsTheStart(t *testing.T) {
+	bad := settings(t, "- name: x", "  admin: perhaps")
+	dir := t.TempDir()
+	service := func(addr string) string {
+		return "services:\n  users:\n    instances:\n    - {id: ok, addr: http://10.9.9.9}\n    - id: a\n      addr: " + addr
+	}
+	for _, test := range []struct{ name, text, want string }{
+		{"two routes for the same", "routes: [/a=users, /a/=other]", ":1:20: route /a: the same leads to users already\n  1 | routes: [/a=users, /a/=other]\n    |                    ^\n"},
+		{"and as mappings", "routes:\n- {prefix: /a, service: users}\n- service: other\n  prefix: /a", ":3:3: route /a: the same leads to users already\n  3 | - service: other\n    |   ^\n"},
+		{"a path of the API", "routes:\n- /b=b\n- {prefix: /services, service: b}", ":3:12: \"/services\" is a prefix of paths which the API answers"},
+		{"a service of the API", "services:\n  register: {retries: 1}", ":2:3: services: \"register\" cannot be a service"},
+		{"an address that is refused", "addr-deny: 10.0.0.0/8\naddr-allow: 10.9.9.9\n" + strings.Replace(service("http://10.0.0.1"), "10.9.9.9", "192.0.2.1", 1), ":6:22: instance \"ok\" of service \"users\": addr: 192.0.2.1 is in none"},
+		{"and another", "addr-deny: 10.0.0.0/24\n" + service("http://10.0.0.1"), ":7:13: instance \"a\" of service \"users\": addr: 10.0.0.1 is in 10.0.0.0/24, which --addr-deny refuses\n  7 |       addr: http://10.0.0.1\n"},
+		{"the gateway itself", "listen: 127.0.0.1:18080\n" + service("http://127.0.0.1:18080"), ":7:13: instance \"a\" of service \"users\": addr: 127.0.0.1:18080 is one of the gateway's own listeners\n"},
+		{"and at all addresses", "listen: \":18080\"\n" + service("http://127.0.0.7:18080"), "127.0.0.7:18080 is one of the gateway's own listeners\n"},
+		{"one address for both", "listen: 127.0.0.1:18080\nadmin: 127.0.0.1:18080", "--listen 127.0.0.1:18080 and --admin 127.0.0.1:18080 are the same address"},
+		{"and a part of the other", "listen: \":18080\"\nadmin: 127.0.0.1:18080", "are the same address"},
+		{"no tokens", "tokens: " + filepath.Join(dir, "none"), "--tokens: stat " + filepath.Join(dir, "none")},
+		{"wrong tokens", "tokens: " + bad, "--tokens: " + bad + ":2:10: "},
+		{"a certificate without a key", "admin-cert: " + bad, "--admin-cert and --admin-key belong together"},
+		{"no certificate", "admin-cert: " + bad + "\nadmin-key: " + bad, "--admin-cert " + bad + " and --admin-key " + bad + ": "},
+		{"no access log", "access-log: " + filepath.Join(dir, "none", "x.log"), "--access-log: " + filepath.Join(dir, "none", "x.log") + " cannot be made: "},
+		{"an access log in a file", "access-log: " + filepath.Join(bad, "x.log"), " cannot be made: "},
+		{"an access log that is a directory", "access-log: " + dir, "--access-log: " + dir + " is a directory"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			text := test.text
+			if strings.HasPrefix(test.want, ":") {
+				test.want = "kerberos.yaml" + test.want
+			}
+			file := settings(t, text)
+			_, errs, code := command(t, nil, "check", file)
+			if code != exitFailed || !strings.Contains(errs, test.want) {
+				t.Errorf("check: %d %s, want %s", code, errs, test.want)
+			}
+			args := []string{"--config", file}
+			if !strings.Contains(text, "listen:") {
+				args = append(args, "--listen=127.0.0.1:0")
+			}
+			if !strings.Contains(text, "admin") {
+				args = append(args, "--admin=127.0.0.1:0")
+			}
+			if _, started, code := command(t, nil, args...); code == 0 || !strings.Contains(started, test.want) {
+				t.Errorf("the start: %d %s, want %s", code, started, test.want)
+			}
+		})
+	}
+	log := filepath.Join(dir, "x.log")
+	if out, errs, code := command(t, nil, "check", settings(t, "access-log: "+log, "data: "+filepath.Join(dir, "data"))); code != 0 {
+		t.Errorf("a file that is fine: %d %s%s", code, out, errs)
+	}
+	if made, err := os.ReadDir(dir); err != nil || len(made) > 0 {
+		t.Errorf("check has made %v, %v", made, err)
+	}
+}
+
 // What the program prints of its settings, it takes.
 func TestConfigDefault(t *testing.T) {
 	text, errs, code := command(t, nil, "config", "--default")

@@ -100,6 +100,7 @@ func process() *cli.Process {
 			}
 			return cli.Gateway{Data: g.data.Addr().String(), Admin: g.admin.Addr().String(), Stop: g.stop}, nil
 		},
+		Check: check,
 	}
 }
 
@@ -204,22 +205,11 @@ func start(cfg config.Gateway, from origin, log *slog.Logger) (_ *gateway, err e
 		}
 	}
 
-	g.rule, err = access.New(access.Config{
-		Token:          cfg.Token,
-		Tokens:         cfg.Tokens,
-		Certificates:   cfg.AdminClientCA != "",
-		Allow:          cfg.APIAllow.Networks,
-		AllowNone:      cfg.APIAllow.None,
-		AllowSet:       cfg.APIAllow.Set,
-		TrustedProxies: len(cfg.TrustedProxies) > 0,
-		Log:            log,
-	})
-	if err != nil {
+	if g.rule, err = access.New(accessConfig(cfg, log)); err != nil {
 		return nil, usageError{fmt.Errorf("--tokens: %w", err)}
 	}
 	if cfg.AdminCert != "" {
-		g.tls, err = access.NewTLS(access.TLSConfig{Cert: cfg.AdminCert, Key: cfg.AdminKey, ClientCA: cfg.AdminClientCA, Log: log})
-		if err != nil {
+		if g.tls, err = access.NewTLS(tlsConfig(cfg, log)); err != nil {
 			return nil, usageError{err}
 		}
 	}
@@ -255,10 +245,10 @@ func start(cfg config.Gateway, from origin, log *slog.Logger) (_ *gateway, err e
 		return nil, fmt.Errorf("--data: %w", err)
 	}
 	if err = g.registry.Pin(cfg.File, cfg.Pinned()); err != nil {
-		return nil, usageError{fmt.Errorf("%s: %w", cfg.File, err)}
+		return nil, usageError{from.sources.At(err)}
 	}
 	if g.proxy, err = proxy.New(g.forwarding(cfg), nil); err != nil {
-		return nil, usageError{err}
+		return nil, usageError{from.sources.At(err)}
 	}
 	api = registry.NewHandler(g.registry, g.proxy)
 	g.registry.OnChange(g.proxy.Update)
@@ -292,6 +282,46 @@ func start(cfg config.Gateway, from origin, log *slog.Logger) (_ *gateway, err e
 		g.serve("admin", g.admin, g.serveAdmin)
 	}
 	return g, nil
+}
+
+// check refuses a configuration with which start fails, as far as that can be told without opening, making or starting anything.
+// What the packages do not have to be asked about, config has judged when it was read.
+func check(cfg config.Gateway) error {
+	log := slog.New(slog.DiscardHandler)
+	if err := accessConfig(cfg, log).Check(); err != nil {
+		return fmt.Errorf("--tokens: %w", err)
+	}
+	if cfg.AdminCert != "" {
+		if err := tlsConfig(cfg, log).Check(); err != nil {
+			return err
+		}
+	}
+	if cfg.AccessLog != config.Off {
+		if err := accesslog.Check(cfg.AccessLog); err != nil {
+			return fmt.Errorf("--access-log: %w", err)
+		}
+	}
+	g := &gateway{cfg: cfg, log: log, registry: registry.New(registry.Config{})}
+	return g.forwarding(cfg).Check()
+}
+
+// accessConfig is who may use the API.
+func accessConfig(cfg config.Gateway, log *slog.Logger) access.Config {
+	return access.Config{
+		Token:          cfg.Token,
+		Tokens:         cfg.Tokens,
+		Certificates:   cfg.AdminClientCA != "",
+		Allow:          cfg.APIAllow.Networks,
+		AllowNone:      cfg.APIAllow.None,
+		AllowSet:       cfg.APIAllow.Set,
+		TrustedProxies: len(cfg.TrustedProxies) > 0,
+		Log:            log,
+	}
+}
+
+// tlsConfig is how the admin listener speaks TLS, if it does.
+func tlsConfig(cfg config.Gateway, log *slog.Logger) access.TLSConfig {
+	return access.TLSConfig{Cert: cfg.AdminCert, Key: cfg.AdminKey, ClientCA: cfg.AdminClientCA, Log: log}
 }
 
 // forwarding is what the proxy is told. What is no setting is the same each time.

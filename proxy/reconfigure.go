@@ -30,6 +30,12 @@ func (p *Proxy) Reconfigure(cfg Config) (publish func(), err error) {
 	return func() { p.publish(next) }, nil
 }
 
+// Check refuses a Config that New refuses. It starts nothing.
+func (cfg Config) Check() error {
+	_, err := (&Proxy{}).settings(cfg, nil)
+	return err
+}
+
 func (p *Proxy) publish(next *settings) {
 	before := p.cfg()
 	for name := range next.kept {

@@ -19,7 +19,7 @@ type Route struct {
 	Host    string   // example.com, without a port; or *.example.com for all names that end so; empty: any
 	Path    string   // all of it; or
 	Prefix  string   // whole segments of it: /echo is not /echoes, and / is all; empty, with Path: /
-	Methods []string // one of these, in upper case; none: any
+	Methods []string // one of these, which are case-sensitive: GET; none: any
 	Headers []Field  // the first field line of each name has this value, or any if it is empty
 
 	Service string // where they go
@@ -113,6 +113,22 @@ func (l *lengths) add(n int) {
 	(*l)[n>>6] |= 1 << (n & 63)
 }
 
+// TableError says which route of a list no table can have beside the others, and why.
+type TableError struct {
+	Index int    // in the list
+	Route string // as Route.String has it
+	Err   error  // a *RouteError if it is about the route alone
+}
+
+func (e *TableError) Error() string { return "route " + e.Route + ": " + e.Err.Error() }
+func (e *TableError) Unwrap() error { return e.Err }
+
+// CheckRoutes refuses what New refuses as Config.Routes. The error is a *TableError.
+func CheckRoutes(all []Route) error {
+	_, err := newTable(all, func(string) *route { return &route{} })
+	return err
+}
+
 // newTable makes the table; none at all is the rule of the first segment. of is how requests to a service are served.
 func newTable(all []Route, of func(service string) *route) (*table, error) {
 	t := &table{hosts: map[string]*paths{}, any: newPaths(), first: len(all) == 0}
@@ -122,7 +138,7 @@ func newTable(all []Route, of func(service string) *route) (*table, error) {
 		if r.Prefix == FirstSegmentRule {
 			if r.String() != FirstSegmentRule || r.Service != "" || r.StripPrefix || r.ReplacePrefix != "" || r.Policy != (Policy{}) ||
 				r.Request.resolve() != nil || r.Response.resolve() != nil {
-				return nil, fmt.Errorf("route %s: %s stands alone", &r, FirstSegmentRule)
+				return nil, &TableError{i, r.String(), fmt.Errorf("%s stands alone", FirstSegmentRule)}
 			}
 			t.first = true
 			continue
@@ -131,13 +147,13 @@ func newTable(all []Route, of func(service string) *route) (*table, error) {
 			r.Prefix = "/"
 		}
 		if err := r.Check(); err != nil {
-			return nil, fmt.Errorf("route %s: %w", &r, err)
+			return nil, &TableError{i, r.String(), err}
 		}
 		r.Host = strings.ToLower(r.Host)
 		if r.conditions() == 0 {
 			place := [3]string{r.Host, r.Path, strings.TrimSuffix(r.Prefix, "/")}
 			if other, ok := taken[place]; ok {
-				return nil, fmt.Errorf("route %s: the same leads to %s already", &r, other)
+				return nil, &TableError{i, r.String(), fmt.Errorf("the same leads to %s already", other)}
 			}
 			taken[place] = r.Service
 		}
@@ -222,6 +238,8 @@ func (r *Route) conditions() int { return min(len(r.Methods), 1) + len(r.Headers
 // RouteError says which field of a Route is wrong, and why.
 type RouteError struct {
 	Field string // host, path, prefix, replace-prefix, strip-prefix, methods, headers, service, request-headers or response-headers
+	Part  string // set, add or remove, of the last two
+	Name  string // of a header field, or a method: which of several is wrong; empty: all of Field
 	Err   error
 }
 
@@ -231,7 +249,7 @@ func (e *RouteError) Unwrap() error { return e.Err }
 // Check refuses what no route may have. The error is a *RouteError.
 func (r *Route) Check() error {
 	bad := func(field, format string, args ...any) error {
-		return &RouteError{field, fmt.Errorf(format, args...)}
+		return &RouteError{Field: field, Err: fmt.Errorf(format, args...)}
 	}
 	name := strings.TrimPrefix(r.Host, "*.")
 	if r.Host != "" && (!validHost([]byte(name)) || strings.Contains(name, "*") || string(hostName(nil, []byte(name))) != strings.ToLower(name)) {
@@ -250,25 +268,32 @@ func (r *Route) Check() error {
 	}
 	for _, method := range r.Methods {
 		if !all([]byte(method), isToken) {
-			return bad("methods", "%q is no method", method)
+			return &RouteError{Field: "methods", Name: method, Err: fmt.Errorf("%q is no method", method)}
+		}
+		if upper := strings.ToUpper(method); upper != method && slices.Contains(usualMethods, upper) {
+			return &RouteError{Field: "methods", Name: method, Err: fmt.Errorf("%q never matches %s: methods are case-sensitive", method, upper)}
 		}
 	}
 	for _, h := range r.Headers {
 		if err := h.check(); err != nil {
-			return bad("headers", "%w", err)
+			return &RouteError{Field: "headers", Name: h.Name, Err: err}
 		}
 	}
 	if err := registry.ValidName(r.Service); err != nil {
 		return bad("service", "%w", err)
 	}
-	if err := r.Request.check(false); err != nil {
-		return bad("request-headers", "%w", err)
+	if part, name, err := r.Request.check(false); err != nil {
+		return &RouteError{"request-headers", part, name, err}
 	}
-	if err := r.Response.check(true); err != nil {
-		return bad("response-headers", "%w", err)
+	if part, name, err := r.Response.check(true); err != nil {
+		return &RouteError{"response-headers", part, name, err}
 	}
 	return nil
 }
+
+// usualMethods are those that a route in another case is meant for, of RFC 9110 section 9.3, and PATCH. No rule keeps a client from
+// others: get is one too.
+var usualMethods = []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"}
 
 // Order returns routes in the order in which they count; FirstSegmentRule is the last one.
 func Order(all []Route) []Route {
@@ -287,32 +312,36 @@ func (f *Field) check() error {
 	return nil
 }
 
-func (e *Edits) check(response bool) error {
-	for _, f := range slices.Concat(e.Set, e.Add) {
-		if err := f.check(); err != nil {
-			return err
-		}
-		if err := mayEdit(f.Name, response); err != nil {
-			return err
-		}
-	}
-	for _, f := range e.Add {
-		if identify([]byte(f.Name)) == fieldHost {
-			return fmt.Errorf("a Host cannot be added: there is one; set it")
+// check returns, with an error, the part in which the name is that it is about.
+func (e *Edits) check(response bool) (part, name string, err error) {
+	for _, p := range []struct {
+		part   string
+		fields []Field
+	}{{"set", e.Set}, {"add", e.Add}} {
+		for _, f := range p.fields {
+			if err := f.check(); err != nil {
+				return p.part, f.Name, err
+			}
+			if err := mayEdit(f.Name, response); err != nil {
+				return p.part, f.Name, err
+			}
+			if p.part == "add" && identify([]byte(f.Name)) == fieldHost {
+				return p.part, f.Name, fmt.Errorf("a Host cannot be added: there is one; set it")
+			}
 		}
 	}
 	for _, name := range e.Remove {
 		if err := (&Field{Name: name}).check(); err != nil {
-			return err
+			return "remove", name, err
 		}
 		if identify([]byte(name)) == fieldHost {
-			return fmt.Errorf("a Host cannot be removed: set it")
+			return "remove", name, fmt.Errorf("a Host cannot be removed: set it")
 		}
 		if err := mayEdit(name, response); err != nil {
-			return err
+			return "remove", name, err
 		}
 	}
-	return nil
+	return "", "", nil
 }
 
 // markNames are the fields of Config.RequestIDs and Config.Trace.

@@ -127,6 +127,8 @@ func TestTableRefuses(t *testing.T) {
 		{Route{Service: "a", Response: Edits{Set: []Field{{"Connection", "close"}}}}, "response-headers: Connection is left to the gateway"},
 		{Route{Service: "a", Response: Edits{Remove: []string{"Date"}}}, "is left to the gateway"},
 		{Route{Prefix: "/a"}, "service: is missing"},
+		{Route{Service: "a", Methods: []string{"GET", "get"}}, `methods: "get" never matches GET: methods are case-sensitive`},
+		{Route{Service: "a", Methods: []string{"Patch"}}, `methods: "Patch" never matches PATCH`},
 		{Route{Prefix: "/taken/", Service: "a"}, "the same leads to other already"},
 		{Route{Prefix: "/*", StripPrefix: true}, "stands alone"},
 	} {

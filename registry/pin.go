@@ -32,6 +32,43 @@ type Pinned struct {
 // PinnedBy is what holds the instance, as Pin was told, or empty.
 func (in *Instance) PinnedBy() string { return in.pinned }
 
+// PinError says which instance of a configuration is refused, and why.
+type PinError struct {
+	Service, ID string
+	Err         error // a *FieldError, unless the instance is there twice
+}
+
+func (e *PinError) Error() string {
+	return fmt.Sprintf("instance %s of service %s: %v", clip(e.ID), clip(e.Service), e.Err)
+}
+
+func (e *PinError) Unwrap() error { return e.Err }
+
+// CheckPinned refuses instances that Pin refuses in a registry of cfg. The error is a *PinError. It starts nothing.
+func CheckPinned(cfg Config, all []Pinned) error {
+	r := &Registry{cfg: cfg}
+	r.SetAddrs(cfg.Addrs)
+	_, err := r.judge(all)
+	return err
+}
+
+// judge returns the instances of a configuration by their names, without gaps.
+func (r *Registry) judge(all []Pinned) (map[key]*Instance, error) {
+	next := make(map[key]*Instance, len(all))
+	for _, p := range all {
+		in := p.Instance
+		if err := r.check(p.Service, &in); err != nil {
+			return nil, &PinError{p.Service, in.ID, err}
+		}
+		k := key{p.Service, in.ID}
+		if next[k] != nil {
+			return nil, &PinError{p.Service, in.ID, errors.New("it is there twice")}
+		}
+		next[k] = &in
+	}
+	return next, nil
+}
+
 // ReadInstance reads an instance as the body of PUT /services/{service}/{id} has it, with its id beside, and without a ttl: nobody
 // would renew it. The error is a *FieldError; Field is empty where it is about the whole.
 func ReadInstance(service string, body []byte) (Instance, error) {
@@ -52,21 +89,15 @@ func ReadInstance(service string, body []byte) (Instance, error) {
 // ErrPinned. One that is registered already under the same id is replaced, with what an operator has set over it. What is the same
 // as before is not touched.
 //
-// The error names the service and the instance, and then nothing has changed. When Pin returns nil, every function given to
+// The error is a *PinError or ErrClosed, and then nothing has changed. When Pin returns nil, every function given to
 // OnChange has returned for every service that has changed.
 func (r *Registry) Pin(by string, all []Pinned) error {
-	next := make(map[key]*Instance, len(all))
-	for _, p := range all {
-		in := p.Instance
-		if err := r.check(p.Service, &in); err != nil {
-			return fmt.Errorf("instance %s of service %s: %w", clip(in.ID), clip(p.Service), err)
-		}
-		k := key{p.Service, in.ID}
-		if next[k] != nil {
-			return fmt.Errorf("instance %s of service %s is there twice", clip(in.ID), clip(p.Service))
-		}
+	next, err := r.judge(all)
+	if err != nil {
+		return err
+	}
+	for _, in := range next {
 		in.TTL, in.pinned = 0, by
-		next[k] = &in
 	}
 	changed := map[string]struct{}{}
 	var lines [][]slog.Attr

@@ -58,6 +58,28 @@ type Refusal struct {
 
 // New makes a Rule of cfg. Its error is about the file of tokens. Close ends what follows that file.
 func New(cfg Config) (*Rule, error) {
+	r := ruleOf(cfg)
+	if cfg.Tokens == "" {
+		return r, nil
+	}
+	seen := follow.Fingerprint(cfg.Tokens)
+	if err := r.read(); err != nil {
+		return nil, err
+	}
+	r.follower = follow.Files(seen, r.reread, cfg.Tokens)
+	return r, nil
+}
+
+// Check refuses a Config that New refuses. It starts nothing.
+func (cfg Config) Check() error {
+	if cfg.Tokens == "" {
+		return nil
+	}
+	return ruleOf(cfg).read()
+}
+
+// ruleOf is a rule that has not read its file.
+func ruleOf(cfg Config) *Rule {
 	cfg.Allow = slices.Clone(cfg.Allow)
 	if len(cfg.Allow) == 0 {
 		cfg.Allow = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128")}
@@ -68,15 +90,7 @@ func New(cfg Config) (*Rule, error) {
 	r := &Rule{cfg: cfg, notes: notes{log: cfg.Log}}
 	_, _ = rand.Read(r.key[:]) // it does not fail
 	r.token = r.key.ofToken([]byte(cfg.Token))
-	if cfg.Tokens == "" {
-		return r, nil
-	}
-	seen := follow.Fingerprint(cfg.Tokens)
-	if err := r.read(); err != nil {
-		return nil, err
-	}
-	r.follower = follow.Files(seen, r.reread, cfg.Tokens)
-	return r, nil
+	return r
 }
 
 // Close ends what follows the file of tokens.

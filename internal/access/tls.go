@@ -45,6 +45,14 @@ func NewTLS(cfg TLSConfig) (*TLS, error) {
 	return t, nil
 }
 
+// Check refuses files that NewTLS refuses. It starts nothing.
+func (cfg TLSConfig) Check() error {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	return (&TLS{cfg: cfg}).read()
+}
+
 // Close ends what follows the files. Listeners stay.
 func (t *TLS) Close() { t.follower.Close() }
 

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -76,6 +77,9 @@ func Open(cfg Config) (*Log, error) {
 	l := &Log{
 		cfg: cfg, wake: make(chan struct{}, 1), reopen: make(chan struct{}, 1), stop: make(chan struct{}), ended: make(chan struct{}),
 	}
+	if err := Check(cfg.Path); err != nil {
+		return nil, err
+	}
 	var err error
 	if l.file, err = l.open(); err != nil {
 		return nil, err
@@ -85,6 +89,27 @@ func Open(cfg Config) (*Log, error) {
 	}
 	go l.run()
 	return l, nil
+}
+
+// Check refuses a path at which Open could not open or make a file, as far as that can be told without doing it.
+func Check(path string) error {
+	if path == Stdout {
+		return nil
+	}
+	if info, err := os.Stat(path); err == nil {
+		if info.IsDir() {
+			return fmt.Errorf("%s is a directory: it must be a file", path)
+		}
+		return nil
+	}
+	dir := filepath.Dir(path)
+	switch info, err := os.Stat(dir); {
+	case err != nil:
+		return fmt.Errorf("%s cannot be made: %w", path, err)
+	case !info.IsDir():
+		return fmt.Errorf("%s cannot be made: %s is no directory", path, dir)
+	}
+	return nil
 }
 
 // Write has a request logged, if it is in the share; what failed always is: a status from 500, or a response that broke off.

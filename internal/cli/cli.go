@@ -18,6 +18,7 @@ type Process struct {
 	Out      io.Writer
 	Terminal bool // Out is one
 	Start    Start
+	Check    func(config.Gateway) error // refuses what Start refuses, and starts nothing
 }
 
 // Start runs a gateway in this process; the demo's needs no other.

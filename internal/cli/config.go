@@ -41,10 +41,14 @@ type CheckFile struct {
 
 // Run says that the file can be used, or why not.
 func (c *CheckFile) Run(p *Process) error {
-	if _, _, err := config.Load([]string{"--config=" + c.File}, func(string) (string, bool) { return "", false }); err != nil {
+	cfg, sources, err := config.Load([]string{"--config=" + c.File}, func(string) (string, bool) { return "", false })
+	if err != nil {
 		return err
 	}
-	_, err := fmt.Fprintf(p.Out, "%s: fine\n", c.File)
+	if err := p.Check(cfg); err != nil {
+		return sources.At(err)
+	}
+	_, err = fmt.Fprintf(p.Out, "%s: fine\n", c.File)
 	return err
 }
 

@@ -6,8 +6,10 @@ package config
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -134,9 +136,12 @@ func (g *Gateway) BeforeResolve(ctx *kong.Context, sources *Sources) error { ret
 func (g *Gateway) AfterApply(sources *Sources) error {
 	if f := sources.file; f != nil {
 		if len(g.Route) == 0 {
-			g.Route = f.routes
+			g.Route, f.routesCount = f.routes, true
 		}
 		g.File, g.Services = f.name, f.services
+	}
+	if err := g.checkListeners(); err != nil {
+		return err
 	}
 	if g.API == APIAdmin && g.Admin == Off {
 		return errors.New("--api=admin with --admin=off would leave the API nowhere: give --admin an address")
@@ -157,27 +162,87 @@ func (g *Gateway) AfterApply(sources *Sources) error {
 	if slices.ContainsFunc(g.Route, isAll) && slices.ContainsFunc(g.Route, isFirstSegment) {
 		return fmt.Errorf("--route: beside / nothing is left for %s: drop one of them", proxy.FirstSegmentRule)
 	}
-	if !g.API.OnData() {
+	if g.API.OnData() {
+		if err := g.checkNames(sources); err != nil {
+			return err
+		}
+	}
+	if err := proxy.CheckRoutes(g.Route); err != nil {
+		return sources.At(err)
+	}
+	policy := registry.AddrPolicy{Allow: g.AddrAllow, Deny: g.AddrDeny, Own: g.own()}
+	return sources.At(registry.CheckPinned(registry.Config{Addrs: policy}, g.Pinned()))
+}
+
+// checkListeners refuses one address for both listeners.
+func (g *Gateway) checkListeners() error {
+	if g.Admin == Off {
 		return nil
 	}
+	host, port := splitAddr(g.Listen)
+	adminHost, adminPort := splitAddr(g.Admin)
+	if port == 0 || port != adminPort {
+		return nil
+	}
+	any := func(host string) bool {
+		ip, err := netip.ParseAddr(host)
+		return host == "" || err == nil && ip.IsUnspecified()
+	}
+	if host == adminHost || any(host) || any(adminHost) {
+		return fmt.Errorf("--listen %s and --admin %s are the same address: give one of them another port", g.Listen, g.Admin)
+	}
+	return nil
+}
+
+// own are the addresses of the listeners as far as they are known before these are opened: not those with port 0, nor with names
+// other than localhost.
+func (g *Gateway) own() []netip.AddrPort {
+	own := []netip.AddrPort{}
+	for _, addr := range []string{g.Listen, g.Admin} {
+		host, port := splitAddr(addr)
+		switch host {
+		case "":
+			host = "::"
+		case "localhost":
+			host = "127.0.0.1"
+		}
+		if ip, err := netip.ParseAddr(host); err == nil && port != 0 {
+			own = append(own, netip.AddrPortFrom(ip.Unmap(), port))
+		}
+	}
+	return own
+}
+
+// splitAddr splits what parseListen has judged. The port of off is 0.
+func splitAddr(addr string) (host string, port uint16) {
+	host, digits, err := net.SplitHostPort(addr)
+	if err != nil {
+		return addr, 0
+	}
+	n, _ := strconv.ParseUint(digits, 10, 16)
+	return host, uint16(n)
+}
+
+// checkNames refuses what the API on --listen has the names of.
+func (g *Gateway) checkNames(sources *Sources) error {
 	const why = "which the API answers on --listen: choose another, or --api=admin"
 	if registry.Serves(g.HealthPath) {
 		return fmt.Errorf("--health-path: %q is a path %s", g.HealthPath, why)
 	}
 	for _, s := range g.Services {
 		if slices.Contains(registry.ServedNames(), s.Name) {
-			return fmt.Errorf("services: %q cannot be a service: its name is that of a path %s", s.Name, why)
+			return sources.atService(s.Name, fmt.Errorf("services: %q cannot be a service: its name is that of a path %s", s.Name, why))
 		}
 	}
-	for _, route := range g.Route {
+	for i, route := range g.Route {
 		if registry.Serves(strings.TrimSuffix(route.Prefix, "/")) {
-			return fmt.Errorf("--route: %q is a prefix of paths %s", route.Prefix, why)
+			return sources.atRoute(i, "prefix", fmt.Errorf("--route: %q is a prefix of paths %s", route.Prefix, why))
 		}
 		if registry.Serves(route.Path) {
-			return fmt.Errorf("--route: %q is a path %s", route.Path, why)
+			return sources.atRoute(i, "path", fmt.Errorf("--route: %q is a path %s", route.Path, why))
 		}
 		if slices.Contains(registry.ServedNames(), route.Service) {
-			return fmt.Errorf("--route: %q cannot be a service: its name is that of a path %s", route.Service, why)
+			return sources.atRoute(i, "service", fmt.Errorf("--route: %q cannot be a service: its name is that of a path %s", route.Service, why))
 		}
 	}
 	return nil

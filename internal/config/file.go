@@ -11,6 +11,7 @@ import (
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
 	"github.com/goccy/go-yaml/parser"
+	"github.com/goccy/go-yaml/token"
 )
 
 // DefaultFile is read where neither --config nor its variable names another, if it is there.
@@ -24,9 +25,12 @@ type file struct {
 	values map[string]setting
 	filled bool // there is a setting, routes or services
 
-	routes   []Route
-	routesAt int // the line; 0: it has none
-	services []Service
+	routes      []Route
+	routesAt    int  // the line; 0: it has none
+	routesCount bool // no flag or variable has others
+	services    []Service
+
+	hidden map[int]bool // lines that may show a secret; nil: nobody knows, the file is not YAML
 }
 
 // setting is what a file says of one flag.
@@ -35,7 +39,8 @@ type setting struct {
 	text string // as a flag would have it
 }
 
-// FileError is what is wrong with a file of settings. It shows the line, unless that may hold a secret.
+// FileError is what is wrong with a file of settings. It shows the line, unless that may hold a secret: a token, or the value of
+// a header field.
 type FileError struct {
 	File         string
 	Line, Column int // from 1
@@ -55,6 +60,9 @@ func (e *FileError) Error() string {
 
 // parseSettings judges all of a file: a setting that a flag or a variable covers must be right too.
 func parseSettings(name string, data []byte, flags []*kong.Flag) (*file, error) {
+	// All line ends are one, as in YAML (section 5.4): the parser counts \r\n twice within quotes, and the lines would not be those that
+	// hide has noted.
+	data = []byte(strings.NewReplacer("\r\n", "\n", "\r", "\n").Replace(string(data)))
 	f := &file{name: name, lines: strings.Split(string(data), "\n"), flags: map[string]*kong.Flag{}, values: map[string]setting{}}
 	doc, err := f.document(data)
 	if err != nil || doc == nil {
@@ -106,7 +114,90 @@ func (f *file) document(data []byte) (doc ast.Node, err error) {
 	if _, null := doc.(*ast.NullNode); null {
 		return nil, nil
 	}
+	f.hidden = map[int]bool{}
+	f.hide(doc, true, false)
 	return doc, nil
+}
+
+// hide notes the lines on which a token stands, or the value of a header field. top says that node is all of the file, and secret
+// that what is in it may be one, but for its keys.
+func (f *file) hide(node ast.Node, top, secret bool) {
+	switch n := node.(type) {
+	case nil: // the file is empty
+	case ast.MapNode:
+		for at := n.MapRange(); at.Next(); {
+			name := strings.ToLower(at.Key().GetToken().Value)
+			if top && strings.HasPrefix(name, "token") {
+				f.hideAll(at.Value(), at.Key())
+				continue
+			}
+			below := strings.Contains(name, "header") || name == "set" || name == "add" // of request-haeders too
+			f.hide(at.Value(), false, below || secret && name != "remove")
+		}
+	case *ast.AnchorNode:
+		f.hide(n.Value, top, secret)
+	case *ast.TagNode:
+		f.hide(n.Value, top, secret)
+	case *ast.SequenceNode:
+		for _, item := range n.Values {
+			f.hide(item, false, secret)
+		}
+	default:
+		if t := node.GetToken(); secret && (t == nil || t.Value != "*") { // which is any value
+			f.hideAll(node, node)
+		}
+	}
+}
+
+// hideAll notes the lines from one node to the end of another. The lines of what stands before and behind it are among them where
+// it has several: how the parser counts those is not relied on.
+func (f *file) hideAll(node, from ast.Node) {
+	if node == nil {
+		node = from
+	}
+	first, last := from.GetToken(), lastToken(node)
+	if first == nil || first.Position == nil || last == nil || last.Position == nil { // whatever it is, nothing is shown
+		for line := range f.lines {
+			f.hidden[line+1] = true
+		}
+		return
+	}
+	begin, end := first.Position.Line, last.Position.Line
+	if begin != end || strings.Contains(strings.TrimSpace(last.Origin), "\n") {
+		if first.Prev != nil {
+			begin = min(begin, first.Prev.Position.Line)
+		}
+		end = len(f.lines)
+		if last.Next != nil {
+			end = max(last.Position.Line, last.Next.Position.Line)
+		}
+	}
+	for line := begin; line <= end; line++ {
+		f.hidden[line] = true
+	}
+}
+
+// lastToken is the last one of a node.
+func lastToken(node ast.Node) *token.Token {
+	switch n := node.(type) {
+	case ast.MapNode:
+		last := node.GetToken()
+		for at := n.MapRange(); at.Next(); {
+			last = lastToken(at.Value())
+		}
+		return last
+	case *ast.SequenceNode:
+		if len(n.Values) > 0 {
+			return lastToken(n.Values[len(n.Values)-1])
+		}
+	case *ast.LiteralNode:
+		return n.Value.GetToken()
+	case *ast.AnchorNode:
+		return lastToken(n.Value)
+	case *ast.TagNode:
+		return lastToken(n.Value)
+	}
+	return node.GetToken()
 }
 
 // syntax is what the parser says, without what it repeats of the file.
@@ -129,13 +220,17 @@ func (f *file) wrong(at ast.Node, format string, args ...any) error {
 func (f *file) wrongAt(line, column int, message string) error {
 	e := &FileError{File: f.name, Line: line, Column: column, Message: message}
 	if line <= len(f.lines) && !f.secret(line) {
-		e.Text = strings.TrimRight(f.lines[line-1], "\r")
+		e.Text = f.lines[line-1]
 	}
 	return e
 }
 
-// secret says that a line may be part of a token, or of the value of a header field: those below which it stands tell.
+// secret says that a line may be part of a token, or of the value of a header field. In a file that is not YAML those lines below
+// which it stands tell.
 func (f *file) secret(line int) bool {
+	if f.hidden != nil {
+		return f.hidden[line]
+	}
 	for indent := math.MaxInt; line > 0 && indent > 0; line-- {
 		text := strings.TrimLeft(f.lines[line-1], " -")
 		own := len(f.lines[line-1]) - len(text)

@@ -3,8 +3,11 @@ package config
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +18,7 @@ import (
 	"kerberos/cb"
 	"kerberos/lb"
 	"kerberos/proxy"
+	"kerberos/registry"
 )
 
 // written writes a file of settings and returns its name.
@@ -73,10 +77,19 @@ routes: [/a=b, /*]
 	for name, want := range map[string]string{
 		"config": got.Config + " from flag", "retries": "4 from env KERBEROS_RETRIES", "breaker-failures": "9 from flag", "max-fields": "200 from default",
 		"request-timeout": "1m30s from FILE:6", "via": "off from FILE:8", "trusted-proxies": "10.0.0.0/8,::1/128 from FILE:10",
-		"allow-methods": "TRACE,CONNECT from FILE:13", "max-body": "2MiB from FILE:15", "route": "/a=b,/* from FILE:16",
+		"allow-methods": "TRACE,CONNECT from FILE:13", "max-body": "2MiB from FILE:15", "routes[0]": "/a=b from FILE:16", "routes[1]": "/* from FILE:16",
 	} {
 		if from[name] != want {
 			t.Errorf("%s: %q, want %q", name, from[name], want)
+		}
+	}
+}
+
+// A file may say nothing.
+func TestFileEmpty(t *testing.T) {
+	for _, text := range []string{"", "\n", "# a comment\n", "---\n", "null", "---\n---\nvia: on"} {
+		if got, sources, err := load(t, text, nil); err != nil || got.Retries != 2 || len(sources.Settings()) < 50 {
+			t.Errorf("%q: %d retries, %v", text, got.Retries, err)
 		}
 	}
 }
@@ -131,6 +144,8 @@ func TestFileRefused(t *testing.T) {
 		{"config: other.yaml", ":1:1: \"config\" is no setting; "},
 		{"route: /a=b", ":1:1: \"route\" is no setting; there is routes\n"},
 		{"retries: 1\nvia: on\nretries: 2", ":3:1: retries is there twice\n"},
+		{"token: &x\nvia: 2", ":1:"},
+		{"routes: [{service: a, headers: {x: &y }}]", ":1:3"},
 		{"retries:", ":1:1: retries has no value: give it one, or leave it out\n"},
 		{"retries: [1, 2]", ":1:10: retries must be one value\n"},
 		{"retries: {a: b}", ":1:11: retries must be one word or a string in quotes\n"},
@@ -154,7 +169,7 @@ func TestFileRefused(t *testing.T) {
 		{"routes: [{service: a, headers: [x]}]", ":1:32: headers must have names and values"},
 		{"routes: [{service: a, headers: {x: 1, X: 2}}]", ":1:39: X is there twice"},
 		{"routes: [{service: a, request-headers: {drop: [x]}}]", ":1:41: \"drop\" is no key of request-headers; allowed are add, remove, set"},
-		{"routes: [{service: a, request-headers: {remove: [Via]}}]", ":1:41: request-headers: Via is left to the gateway"},
+		{"routes: [{service: a, request-headers: {remove: [Via]}}]", ":1:50: request-headers: Via is left to the gateway"},
 		{"routes: [{service: a/b}]", ":1:20: service: \"a/b\" has a character"},
 		{"services: {a: {strategy: fastest}}", ":1:26: strategy: "},
 		{"services: {a: {breaker-probes: 0}}", ":1:32: breaker-probes: \"0\" is not a whole number of at least 1"},
@@ -241,6 +256,137 @@ func TestWriteDefaults(t *testing.T) {
 	}
 }
 
+// What the file of defaults says of routes and services as comments can be taken out of them, and has all keys of the schema.
+func TestWriteDefaultsOfRoutesAndServices(t *testing.T) {
+	var text strings.Builder
+	if err := WriteDefaults(&text); err != nil {
+		t.Fatal(err)
+	}
+	_, block, _ := strings.Cut(text.String(), "##### Routes\n")
+	var lines []string
+	for line := range strings.Lines(block) {
+		if line, comment := strings.CutPrefix(line, "# "); comment {
+			lines = append(lines, strings.TrimSuffix(line, "\n"))
+		}
+	}
+	lines = slices.DeleteFunc(lines, func(line string) bool { return line == routesHelp || line == servicesHelp })
+	block = strings.Join(lines, "\n")
+	got, _, err := load(t, block, nil)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, block)
+	}
+	if len(got.Route) != 1 || len(got.Services) != 1 || len(got.Services[0].Instances) != 1 {
+		t.Fatalf("%+v %+v", got.Route, got.Services)
+	}
+	defaults, err := registry.Check{Path: "/health"}.Filled()
+	if err != nil {
+		t.Fatal(err)
+	}
+	users := got.Services[0].Settings
+	if *users.Check != *defaults || users.Strategy != lb.RoundRobin || users.Retries != 2 || users.Breaker.OpenFor != 30*time.Second || users.MaxBody != -1 {
+		t.Errorf("these are no defaults: %+v %+v", users, users.Check)
+	}
+	for _, at := range [][]string{
+		{"routes", "items", "anyOf", "1"}, {"services", "additionalProperties"}, {"services", "additionalProperties", "check"},
+		{"services", "additionalProperties", "instances", "items"},
+	} {
+		keys := schemaKeys(t, at...)
+		if len(keys) < 6 {
+			t.Errorf("%v: the schema has the keys %v", at, keys)
+		}
+		for _, key := range keys {
+			if !strings.Contains(block, " "+key+":") {
+				t.Errorf("%v: %s is missing in\n%s", at, key, block)
+			}
+		}
+	}
+}
+
+// schemaKeys are the properties of a part of the schema.
+func schemaKeys(t *testing.T, path ...string) []string {
+	t.Helper()
+	var text strings.Builder
+	if err := WriteSchema(&text); err != nil {
+		t.Fatal(err)
+	}
+	var at any
+	if err := json.Unmarshal([]byte(text.String()), &at); err != nil {
+		t.Fatal(err)
+	}
+	for _, step := range path {
+		switch now := at.(type) {
+		case map[string]any:
+			if properties, ok := now["properties"].(map[string]any); ok {
+				now = properties
+			}
+			at = now[step]
+		case []any:
+			i, _ := strconv.Atoi(step)
+			at = now[i]
+		}
+	}
+	properties, _ := at.(map[string]any)["properties"].(map[string]any)
+	return slices.Sorted(maps.Keys(properties))
+}
+
+// Each key of routes and services is listed with its line, but for what a flag covers; values of header fields are not shown.
+func TestSettingsOfRoutesAndServices(t *testing.T) {
+	const text = `
+routes:
+- /b=c
+- prefix: /v1
+  methods: [GET, POST]
+  headers: {X-Env: s3cret, X-Any: "*"}
+  service: users
+  request-headers:
+    set: {X-A: s3cret}
+    remove: [Cookie, Server]
+services:
+  users:
+    retries: 5
+    check: {path: /health, fall: 5}
+    instances:
+    - id: a
+      addr: http://10.0.0.6
+      metadata: {zone: x}
+`
+	want := `routes[0]|/b=c|FILE:3
+routes[1].prefix|/v1|FILE:4
+routes[1].methods|GET,POST|FILE:5
+routes[1].headers.X-Env|(not shown)|FILE:6
+routes[1].headers.X-Any|*|FILE:6
+routes[1].service|users|FILE:7
+routes[1].request-headers.set.X-A|(not shown)|FILE:9
+routes[1].request-headers.remove|Cookie,Server|FILE:10
+services.users.retries|5|FILE:13
+services.users.check.path|/health|FILE:14
+services.users.check.fall|5|FILE:14
+services.users.instances[0].id|a|FILE:16
+services.users.instances[0].addr|http://10.0.0.6|FILE:17
+services.users.instances[0].metadata.zone|x|FILE:18
+`
+	listed := func(args ...string) string {
+		g, sources, err := load(t, text, nil, args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var rows strings.Builder
+		for _, s := range sources.Settings() {
+			if strings.HasPrefix(s.Name, "route") || strings.HasPrefix(s.Name, "services") {
+				fmt.Fprintf(&rows, "%s|%s|%s\n", s.Name, s.Value, strings.Replace(s.From, g.Config, "FILE", 1))
+			}
+		}
+		return rows.String()
+	}
+	if diff := cmp.Diff(want, listed()); diff != "" {
+		t.Errorf("want -, got +:\n%s", diff)
+	}
+	_, services, _ := strings.Cut(want, "\nservices.")
+	if diff := cmp.Diff("route|/c=d|flag\nservices."+services, listed("--route=/c=d")); diff != "" {
+		t.Errorf("with a flag: want -, got +:\n%s", diff)
+	}
+}
+
 // The schema knows all settings, and is one.
 func TestWriteSchema(t *testing.T) {
 	var text strings.Builder
@@ -276,11 +422,16 @@ func TestWriteSchema(t *testing.T) {
 }
 
 func FuzzFile(f *testing.F) {
-	for _, seed := range []string{"retries: 3", "routes: [/a=b, /*]", "services:\n  a: {instances: [{id: x, addr: http://h, check: {tcp: true}}]}", "a: &b\n  c: *b", "? [a]: b", "token: >\n  x", "- {", "retries: !!int 3", "\"\\u0000\": |\n  x"} {
+	for _, seed := range []string{"retries: 3", "routes: [/a=b, /*]", "services:\n  a: {instances: [{id: x, addr: http://h, check: {tcp: true}}]}", "a: &b\n  c: *b", "? [a]: b", "token: >\n  x", "- {", "retries: !!int 3",
+		"routes: [{service: a, methods: [GET], request-headers: {set: {A: b}, remove: [c]}}]", "services: {a: {instances: [{id: &x a, addr: http://h, metadata: {z: *x}}]}}",
+		"\"\\u0000\": |\n  x"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
-		g, _, err := load(t, text, nil)
+		g, sources, err := load(t, text, nil)
+		if err == nil {
+			sources.Settings()
+		}
 		if err == nil && (g.Retries < 0 || g.BreakerFailures < 1) {
 			t.Errorf("%q is let through: %+v", text, g)
 		}
@@ -385,9 +536,46 @@ func TestFileShowsNoHeader(t *testing.T) {
 		"routes:\n- {service: a, request-headers: {set: {X-Key: \"s3cret\\n\"}}}",
 		"routes:\n- service: a\n  headers:\n    X-Key: [s3cret]",
 		"routes:\n- service: a\n  headers: {X-Key: s3cret\n  via",
+		"routes:\n- service: a\n  request-headers:\n    set: {Via: s3cret}",
+		"routes:\n- service: a\n  request-headers:\n    set:\n      Via: \"a\n       s3cret\"\n    speed: 1",
+		"routes:\n- service: a\n  request-headers:\n    set:\n      X-A: a\n       s3cret\n       \n      Via: 1",
+		"routes:\n- service: a\n  request-headers:\n    add:\n      Via: >\n       s3cret",
+		"routes:\n- service: a\n  request-headers:\n    add: &x\n      Via: !!str s3cret",
+		"routes:\n- {service: a, request-headers: {add: [X-Key: s3cret]}}",
+		"routes:\n- {service: a, request-headers: 's3cret'}",
+		"access-log: \"a\r\n  b\"\r\nroutes:\r\n- service: a\r\n  request-headers:\r\n    set:\r\n      X-A: s3cret\r\n    speed: 1",
+		"access-log: \"a\r\n  b\"\r\ntoken: s3cret-s3cret\r\nretries: two",
+		"access-log: \"a\r\n  b\"\r\nretries: two\r\ntoken: s3cret-s3cret",
+		"via: on\rretries: two\rtoken: s3cret-s3cret",
+		"routes:\n- {service: a, request-haeders: {set: {X-Key: s3cret}}}",
+		"routes:\n- {service: a, headers: {X-Key: s3cret}, retries: two}",
 	} {
 		if _, _, err := load(t, text, nil); err == nil || strings.Contains(err.Error(), "s3cret") {
 			t.Errorf("%q: %v", text, err)
+		}
+	}
+}
+
+// A line is shown unless it has a secret, and the place of a wrong name is where that stands.
+func TestFileShowsLines(t *testing.T) {
+	block := "routes:\n- service: a\n  request-headers:\n    set:\n      X-A: s3cret\n      %s: x\n    remove:\n    - %s\n  request-timeout: %s"
+	for _, test := range []struct{ text, want string }{
+		{"routes: [{prefix: /e, service: echo, headers: {X-A: \"*\"}, request-timeout: 5}]", ":1:76: request-timeout: \"5\" is not a time of at least 0s, written like 30s, 1m30s or 250ms\n  1 | routes: [{prefix: /e, "},
+		{"routes: [{service: a, headers: {X-A: \"*\", Bad Name: \"*\"}}]", ":1:43: headers: \"Bad Name\" is no name of a header field\n  1 | routes: "},
+		{"routes: [{service: a, methods: [GET, \"a b\"]}]", ":1:38: methods: \"a b\" is no method\n  1 | routes: "},
+		{"routes: [{service: a, methods: [GET, post]}]", ":1:38: methods: \"post\" never matches POST: methods are case-sensitive\n  1 | routes: "},
+		{fmt.Sprintf(block, "Content-Length", "X-B", "5s"), ":6:7: request-headers: Content-Length is left to the gateway"},
+		{fmt.Sprintf(block, "Bad Name", "X-B", "5s"), ":6:7: request-headers: \"Bad Name\" is no name of a header field"},
+		{fmt.Sprintf(block, "X-B", "Via", "5s"), ":8:7: request-headers: Via is left to the gateway\n  8 |     - Via\n    |       ^"},
+		{fmt.Sprintf(block, "X-B", "Host", "5s"), ":8:7: request-headers: a Host cannot be removed: set it\n  8 |     - Host\n"},
+		{fmt.Sprintf(block, "X-B", "X-C", "5"), ":9:20: request-timeout: \"5\" is not a time of at least 0s, written like 30s, 1m30s or 250ms\n  9 |   request-timeout: 5\n"},
+		{"metrics: \"o\r\n  n\"\r\nretries: two", ":1:10: metrics: "},
+		{"access-log: \"a\r\n  b\"\r\nretries: two\r\n", ":3:10: retries: \"two\" is not a whole number of at least 0\n  3 | retries: two\n"},
+		{"{retries: two}", ":1:11: retries: \"two\" is not a whole number of at least 0\n  1 | {retries: two}\n"},
+	} {
+		_, _, err := load(t, test.text, nil)
+		if err == nil || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "s3cret") {
+			t.Errorf("%s: %v, want %s", test.text, err, test.want)
 		}
 	}
 }

@@ -66,9 +66,28 @@ func (f *file) readRoute(node ast.Node) (r Route, err error) {
 	}
 	var bad *proxy.RouteError
 	if err := r.Check(); errors.As(err, &bad) {
-		return r, f.wrong(lookup(node, bad.Field), "%v", err)
+		return r, f.wrong(routeNode(node, bad), "%v", err)
 	}
 	return r, nil
+}
+
+// routeNode returns what an error about a route is about: the name of a header field, not its value.
+func routeNode(node ast.Node, bad *proxy.RouteError) ast.Node {
+	at := lookup(node, bad.Field)
+	if part := child(at, bad.Part); bad.Part != "" && part != nil {
+		at = part
+	}
+	if key := keyOf(at, bad.Name); bad.Name != "" && key != nil {
+		return key
+	}
+	if list, ok := at.(*ast.SequenceNode); ok {
+		for _, item := range list.Values {
+			if item.GetToken().Value == bad.Name {
+				return item
+			}
+		}
+	}
+	return at
 }
 
 // policy are the keys that services and routes have in common.

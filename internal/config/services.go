@@ -3,6 +3,7 @@ package config
 import (
 	"encoding/json"
 	"errors"
+	"strconv"
 	"strings"
 
 	"github.com/goccy/go-yaml"
@@ -150,6 +151,39 @@ func (f *file) unique(node ast.Node) error {
 	return nil
 }
 
+// keyOf returns a key of a mapping, or nil.
+func keyOf(node ast.Node, key string) ast.Node {
+	m, ok := node.(ast.MapNode)
+	if !ok {
+		return nil
+	}
+	for at := m.MapRange(); at.Next(); {
+		if at.Key().GetToken().Value == key {
+			return at.Key()
+		}
+	}
+	return nil
+}
+
+// child returns what stands below keys, one in the other, or nil.
+func child(node ast.Node, keys ...string) ast.Node {
+next:
+	for _, key := range keys {
+		m, ok := node.(ast.MapNode)
+		if !ok {
+			return nil
+		}
+		for at := m.MapRange(); at.Next(); {
+			if at.Key().GetToken().Value == key {
+				node = at.Value()
+				continue next
+			}
+		}
+		return nil
+	}
+	return node
+}
+
 // lookup returns what stands at a path of keys such as check.path, as far as it leads.
 func lookup(node ast.Node, path string) ast.Node {
 	first, rest, _ := strings.Cut(path, ".")
@@ -178,27 +212,45 @@ func schemaObject(properties map[string]any, required ...string) map[string]any 
 	return o
 }
 
+// checkMembers are the keys of a check, with their defaults.
+func checkMembers() []member {
+	filled, err := registry.Check{Path: "/health"}.Filled()
+	if err != nil {
+		panic(err) // its path is one
+	}
+	text, count, onOff := map[string]any{"type": "string"}, map[string]any{"type": "integer", "minimum": 1}, map[string]any{"type": "boolean"}
+	return []member{
+		{name: "path", value: filled.Path, help: "It answers a GET of this, below the path of its addr.", schema: text},
+		{name: "tcp", value: "true", help: "It accepts a connection, instead of path.", beside: true, schema: onOff},
+		{name: "status", value: filled.Status, help: "Statuses that pass.", schema: text},
+		{name: "interval", value: filled.Interval.String(), help: "From one check to the next.", schema: text},
+		{name: "timeout", value: filled.Timeout.String(), help: "For the whole of one, at most the interval.", schema: text},
+		{name: "fall", value: strconv.Itoa(filled.Fall), help: "So many that fail in a row take it out.", schema: count},
+		{name: "rise", value: strconv.Itoa(filled.Rise), help: "So many that pass in a row bring it back.", schema: count},
+		{name: "keep_alive", value: strconv.FormatBool(filled.KeepAlive), help: "One connection for many checks instead of one for each.", schema: onOff},
+		{name: "start", value: string(filled.Start), help: "A new one gets requests after the first check that passes (down), or at once (up).",
+			schema: map[string]any{"enum": []registry.CheckStart{registry.StartDown, registry.StartUp}}},
+	}
+}
+
 // checkSchema is the JSON schema of a check.
-func checkSchema() map[string]any {
-	text, number, check := map[string]any{"type": "string"}, map[string]any{"type": "integer", "minimum": 1}, map[string]any{}
-	for _, name := range []string{"path", "interval", "timeout", "status"} {
-		check[name] = text
+func checkSchema() map[string]any { return schemaObject(schemaOfMembers(checkMembers())) }
+
+// instanceMembers are the keys of an instance, with their defaults.
+func instanceMembers() []member {
+	text := map[string]any{"type": "string"}
+	return []member{
+		{name: "id", value: "a", help: "Its name within the service; needed.", schema: text},
+		{name: "addr", value: "http://127.0.0.1:8081", help: "Where it is, with a path if it has one; needed.", schema: text},
+		{name: "weight", value: "0", help: "Its part of the requests, for the weighted strategies; 0 is none.",
+			schema: map[string]any{"type": "integer", "minimum": 0, "maximum": registry.MaxWeight}},
+		{name: "metadata", value: "{zone: rack-1}", help: "What else is to be known of it.", schema: map[string]any{"type": "object", "additionalProperties": text}},
+		{name: "check", value: "{tcp: true}", help: "A check of its own, with the keys above.", schema: checkSchema()},
+		{name: "slow_start", value: "0s", help: "How long it takes to get its whole share when it has come.", schema: text},
 	}
-	for _, name := range []string{"fall", "rise"} {
-		check[name] = number
-	}
-	for _, name := range []string{"tcp", "keep_alive"} {
-		check[name] = map[string]any{"type": "boolean"}
-	}
-	check["start"] = map[string]any{"enum": []registry.CheckStart{registry.StartDown, registry.StartUp}}
-	return schemaObject(check)
 }
 
 // instanceSchema is the JSON schema of an instance.
 func instanceSchema() map[string]any {
-	text := map[string]any{"type": "string"}
-	return schemaObject(map[string]any{
-		"id": text, "addr": text, "weight": map[string]any{"type": "integer", "minimum": 0, "maximum": registry.MaxWeight},
-		"metadata": map[string]any{"type": "object", "additionalProperties": text}, "check": checkSchema(), "slow_start": text,
-	}, "id", "addr")
+	return schemaObject(schemaOfMembers(instanceMembers()), "id", "addr")
 }

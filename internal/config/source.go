@@ -6,11 +6,16 @@ import (
 	"io/fs"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
+	"unicode"
 
 	"github.com/alecthomas/kong"
+	"github.com/goccy/go-yaml/ast"
 
 	"kerberos/internal/follow"
+	"kerberos/proxy"
+	"kerberos/registry"
 )
 
 // Sources is where the values of a command line come from. A command whose grammar has a Gateway can have it bound.
@@ -40,11 +45,16 @@ func (s *Sources) File() string {
 // Setting is the value of one setting and where it comes from.
 type Setting struct{ Name, Value, From string }
 
-// Settings lists what is in force. A token is not in it.
+// Settings lists what is in force: each setting, and each key that the file has of routes and services. Tokens and values of header
+// fields are not in it.
 func (s *Sources) Settings() []Setting {
 	var all []Setting
 	for _, flag := range s.flags {
 		if flag.Name == "help" || flag.Tag.Has("nofile") && flag.Name != "config" {
+			continue
+		}
+		if flag.Name == "route" && s.file != nil && s.file.routesCount && s.file.routesAt > 0 {
+			all = append(all, s.file.rows("routes")...)
 			continue
 		}
 		from, value := s.from(flag), valueText(flag.Value)
@@ -54,15 +64,151 @@ func (s *Sources) Settings() []Setting {
 		case from == fromDefault:
 			value = flag.Default
 		case isSecret(flag):
-			value = "(not shown)"
+			value = notShown
 		}
 		all = append(all, Setting{flag.Name, value, from})
+	}
+	if s.file != nil {
+		all = append(all, s.file.rows("services")...)
 	}
 	return all
 }
 
+const notShown = "(not shown)"
+
+// rows lists what stands below a key of the file.
+func (f *file) rows(key string) []Setting {
+	doc, err := f.document([]byte(strings.Join(f.lines, "\n")))
+	if err != nil || doc == nil { // it was read before
+		return nil
+	}
+	if node := child(doc, key); node != nil {
+		return f.row(nil, key, node, key == "routes", false)
+	}
+	return nil
+}
+
+// row adds a row for each value in node, which is called name. A list of words is one value, unless each is to have its row.
+// secret says that they may be secrets.
+func (f *file) row(all []Setting, name string, node ast.Node, each, secret bool) []Setting {
+	line, _ := place(node)
+	value := ""
+	switch n := node.(type) {
+	case ast.MapNode:
+		for at := n.MapRange(); at.Next(); {
+			key := at.Key().GetToken().Value
+			below := secret && key != "remove" || key == "headers" || key == "request-headers" || key == "response-headers"
+			all = f.row(all, name+"."+key, at.Value(), false, below)
+		}
+		return all
+	case *ast.SequenceNode:
+		words := make([]string, len(n.Values))
+		for i, item := range n.Values {
+			word, err := f.scalar(name, item)
+			if each = each || err != nil; each {
+				break
+			}
+			words[i] = word
+		}
+		if each {
+			for i, item := range n.Values {
+				all = f.row(all, fmt.Sprintf("%s[%d]", name, i), item, false, secret)
+			}
+			return all
+		}
+		value = strings.Join(words, ",")
+	case *ast.AnchorNode:
+		return f.row(all, name, n.Value, each, secret)
+	default:
+		word, err := f.scalar(name, node)
+		if err != nil {
+			word = node.String()
+		}
+		value = word
+	}
+	switch {
+	case secret && value != "*":
+		value = notShown
+	case strings.ContainsFunc(value, unicode.IsControl):
+		value = strconv.Quote(value)
+	}
+	return append(all, Setting{name, value, fmt.Sprintf("%s:%d", f.name, line)})
+}
+
 // isSecret says that nobody is to see what a flag is set to.
 func isSecret(flag *kong.Flag) bool { return flag.Tag.Type == "token" }
+
+// At has an error about a route or an instance of the file tell where that stands. Any other is returned as it is.
+func (s *Sources) At(err error) error {
+	var route *proxy.TableError
+	var instance *registry.PinError
+	switch {
+	case errors.As(err, &route):
+		return s.atRoute(route.Index, "", err)
+	case errors.As(err, &instance):
+		return s.atInstance(instance)
+	}
+	return err
+}
+
+// atRoute is At for a route of the table, and one of its keys if it has that.
+func (s *Sources) atRoute(index int, key string, err error) error {
+	if s == nil || s.file == nil || !s.file.routesCount {
+		return err
+	}
+	return s.file.at(err, func(doc ast.Node) ast.Node {
+		if list, ok := child(doc, "routes").(*ast.SequenceNode); ok && index < len(list.Values) {
+			return lookup(list.Values[index], key)
+		}
+		return nil
+	})
+}
+
+// atService is At for a service.
+func (s *Sources) atService(name string, err error) error {
+	if s == nil || s.file == nil {
+		return err
+	}
+	return s.file.at(err, func(doc ast.Node) ast.Node { return keyOf(child(doc, "services"), name) })
+}
+
+// atInstance is At for an instance.
+func (s *Sources) atInstance(err *registry.PinError) error {
+	if s == nil || s.file == nil {
+		return err
+	}
+	return s.file.at(err, func(doc ast.Node) ast.Node {
+		for _, service := range s.file.services {
+			list, ok := child(child(doc, "services"), service.Name, "instances").(*ast.SequenceNode)
+			i := slices.IndexFunc(service.Instances, func(in registry.Instance) bool { return in.ID == err.ID })
+			if service.Name != err.Service || !ok || i < 0 || i >= len(list.Values) {
+				continue
+			}
+			var field *registry.FieldError
+			if errors.As(err, &field) {
+				return lookup(list.Values[i], field.Field)
+			}
+			return list.Values[i]
+		}
+		return nil
+	})
+}
+
+// at adds to an error the place of what find returns. It parses the file anew: what stands where is not kept while all is well.
+func (f *file) at(err error, find func(doc ast.Node) ast.Node) error {
+	if errors.As(err, new(*FileError)) {
+		return err
+	}
+	doc, failed := f.document([]byte(strings.Join(f.lines, "\n")))
+	if failed != nil || doc == nil {
+		return err
+	}
+	node := find(doc)
+	if node == nil {
+		return err
+	}
+	return f.wrong(node, "%s", strings.TrimPrefix(err.Error(), "--route: "))
+}
 
 // Changes lists the settings that differ between what is in force and what is read next: those that can change while a gateway
 // runs, and those that cannot.

@@ -53,8 +53,15 @@ func WriteDefaults(w io.Writer) error {
 			fmt.Fprintf(&b, "# %s: %s\n", key, flag.FormatPlaceHolder())
 		}
 	}
-	b.WriteString("\n##### Routes\n\n# " + routesHelp + "\n# routes: [PREFIX=SERVICE, {host: HOST, prefix: /PREFIX, service: SERVICE}, /*]\n")
-	b.WriteString("\n##### Services\n\n# " + servicesHelp + "\n# services:\n#   NAME:\n#     instances: [{id: ID, addr: http://HOST:PORT}]\n")
+	policy := flagMembers(flags, policyKeys...)
+	fmt.Fprintf(&b, "\n##### Routes\n\n# %s\n# routes:\n", routesHelp)
+	writeMembers(&b, "", true, append(routeMembers(), policy...))
+	fmt.Fprintf(&b, "\n##### Services\n\n# %s\n# services:\n#   echo:\n", servicesHelp)
+	writeMembers(&b, "    ", false, append(flagMembers(flags, serviceKeys...), policy...))
+	b.WriteString("#     # How those instances are checked that have no check of their own.\n#     check:\n")
+	writeMembers(&b, "      ", false, checkMembers())
+	b.WriteString("#     instances:\n")
+	writeMembers(&b, "    ", true, instanceMembers())
 	_, err = io.WriteString(w, strings.TrimPrefix(b.String(), "\n"))
 	return err
 }
@@ -86,7 +93,7 @@ func WriteSchema(w io.Writer) error {
 	properties["routes"] = map[string]any{"description": routesHelp, "type": "array", "minItems": 1, "items": map[string]any{"anyOf": []any{
 		map[string]any{"type": "string"}, routeSchema(overrides(properties, policyKeys...)),
 	}}}
-	service := overrides(properties, append([]string{"strategy", "breaker-failures", "breaker-open", "breaker-probes"}, policyKeys...)...)
+	service := overrides(properties, append(slices.Clone(serviceKeys), policyKeys...)...)
 	service["check"] = checkSchema()
 	service["instances"] = map[string]any{"type": "array", "minItems": 1, "items": instanceSchema()}
 	properties["services"] = map[string]any{"description": servicesHelp, "type": "object", "additionalProperties": map[string]any{
@@ -153,8 +160,59 @@ func defaultOf(v *kong.Value) any {
 	return v.Default
 }
 
-// policyKeys are those that services and routes have in common.
-var policyKeys = []string{"request-timeout", "total-timeout", "retries", "max-body"}
+// policyKeys are those that services and routes have in common, and serviceKeys those that services have besides. All are settings too.
+var (
+	policyKeys  = []string{"request-timeout", "total-timeout", "retries", "max-body"}
+	serviceKeys = []string{"strategy", "breaker-failures", "breaker-open", "breaker-probes"}
+)
+
+// member is a key of a route, a service, a check or an instance.
+type member struct {
+	name   string
+	value  string // its default, or an example
+	help   string
+	beside bool // it stands for another one: both exclude each other
+	schema map[string]any
+}
+
+// flagMembers are settings as keys.
+func flagMembers(flags []*kong.Flag, names ...string) []member {
+	var all []member
+	for _, name := range names {
+		i := slices.IndexFunc(flags, func(flag *kong.Flag) bool { return flag.Name == name })
+		all = append(all, member{name: name, value: yamlValue(flags[i].Value), help: flags[i].Help})
+	}
+	return all
+}
+
+// writeMembers writes keys as comments, each below what it is for. item says that they are an element of a list.
+func writeMembers(b *strings.Builder, indent string, item bool, all []member) {
+	for i, m := range all {
+		begin := indent
+		if item {
+			begin += "  "
+		}
+		note := begin
+		switch {
+		case item && i == 0:
+			note, begin = indent, indent+"- "
+		case m.beside:
+			begin += "# "
+		}
+		fmt.Fprintf(b, "# %s# %s\n# %s%s: %s\n", note, m.help, begin, m.name, m.value)
+	}
+}
+
+// schemaOfMembers are their properties.
+func schemaOfMembers(all []member) map[string]any {
+	properties := map[string]any{}
+	for _, m := range all {
+		one := maps.Clone(m.schema)
+		one["description"] = m.help
+		properties[m.name] = one
+	}
+	return properties
+}
 
 // overrides are the schemas of settings without their defaults, for where they are set for a part of the traffic.
 func overrides(properties map[string]any, names ...string) map[string]any {
@@ -167,16 +225,29 @@ func overrides(properties map[string]any, names ...string) map[string]any {
 	return all
 }
 
-// routeSchema is the JSON schema of a route that is no text; keys are those that it has in common with services.
-func routeSchema(keys map[string]any) map[string]any {
+// routeMembers are the keys that only a route has.
+func routeMembers() []member {
 	text := map[string]any{"type": "string"}
 	texts := map[string]any{"type": "array", "minItems": 1, "items": text}
 	fields := map[string]any{"type": "object", "additionalProperties": map[string]any{"type": []string{"string", "number", "boolean"}}}
 	edits := map[string]any{"type": "object", "additionalProperties": false, "properties": map[string]any{"set": fields, "add": fields, "remove": texts}}
-	for _, name := range []string{"host", "path", "prefix", "service", "replace-prefix"} {
-		keys[name] = text
+	onOff := map[string]any{"enum": []any{true, false, "on", "off"}}
+	return []member{
+		{name: "service", value: "echo", help: "Where requests go that match; needed.", schema: text},
+		{name: "host", value: `"*.example.com"`, help: "A name without a port, or *. and a name for all that end so; any without it.", schema: text},
+		{name: "prefix", value: "/v1", help: "Whole segments with which the path begins; any path without it.", schema: text},
+		{name: "path", value: "/v1/login", help: "All of the path, instead of prefix.", beside: true, schema: text},
+		{name: "methods", value: "[GET, POST]", help: "Any of these, which are case-sensitive; all without it.", schema: texts},
+		{name: "headers", value: `{X-Env: test, X-Debug: "*"}`, help: "Fields that must be there with this value, or any (\"*\").", schema: fields},
+		{name: "strip-prefix", value: "off", help: "What prefix or path has matched is not sent.", schema: onOff},
+		{name: "replace-prefix", value: "/v2", help: "But this is, in its place.", schema: text},
+		{name: "request-headers", value: "{set: {X-Env: test}, add: {X-Tag: a}, remove: [Cookie]}", help: "What is done to the fields that a backend gets.", schema: edits},
+		{name: "response-headers", value: "{remove: [Server]}", help: "What is done to the fields of a backend's response.", schema: edits},
 	}
-	keys["strip-prefix"] = map[string]any{"enum": []any{true, false, "on", "off"}}
-	keys["methods"], keys["headers"], keys["request-headers"], keys["response-headers"] = texts, fields, edits, edits
-	return map[string]any{"type": "object", "additionalProperties": false, "properties": keys, "required": []string{"service"}}
+}
+
+// routeSchema is the JSON schema of a route that is no text; keys are those that it has in common with services.
+func routeSchema(keys map[string]any) map[string]any {
+	maps.Copy(keys, schemaOfMembers(routeMembers()))
+	return schemaObject(keys, "service")
 }
