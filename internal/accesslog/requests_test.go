@@ -537,6 +537,9 @@ func TestShare(t *testing.T) {
 				r.Cut = true
 			}
 			l.Write(&r)
+			if i%2500 == 0 { // else the disk may be too slow, and lines are dropped for that
+				eventually(t, "they are written", l.shards[0].empty)
+			}
 		}
 		if err := l.Close(); err != nil {
 			t.Fatal(err)
