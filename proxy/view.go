@@ -3,6 +3,7 @@ package proxy
 import (
 	"log/slog"
 	"math"
+	"runtime"
 	"slices"
 	"sort"
 	"strings"
@@ -111,11 +112,13 @@ func (s *service) touch(u *upstream) {
 }
 
 // refresh returns when the view has seen all changes up to now. The first caller builds, the others find it done. Builds
-// keep a distance of viewEvery, so that a storm of changes is published in few views.
+// keep a distance of viewEvery, so that a storm of changes is published in few views. Callers go on one after the other, and before
+// each of them a loop that waits for a CPU gets it: at once they would hold up requests for half a millisecond.
 func (s *service) refresh() {
 	want := s.changes.Load()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	defer runtime.Gosched()
 	if s.built >= want {
 		return
 	}

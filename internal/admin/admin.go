@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"time"
@@ -72,7 +73,10 @@ func (s *Server) recovering(ctx *fasthttp.RequestCtx) {
 			registry.Problem(ctx, fasthttp.StatusInternalServerError, "", "this request met a defect of the gateway; its log says more")
 		}
 	}()
+	// Requests on the other listener go first: a storm of calls is done in pieces.
+	runtime.Gosched()
 	s.handle(ctx)
+	runtime.Gosched()
 }
 
 func (s *Server) handle(ctx *fasthttp.RequestCtx) {
