@@ -568,7 +568,6 @@ func (x *exchange) head(b *buffer, limit time.Time, reused bool) error {
 				return errResponseHead
 			}
 			if err := x.res.parse(w[:end], limits); err != nil {
-				x.res.status = 0 // what was read of it is no answer
 				return err
 			}
 			b.r += end

@@ -19,8 +19,20 @@ type response struct {
 }
 
 // parse reads the response head that b begins with, from the status line to the empty line, as strictly as we read requests. The
-// errors are errMalformed, for one that could be framed in two ways too, and errResponseFields.
+// errors are errMalformed, for one that could be framed in two ways too, errResponseFields and errResponseHead. Then there is no status.
 func (r *response) parse(b []byte, limits *Limits) *refusal {
+	err := r.read(b, limits)
+	if err == nil && r.size > limits.Head {
+		err = errResponseHead
+	}
+	if err != nil {
+		r.status = 0 // there is no answer
+	}
+	return err
+}
+
+// read is parse, but for what is left of a head that it refuses.
+func (r *response) read(b []byte, limits *Limits) *refusal {
 	*r = response{drops: r.drops[:0], framing: framing{length: -1}}
 	nl := bytes.IndexByte(b, '\n')
 	if nl < 13 || b[nl-1] != '\r' || string(b[:7]) != "HTTP/1." || b[8] != ' ' {

@@ -486,11 +486,8 @@ func (c *conn) answered(e loop.Events) {
 		}
 		got += max(n, 0)
 		if end == 0 {
-			limits := &w.p.cfg().Limits
-			if end = -1; x.res.parse(room[:got], limits) == nil && x.res.size <= limits.Head && x.res.status >= 200 {
+			if end = -1; x.res.parse(room[:got], &w.p.cfg().Limits) == nil && x.res.status >= 200 {
 				end = x.res.size
-			} else {
-				x.res.status = 0 // what was read of it is no answer
 			}
 		}
 		if end < 0 || got < limit || limit == len(room) || x.res.length > maxWhole || x.whole(got-end) {
