@@ -19,7 +19,8 @@ type response struct {
 }
 
 // parse reads the response head that b begins with, from the status line to the empty line, as strictly as we read requests. The
-// errors are errMalformed, for one that could be framed in two ways too, errResponseFields and errResponseHead. Then there is no status.
+// errors are errMalformed, for one that could be framed in two ways too, errResponseFields and errResponseHead; with an error
+// there is no status.
 func (r *response) parse(b []byte, limits *Limits) *refusal {
 	err := r.read(b, limits)
 	if err == nil && r.size > limits.Head {
