@@ -188,8 +188,8 @@ func (s *script) play(t testing.TB, c *client, o *origin) (got, seen []string) {
 		}
 		c.Conn.(*net.TCPConn).CloseWrite()
 	}()
-	for i := 0; ; i++ {
-		m, err := readMessage(c.r, i < len(s.heads) && s.heads[i])
+	for finals := 0; ; {
+		m, err := readMessage(c.r, finals < len(s.heads) && s.heads[finals])
 		if err != nil && m.head == "" {
 			if err != io.EOF {
 				got = append(got, err.Error())
@@ -199,6 +199,9 @@ func (s *script) play(t testing.TB, c *client, o *origin) (got, seen []string) {
 		got = append(got, fmt.Sprintf("%s%d bytes %s, trailer %q, %v", dateField.ReplaceAllString(m.head, ""), len(m.body), shortened(m.body), m.trailer, err))
 		if err != nil {
 			break
+		}
+		if m.status() >= 200 {
+			finals++
 		}
 	}
 	<-wrote
