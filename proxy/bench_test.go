@@ -327,6 +327,25 @@ func BenchmarkView(b *testing.B) {
 	}
 }
 
+// BenchmarkViewTurned is a view built anew because the readiness of ten instances that came together may be another.
+func BenchmarkViewTurned(b *testing.B) {
+	for _, n := range []int{100, 10_000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			x := startExchange(b, lb.RoundRobin, n)
+			s, snapshot := x.p().service("echo"), x.p().cfg().Registry.Snapshot("echo")
+			turned := map[*upstream]struct{}{}
+			for _, in := range snapshot.Instances()[n-10:] {
+				turned[s.view.Load().upstream(in.ID)] = struct{}{}
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				s.dirty = turned
+				s.build(snapshot)
+			}
+		})
+	}
+}
+
 // BenchmarkUpdate is a change of one of many services. The 5 ms between two views of one service are kept out of it.
 func BenchmarkUpdate(b *testing.B) {
 	for _, n := range []int{10, 100_000} {

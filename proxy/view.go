@@ -198,6 +198,12 @@ func (s *service) parts(last *view, strategy lb.Strategy, snapshot *registry.Sna
 	dirty := s.dirty
 	s.dirty = nil
 	s.dirtyMu.Unlock()
+	turned := make(map[*viewPart]struct{}, len(dirty)) // in these an instance may have
+	for u := range dirty {
+		if n := last.part(u.id); n >= 0 {
+			turned[before[n]] = struct{}{}
+		}
+	}
 	var have []member // of parts that are no more
 	stale := func(p *viewPart) { have = append(have, p.members...) }
 	if strategy != last.strategy { // parts have what one strategy needs
@@ -214,8 +220,10 @@ func (s *service) parts(last *view, strategy lb.Strategy, snapshot *registry.Sna
 				stale(before[0])
 				before = before[1:]
 			}
-			if len(before) > 0 && &before[0].instances[0] == &instances[0] && !before[0].hasAny(dirty) {
-				next[i], before = before[0], before[1:]
+			if len(before) > 0 && &before[0].instances[0] == &instances[0] {
+				if _, is := turned[before[0]]; !is {
+					next[i], before = before[0], before[1:]
+				}
 			}
 		}
 	}
@@ -231,19 +239,6 @@ func (s *service) parts(last *view, strategy lb.Strategy, snapshot *registry.Sna
 		gone = append(gone, m.upstream)
 	}
 	return next, gone
-}
-
-// hasAny reports whether one of these upstreams is in the part.
-func (p *viewPart) hasAny(upstreams map[*upstream]struct{}) bool {
-	if len(upstreams) > len(p.members) {
-		return slices.ContainsFunc(p.members, func(m member) bool { _, is := upstreams[m.upstream]; return is })
-	}
-	for u := range upstreams {
-		if p.upstream(u.id) == u {
-			return true
-		}
-	}
-	return false
 }
 
 // upstream returns that of an instance, or nil.
