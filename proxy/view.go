@@ -69,8 +69,8 @@ type view struct {
 // viewPart is what a view knows of one part of a registry.Snapshot. It never changes: the next view has it too, unless the
 // part has changed or the readiness of one of its instances. So a change costs a part and the list of parts.
 type viewPart struct {
-	instances []*registry.Instance // the part of the snapshot
-	members   []member             // one for each instance of the part of the snapshot, sorted by id
+	of        *registry.Part
+	members   []member // one for each of its instances, sorted by id
 	ready     []*upstream
 	endpoints []lb.Endpoint // of ready, where the strategy needs them
 	probing   []*upstream
@@ -214,13 +214,13 @@ func (s *service) parts(last *view, strategy lb.Strategy, snapshot *registry.Sna
 	}
 	if snapshot != nil {
 		next = make([]*viewPart, len(snapshot.Parts()))
-		for i, instances := range snapshot.Parts() {
+		for i, part := range snapshot.Parts() {
 			// A part that comes before this one, and was not found yet, is in the snapshot no more.
-			for len(before) > 0 && &before[0].instances[0] != &instances[0] && before[0].members[0].id < instances[0].ID {
+			for len(before) > 0 && before[0].of != part && before[0].members[0].id < part.Instances[0].ID {
 				stale(before[0])
 				before = before[1:]
 			}
-			if len(before) > 0 && &before[0].instances[0] == &instances[0] {
+			if len(before) > 0 && before[0].of == part {
 				if _, is := turned[before[0]]; !is {
 					next[i], before = before[0], before[1:]
 				}
@@ -250,9 +250,9 @@ func (p *viewPart) upstream(id string) *upstream {
 }
 
 // part makes a part of a view. have is what is left over from before, sorted by id; what is in neither is added to gone.
-func (s *service) part(strategy lb.Strategy, have []member, gone []*upstream, instances []*registry.Instance, dirty map[*upstream]struct{}) (*viewPart, []member, []*upstream) {
-	p := &viewPart{instances: instances, members: make([]member, 0, len(instances)), ready: make([]*upstream, 0, len(instances))}
-	for _, in := range instances {
+func (s *service) part(strategy lb.Strategy, have []member, gone []*upstream, of *registry.Part, dirty map[*upstream]struct{}) (*viewPart, []member, []*upstream) {
+	p := &viewPart{of: of, members: make([]member, 0, len(of.Instances)), ready: make([]*upstream, 0, len(of.Instances))}
+	for _, in := range of.Instances {
 		m, before := member{instance: in}, notReady
 		switch {
 		case len(have) > 0 && have[0].instance == in: // nearly all

@@ -297,7 +297,7 @@ const fewest = 4
 func (at *slot) judge(now, resumed int64) {
 	s, silent := at.snapshot.Load(), 0
 	for _, part := range s.parts {
-		for _, in := range part {
+		for _, in := range part.Instances {
 			if l := in.lease; l != nil && (in.stale || max(l.until.Load(), resumed+int64(l.ttl))-now < int64(l.ttl)/2) {
 				silent++
 			}

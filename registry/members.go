@@ -52,8 +52,8 @@ func decodeMembers(body []byte, allowed ...string) (members, error) {
 	if !utf8.Valid(body) {
 		return bad("", "the body is not UTF-8; must be %s", expected)
 	}
-	var whole json.RawMessage
-	if err := json.Unmarshal(body, &whole); err != nil { // the syntax, once and for all; what follows only walks it
+	if !json.Valid(body) { // once and for all; what follows only walks it
+		err := json.Unmarshal(body, new(json.RawMessage)) // which says why
 		return bad("", "the body is not JSON: %v; must be %s", err, expected)
 	}
 	dec := json.NewDecoder(bytes.NewReader(body))

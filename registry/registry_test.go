@@ -467,10 +467,10 @@ func TestParts(t *testing.T) {
 		}
 		shared := 0
 		for _, p := range s.Parts() {
-			if len(p) == 0 || len(p) > maxPart {
-				t.Fatalf("step %d: a part of %d", step, len(p))
+			if len(p.Instances) == 0 || len(p.Instances) > maxPart {
+				t.Fatalf("step %d: a part of %d", step, len(p.Instances))
 			}
-			if slices.ContainsFunc(before.Parts(), func(q []*Instance) bool { return &q[0] == &p[0] }) {
+			if slices.Contains(before.Parts(), p) {
 				shared++
 			}
 		}

@@ -52,13 +52,18 @@ func (in *Instance) Target() Target { return in.target }
 // Snapshot is one service as it was at one moment. It never changes.
 //
 // Its instances stand in parts, so that a change copies one part and the list of them, not all instances: with 10,000 that
-// is 4 KiB instead of 80. Parts that a change does not touch are shared between snapshots, and whoever keeps something for
+// is 2 KiB instead of 80. Parts that a change does not touch are shared between snapshots, and whoever keeps something for
 // each instance can keep it for each part.
 type Snapshot struct {
 	service    string
 	generation uint64
-	parts      [][]*Instance // each sorted by ID and not empty, in order; none has more than maxPart
-	n          int           // instances
+	parts      []*Part // in order; none has more than maxPart
+	n          int     // instances
+}
+
+// Part is some of a service's instances, at least one, sorted by ID. It never changes.
+type Part struct {
+	Instances []*Instance
 }
 
 const (
@@ -75,17 +80,22 @@ func (s *Snapshot) Generation() uint64 { return s.generation }
 // Len returns the number of instances, at least one.
 func (s *Snapshot) Len() int { return s.n }
 
-// Parts returns the instances sorted by ID, in parts of at least one. A part that is the same slice in two snapshots holds
-// the same instances. The caller must not change them.
-func (s *Snapshot) Parts() [][]*Instance { return s.parts }
+// Parts returns the instances sorted by ID, in parts. The caller must not change them.
+func (s *Snapshot) Parts() []*Part { return s.parts }
 
 // Instances returns a list of the instances, sorted by ID.
-func (s *Snapshot) Instances() []*Instance { return slices.Concat(s.parts...) }
+func (s *Snapshot) Instances() []*Instance {
+	all := make([]*Instance, 0, s.n)
+	for _, p := range s.parts {
+		all = append(all, p.Instances...)
+	}
+	return all
+}
 
 // Instance returns the instance of that id, or nil. A nil Snapshot has none.
 func (s *Snapshot) Instance(id string) *Instance {
 	if part, i, ok := s.find(id); ok {
-		return s.parts[part][i]
+		return s.parts[part].Instances[i]
 	}
 	return nil
 }
@@ -95,12 +105,12 @@ func (s *Snapshot) find(id string) (part, i int, ok bool) {
 	if s == nil {
 		return 0, 0, false
 	}
-	part, ok = slices.BinarySearchFunc(s.parts, id, func(p []*Instance, id string) int { return cmp.Compare(p[0].ID, id) })
+	part, ok = slices.BinarySearchFunc(s.parts, id, func(p *Part, id string) int { return cmp.Compare(p.Instances[0].ID, id) })
 	if ok {
 		return part, 0, true
 	}
 	part = max(part-1, 0) // the last part that begins before id
-	i, ok = slices.BinarySearchFunc(s.parts[part], id, func(in *Instance, id string) int { return cmp.Compare(in.ID, id) })
+	i, ok = slices.BinarySearchFunc(s.parts[part].Instances, id, func(in *Instance, id string) int { return cmp.Compare(in.ID, id) })
 	return part, i, ok
 }
 
@@ -108,11 +118,11 @@ func (s *Snapshot) find(id string) (part, i int, ok bool) {
 func (s *Snapshot) with(service string, in *Instance, generation uint64) *Snapshot {
 	next := &Snapshot{service: service, generation: generation, n: 1}
 	if s == nil {
-		next.parts = [][]*Instance{{in}}
+		next.parts = splice(nil, 0, 0, []*Instance{in})
 		return next
 	}
 	at, i, known := s.find(in.ID)
-	part := s.parts[at]
+	part := s.parts[at].Instances
 	next.n = s.n
 	if known {
 		in.RegisteredAt = part[i].RegisteredAt
@@ -135,14 +145,18 @@ func (s *Snapshot) with(service string, in *Instance, generation uint64) *Snapsh
 func (s *Snapshot) without(id string, generation uint64) *Snapshot {
 	at, i, _ := s.find(id)
 	next := &Snapshot{service: s.service, generation: generation, n: s.n - 1}
-	part := slices.Concat(s.parts[at][:i], s.parts[at][i+1:])
+	part := slices.Concat(s.parts[at].Instances[:i], s.parts[at].Instances[i+1:])
+	beside := func(at int) []*Instance { return s.parts[at].Instances }
+	joins := func(at int) bool {
+		return len(part) < minPart && at >= 0 && at < len(s.parts) && len(beside(at))+len(part) <= maxPart/2
+	}
 	switch {
 	case len(part) == 0:
 		next.parts = splice(s.parts, at, 1)
-	case len(part) < minPart && at > 0 && len(s.parts[at-1])+len(part) <= maxPart/2:
-		next.parts = splice(s.parts, at-1, 2, slices.Concat(s.parts[at-1], part))
-	case len(part) < minPart && at+1 < len(s.parts) && len(part)+len(s.parts[at+1]) <= maxPart/2:
-		next.parts = splice(s.parts, at, 2, slices.Concat(part, s.parts[at+1]))
+	case joins(at - 1):
+		next.parts = splice(s.parts, at-1, 2, slices.Concat(beside(at-1), part))
+	case joins(at + 1):
+		next.parts = splice(s.parts, at, 2, slices.Concat(part, beside(at+1)))
 	default:
 		next.parts = splice(s.parts, at, 1, part)
 	}
@@ -150,6 +164,11 @@ func (s *Snapshot) without(id string, generation uint64) *Snapshot {
 }
 
 // splice returns a copy of parts in which others stand in the place of n from at on.
-func splice(parts [][]*Instance, at, n int, others ...[]*Instance) [][]*Instance {
-	return slices.Concat(parts[:at], others, parts[at+n:])
+func splice(parts []*Part, at, n int, others ...[]*Instance) []*Part {
+	next := make([]*Part, 0, len(parts)-n+len(others))
+	next = append(next, parts[:at]...)
+	for _, instances := range others {
+		next = append(next, &Part{instances})
+	}
+	return append(next, parts[at+n:]...)
 }
