@@ -98,3 +98,13 @@ func BenchmarkFreeProbes(b *testing.B) {
 		}
 	}
 }
+
+// BenchmarkNew is what a breaker costs that never opens: most of them.
+func BenchmarkNew(b *testing.B) {
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := New(Config{}, nil); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

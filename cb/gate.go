@@ -154,7 +154,7 @@ type Gate struct {
 	onChange func(from, to State, reason error) // or nil
 
 	mu      sync.Mutex // guards what follows; never held while onChange runs
-	slow    *gobreaker.TwoStepCircuitBreaker[struct{}]
+	slow    *gobreaker.TwoStepCircuitBreaker[struct{}] // nil until the gate first opens: then there is something to remember
 	since   time.Time
 	until   time.Time
 	reason  error
@@ -183,13 +183,13 @@ func New(cfg Config, onChange func(from, to State, reason error)) (*Gate, error)
 	}
 	g := &Gate{onChange: onChange, since: time.Now()}
 	g.word.Store(pack(1, Closed, 0))
-	g.become(&cfg)
+	g.cfg.Store(&cfg)
 	return g, nil
 }
 
-// become takes over a configuration while it is closed: then gobreaker has nothing to remember. mu is held.
-func (g *Gate) become(cfg *Config) {
-	g.cfg.Store(cfg)
+// remember makes the gobreaker for an open gate. mu is held.
+func (g *Gate) remember() {
+	cfg := g.cfg.Load()
 	g.slow = gobreaker.NewTwoStepCircuitBreaker[struct{}](gobreaker.Settings{
 		MaxRequests:   uint32(cfg.Probes),
 		Timeout:       cfg.OpenFor,
@@ -332,6 +332,9 @@ func (g *Gate) trip(w uint64, reason error) bool {
 			return
 		}
 		g.reason = because(fmt.Sprintf("%d failures in a row", g.cfg.Load().Failures), reason)
+		if g.slow == nil {
+			g.remember()
+		}
 		report, _ := g.slow.Allow() // never refused: it is closed as long as the word is
 		report(errFailed)
 	})
@@ -429,8 +432,8 @@ func (g *Gate) locked(step func()) {
 	}
 	step()
 	if g.next != nil && g.State() == Closed {
-		g.become(g.next)
-		g.next = nil
+		g.cfg.Store(g.next)
+		g.slow, g.next = nil, nil // what is closed has nothing to remember
 	}
 	g.arm()
 	if g.telling {
