@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -121,6 +122,7 @@ func TestMetrics(t *testing.T) {
 		{good, "kerberos_gateway_duration_seconds", []string{"service=users"}},
 		{good, "kerberos_backend_duration_seconds", []string{"service=users"}},
 		{good * float64(len("GET /users HTTP/1.1\r\nHost: x\r\n\r\n")), "kerberos_received_bytes_total", []string{"service=users"}},
+		{0, "kerberos_instance_retries_total", nil},
 		{5, "kerberos_refusals_total", []string{"status=404", "error=destination_not_found"}},
 		{2, "kerberos_instances", []string{"service=users", "state=ready"}},
 		{0, "kerberos_instances", []string{"service=echo"}},
@@ -134,6 +136,12 @@ func TestMetrics(t *testing.T) {
 	} {
 		if got := s.value(test.name, test.labels...); got != test.want {
 			t.Errorf("%s%q is %v, want %v", test.name, test.labels, got, test.want)
+		}
+	}
+	for _, direction := range []string{"received", "sent"} { // of a and b each half, but for the name in the Host of one
+		a, b := s.value("kerberos_instance_"+direction+"_bytes_total", "id=a.b~c:d-e_f"), s.value("kerberos_instance_"+direction+"_bytes_total", "service=users", "id=b")
+		if a < good/2*20 || math.Abs(a-b) > good/2*10 {
+			t.Errorf("%s by one instance %v bytes, by the other %v", direction, a, b)
 		}
 	}
 	if n := before.value("kerberos_requests_total"); n > good+bad {

@@ -427,6 +427,7 @@ func BenchmarkMetrics(b *testing.B) {
 					b.Fatal("nobody picked")
 				}
 				x.attempts, x.status = 1, 200
+				x.given, x.taken = int64(len(smallGet)), 100
 				x.noteAsked()
 				x.noteAnswered(now)
 				x.end(success, nil)

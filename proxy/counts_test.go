@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -156,6 +157,160 @@ func (g *gateway) instanceStats(service, id string) (found UpstreamStats) {
 		}
 	}
 	return found
+}
+
+// tapped counts the bytes of a connection as its owner reads and writes them.
+type tapped struct {
+	net.Conn
+	received, sent *atomic.Uint64
+}
+
+func (m tapped) Read(p []byte) (int, error) {
+	n, err := m.Conn.Read(p)
+	m.received.Add(uint64(n))
+	return n, err
+}
+
+func (m tapped) Write(p []byte) (int, error) {
+	n, err := m.Conn.Write(p)
+	m.sent.Add(uint64(n))
+	return n, err
+}
+
+// tap starts an origin that counts its bytes. It reads each request whole and gives answer the connection behind it,
+// until that reports false.
+func tap(t *testing.T, answer func(c net.Conn, r *bufio.Reader) bool) (o *origin, received, sent *atomic.Uint64) {
+	received, sent = new(atomic.Uint64), new(atomic.Uint64)
+	o = startOrigin(t, func(o *origin, c net.Conn, _ *bufio.Reader) {
+		m := tapped{c, received, sent}
+		for r := bufio.NewReader(m); ; {
+			if _, err := o.next(r); err != nil || !answer(m, r) {
+				return
+			}
+		}
+	})
+	return o, received, sent
+}
+
+// wantBytesOf waits for the instance to say what is counted of it: it knows of a Write only when that has returned.
+func wantBytesOf(t *testing.T, u UpstreamStats, received, sent *atomic.Uint64) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); u.Received != received.Load() || u.Sent != sent.Load(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%s: received %d, sent %d; itself it says %d and %d", u.ID, u.Received, u.Sent, received.Load(), sent.Load())
+		}
+	}
+}
+
+// An instance's bytes are those that it has read and written itself, however they came and went.
+func TestBytesOfInstances(t *testing.T) {
+	const get = "GET /echo HTTP/1.1\r\nHost: x\r\n\r\n"
+	text := func(response string) func(net.Conn, *bufio.Reader) bool {
+		return func(c net.Conn, _ *bufio.Reader) bool {
+			_, err := io.WriteString(c, response)
+			return err == nil
+		}
+	}
+	slowly := func(pause time.Duration, parts ...string) func(net.Conn, *bufio.Reader) bool {
+		return func(c net.Conn, _ *bufio.Reader) bool {
+			for _, part := range parts {
+				io.WriteString(c, part)
+				time.Sleep(pause)
+			}
+			return true
+		}
+	}
+	for _, row := range []struct {
+		name, request string
+		answer        func(net.Conn, *bufio.Reader) bool
+		requests      int
+	}{
+		{"small ones", get, text(ok(2)), 3},
+		{"no body", strings.Replace(get, "GET", "HEAD", 1), text(ok(2)[:len(ok(2))-2]), 1},
+		{"a POST", "POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", text(ok(2)), 2},
+		{"a POST that is held apart", "POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n" + filler(60_000), text(ok(2)), 1},
+		{"a large upload", "POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 500000\r\n\r\n" + filler(500_000), text(ok(2)), 1},
+		{"an upload in chunks", "POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" +
+			strings.Repeat("ff\r\n"+filler(255)+"\r\n", 500) + "0\r\n\r\n", text(ok(2)), 1},
+		{"one that is read whole", get, text(ok(60 << 10)), 1},
+		{"one that comes in two", get, slowly(wholeTimeout/5, "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello", "again"), 1},
+		{"one that comes slowly", get, slowly(2*wholeTimeout, "HTTP/1.1 200 OK\r\nContent-Le", "ngth: 10\r\n\r\n", "hello", "again"), 1},
+		{"a large one", get, text(ok(1 << 20)), 1},
+		{"one in chunks", get, slowly(2*wholeTimeout, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "5\r\nhello\r\n", "0\r\n\r\n"), 1},
+		{"an interim one", get, text("HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + ok(2)), 1},
+		{"one that breaks off", get, func(c net.Conn, _ *bufio.Reader) bool {
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\nhi")
+			return false
+		}, 1},
+		{"a tunnel", strings.Replace(handshake, "/ws", "/echo", 1), func(c net.Conn, r *bufio.Reader) bool {
+			io.WriteString(c, switched+"early")
+			part := make([]byte, 100_000)
+			n, _ := io.ReadFull(r, part)
+			c.Write(part[:n])
+			c.(tapped).Conn.(*net.TCPConn).CloseWrite()
+			return true
+		}, 1},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			g := startGateway(t, nil, nil)
+			o, received, sent := tap(t, row.answer)
+			g.register(t, "echo", "a", o.url())
+			for range row.requests {
+				c := g.dial(t)
+				c.send(row.request)
+				if row.name == "a tunnel" {
+					go io.WriteString(c.Conn, filler(100_000))
+				} else if err := c.Conn.(*net.TCPConn).CloseWrite(); err != nil {
+					t.Fatal(err)
+				}
+				io.Copy(io.Discard, c.r) // to the end, which may be broken
+				c.Close()
+			}
+			var u UpstreamStats
+			eventually(t, "all has ended", func() bool {
+				u = g.instanceStats("echo", "a")
+				return u.Requests[success].Times+u.Requests[failure].Times == uint64(row.requests) && u.Tunnels == 0
+			})
+			wantBytesOf(t, u, received, sent)
+			if u.Received == 0 || u.Sent == 0 || u.Retries != 0 {
+				t.Errorf("%d bytes received, %d sent, %d retries", u.Received, u.Sent, u.Retries)
+			}
+		})
+	}
+}
+
+// What an instance gets because another one has failed is a retry of its own, and each has its own bytes of the request.
+func TestRetriesOfInstances(t *testing.T) {
+	g := startGateway(t, nil, nil)
+	failing, failingReceived, failingSent := tap(t, func(net.Conn, *bufio.Reader) bool { return false })
+	fine, fineReceived, fineSent := tap(t, func(c net.Conn, _ *bufio.Reader) bool {
+		_, err := io.WriteString(c, ok(2))
+		return err == nil
+	})
+	g.register(t, "echo", "failing", failing.url())
+	g.register(t, "echo", "fine", fine.url())
+	const requests = 8
+	for range requests {
+		g.do(t, "PUT /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello").want(t, 200)
+	}
+	var a, b UpstreamStats
+	eventually(t, "all are counted", func() bool {
+		a, b = g.instanceStats("echo", "failing"), g.instanceStats("echo", "fine")
+		return b.Requests[success].Times == requests
+	})
+	failed := a.Requests[failure].Times
+	if failed == 0 || failed != uint64(len(failing.requests())) {
+		t.Errorf("%d failures of %d attempts", failed, len(failing.requests()))
+	}
+	if s := g.statsOf("echo"); a.Retries != 0 || b.Retries != failed || s.Retries != failed {
+		t.Errorf("after %d failures: %d retries at the one that fails, %d at the other, %d in all", failed, a.Retries, b.Retries, s.Retries)
+	}
+	wantBytesOf(t, a, failingReceived, failingSent)
+	wantBytesOf(t, b, fineReceived, fineSent)
+	if a.Received == 0 || a.Sent != 0 {
+		t.Errorf("the one that fails has received %d bytes and sent %d", a.Received, a.Sent)
+	}
 }
 
 // A client that leaves is counted as that, and what is no service's apart.
@@ -316,5 +471,8 @@ func TestNoMetrics(t *testing.T) {
 	eventually(t, "the attempt is counted", func() bool { return nonzero(g.instanceStats("echo", "a").Requests)["success"] == 1 })
 	if s := g.statsOf("echo"); len(nonzero(s.Requests)) > 0 || s.Whole.count() > 0 {
 		t.Errorf("%v", s.Requests)
+	}
+	if u := g.instanceStats("echo", "a"); u.Received+u.Sent > 0 {
+		t.Errorf("%d bytes received, %d sent", u.Received, u.Sent)
 	}
 }

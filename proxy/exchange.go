@@ -76,6 +76,8 @@ type exchange struct {
 	reused   bool   // the connection had served another request
 	unsent   []byte // what a loop could not write of the request
 	written  bool   // the backend may have seen something of the request
+	given    int64  // bytes to the instance: by this goroutine, or that of the upload while there is one
+	taken    int64  // and from it
 	sent     time.Time
 	back     buffer // what comes from the backend
 	backOut  []byte // the head that goes to it
@@ -220,6 +222,11 @@ func (x *exchange) end(o outcome, reason error) {
 	if o == failure {
 		u.noteError(reason.Error())
 	}
+	if x.given+x.taken > 0 && !x.p().cfg().NoMetrics {
+		n := u.pool(x.c.pool())
+		n.received.Add(uint64(x.given))
+		n.sent.Add(uint64(x.taken))
+	}
 	u.outcomes[o].Add(1)
 	u.inFlight.Add(-1)
 	if x.p().cfg().Limits.InFlightPerInstance > 0 {
@@ -359,6 +366,7 @@ func (x *exchange) send(u *upstream, asked bool) error {
 	} else {
 		if x.attempts++; x.attempts > 1 {
 			x.service.retries.Add(1)
+			u.pool(x.c.pool()).retries.Add(1)
 		}
 		err = x.attempt(u, false)
 	}
@@ -468,6 +476,7 @@ func (x *exchange) push(all int, now time.Time, write func(done int) (int, error
 		}
 		n, err := write(sent)
 		sent += n
+		x.given += int64(n)
 		if sent == all || n == 0 || !isTimeout(err) {
 			return sent, err
 		}
@@ -660,6 +669,7 @@ func (x *exchange) receive(room []byte, now, limit time.Time) (int, error) {
 		}
 		switch {
 		case n > 0:
+			x.taken += int64(n)
 			return n, nil
 		case err == nil:
 			return 0, io.ErrNoProgress
@@ -742,6 +752,7 @@ func (x *exchange) compose() error {
 		at := len(c.out)
 		n, err := x.backend.Read(c.out[at : at+int(x.resBody.left)])
 		c.out = c.out[:at+n]
+		x.taken += int64(n)
 		x.resBody.left -= int64(n)
 		done = x.resBody.left == 0
 		if n == 0 && err != nil && !done {

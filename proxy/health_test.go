@@ -4,12 +4,14 @@ import (
 	"fmt"
 	"net"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"kerberos/lb"
 	"kerberos/registry"
+	"kerberos/registry/health"
 )
 
 // checked registers an instance with a check of /health every 500 ms.
@@ -47,6 +49,72 @@ func startSick(t testing.TB, isSick bool) *sick {
 }
 
 func (g *gateway) reason(id string) string { return g.DescribeInstance("echo", id).Reason }
+
+// After a restart instances are not all checked at once: those that accept connections serve, and have their turn within an interval.
+// One that accepts none does not serve from the start on, and its checks say so at once too, however long they are apart.
+func TestRestoredAreCheckedInTheirTurn(t *testing.T) {
+	t.Parallel()
+	const n, interval, parts = 100, 2 * time.Second, 10
+	var mu sync.Mutex
+	var checks []time.Time
+	here := startActor(t, func(c net.Conn, m *message) bool {
+		if strings.HasPrefix(m.head, "GET /health ") {
+			mu.Lock()
+			checks = append(checks, time.Now())
+			mu.Unlock()
+		}
+		return answers(200)(c, m)
+	})
+	dir := t.TempDir()
+	open := func() *registry.Registry {
+		reg, err := registry.Open(registry.Config{}, dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(reg.Close)
+		return reg
+	}
+	reg := open()
+	var all sync.WaitGroup
+	put := func(id, addr string, interval time.Duration) {
+		all.Go(func() {
+			if err := reg.Register("echo", registry.Instance{ID: id, Addr: addr, Check: &registry.Check{Path: "/health", Interval: interval}}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	for i := range n {
+		put(fmt.Sprint("here-", i), here.url(), interval)
+	}
+	put("away", refusedAddr(t), time.Hour)
+	all.Wait()
+	reg.Close()
+
+	reg = open()
+	began := time.Now()
+	g := startGateway(t, func(cfg *Config) { cfg.Registry = reg }, nil)
+	if ready, why := g.service("echo").view.Load().ready, g.reason("away"); ready != n || why != "unreachable" {
+		t.Errorf("at the start %d are ready, and the one that is away is %q", ready, why)
+	}
+	g.do(t, smallGet).want(t, 200)
+	eventually(t, "the checks of the one that is away fail", func() bool { return g.DescribeInstance("echo", "away").Health.State == string(health.Down) })
+	eventually(t, "each of the others has had its check", func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return len(checks) >= n
+	})
+	mu.Lock()
+	defer mu.Unlock()
+	var in [parts]int
+	for _, at := range checks[:n] { // nobody has a second one before
+		in[min(int(at.Sub(began)/(interval/parts)), parts-1)]++
+	}
+	for part, got := range in {
+		if got > 4*n/parts {
+			t.Errorf("%d checks in part %d of the interval: more than four times the share; %v", got, part, in)
+		}
+	}
+}
 
 // None, one and all of the instances fail their checks: the others carry all, and without others it is as if nobody were there.
 func TestChecksDecide(t *testing.T) {

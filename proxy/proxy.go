@@ -81,7 +81,7 @@ type Config struct {
 
 	Loops int // GOMAXPROCS: how many goroutines serve what needs no waiting; each has its own connections to instances
 
-	NoMetrics bool         // requests are neither counted by service nor timed
+	NoMetrics bool         // requests are neither counted by service nor timed, and their bytes are not
 	Log       *slog.Logger // nil: slog.Default()
 
 	AccessLog  func(*Record) // nil: none; it is told of each request that has ended, and must not wait
@@ -414,7 +414,7 @@ func (x *exchange) admit(u *upstream) bool {
 	}
 	x.asked.add(u)
 	x.upstream, x.token, x.running, x.settled, x.covered = u, token, true, false, false
-	x.res.status = 0
+	x.res.status, x.given, x.taken = 0, 0, 0
 	if x.trace.spans != nil {
 		x.trace.spans.beginAttempt(u)
 	}

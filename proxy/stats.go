@@ -202,6 +202,9 @@ func (s *total) histogram() Histogram {
 type UpstreamStats struct {
 	ID          string
 	Requests    []Count // attempts that have ended, by what they say of it: success, failure, ignored
+	Received    uint64  // bytes of requests that went to it, health checks aside
+	Sent        uint64  // and of responses that came from it
+	Retries     uint64  // attempts at it beyond the first of a request
 	InFlight    int64   // requests
 	Tunnels     int64   // open now
 	Ready       bool
@@ -234,6 +237,13 @@ func (u *upstream) stats() UpstreamStats {
 	out := UpstreamStats{
 		ID: u.id, InFlight: u.inFlight.Load(), Tunnels: u.tunnels.Load(),
 		Requests: []Count{{"success", u.outcomes[success].Load()}, {"failure", u.outcomes[failure].Load()}, {"ignored", u.outcomes[ignored].Load()}},
+	}
+	for i := range u.pools {
+		if n := u.pools[i].Load(); n != nil {
+			out.Received += n.received.Load()
+			out.Sent += n.sent.Load()
+			out.Retries += n.retries.Load()
+		}
 	}
 	out.Ready, _ = u.ready()
 	if w := u.health.Load(); w != nil {

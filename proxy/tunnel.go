@@ -49,10 +49,10 @@ type flow struct {
 	over     bool  // nothing can be written to from any more
 	ended    bool  // from has ended and to was told, or to takes nothing any more
 	waiting  []byte
-	pipe     *loop.Pipe // nil unless from brings more than fits into a buffer
-	piped    int        // bytes in it
-	total    int64      // what to was given
-	counter  *atomic.Uint64
+	pipe     *loop.Pipe        // nil unless from brings more than fits into a buffer
+	piped    int               // bytes in it
+	total    int64             // what to was given
+	counters [2]*atomic.Uint64 // of the service, of the instance
 }
 
 // asksTunnel says that the request asks for an Upgrade that is allowed, or is a CONNECT. Any other Upgrade is ignored, RFC
@@ -155,9 +155,10 @@ func (x *exchange) openTunnel() {
 	t := &tunnel{c: c, upstream: x.upstream, backend: x.backend}
 	t.up = flow{t: t, from: c.sock, to: x.backend.sock, back: &t.down, waiting: slices.Clone(c.in.waiting())}
 	t.down = flow{t: t, from: x.backend.sock, to: c.sock, back: &t.up, waiting: append(slices.Clone(c.out), x.back.waiting()...)}
-	t.down.total = -int64(len(c.out)) // the head does not count
-	n := x.service.counted(c.pool())
-	t.up.counter, t.down.counter = &n.received, &n.sent
+	t.down.total = -int64(len(c.out))       // the head does not count
+	x.taken -= int64(len(x.back.waiting())) // it has come through the tunnel
+	n, at := x.service.counted(c.pool()), x.upstream.pool(c.pool())
+	t.up.counters, t.down.counters = [2]*atomic.Uint64{&n.received, &at.received}, [2]*atomic.Uint64{&n.sent, &at.sent}
 	took := x.times()
 	c.count(took)
 	t.upstream.tunnels.Add(1)
@@ -316,8 +317,10 @@ func (f *flow) pump() {
 
 // gave notes that to was given so many bytes. They are counted as they go: a tunnel may last for days.
 func (f *flow) gave(n int) {
+	before := max(f.total, 0)
 	f.total += int64(n)
-	f.counter.Add(uint64(n))
+	f.counters[0].Add(uint64(n))
+	f.counters[1].Add(uint64(max(f.total, 0) - before)) // the head was counted as it came
 }
 
 // flush writes what waits, as much as to takes.

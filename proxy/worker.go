@@ -392,7 +392,7 @@ func (c *conn) put() bool {
 		b.failed = err
 	}
 	x.noteAsked()
-	x.written = n > 0
+	x.written, x.given = n > 0, int64(max(n, 0))
 	if n < len(out) {
 		x.unsent = append([]byte(nil), out[max(n, 0):]...)
 	}
@@ -412,7 +412,7 @@ func (c *conn) connected(e loop.Events) {
 	}
 	x.sent = c.worker.loop.Now()
 	n, _ := b.sock.TryWrite(x.unsent)
-	x.written = n > 0
+	x.written, x.given = n > 0, int64(max(n, 0))
 	if n < len(x.unsent) {
 		x.unsent = x.unsent[max(n, 0):]
 		c.slow(stageAsked)
@@ -494,6 +494,7 @@ func (c *conn) answered(e loop.Events) {
 			break
 		}
 	}
+	x.taken += int64(got)
 	data := room[:got]
 	var out []byte
 	rest, ok := 0, false // what follows the answer

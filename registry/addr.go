@@ -328,6 +328,9 @@ func (r *Registry) CheckAddr(in *Instance, ap netip.AddrPort) error {
 	return r.addrs.Load().checkFor(in, ap)
 }
 
+// errOutside is why an instance is refused to one caller that would be taken from another.
+var errOutside = errors.New("none of the networks of who registers it")
+
 // checkFor is Check, and then the networks of who registered the instance.
 func (p *AddrPolicy) checkFor(in *Instance, ap netip.AddrPort) error {
 	if err := p.Check(ap, in.remote); err != nil || len(in.networks) == 0 {
@@ -336,7 +339,7 @@ func (p *AddrPolicy) checkFor(in *Instance, ap netip.AddrPort) error {
 	ip := ap.Addr().Unmap().WithZone("")
 	inner := embedded(ip)
 	if !slices.ContainsFunc(in.networks, func(n netip.Prefix) bool { return contains(n, ip) || contains(n, inner) }) {
-		return fmt.Errorf("%s is in none of the networks of who registers it", ip)
+		return fmt.Errorf("%s is in %w", ip, errOutside)
 	}
 	return nil
 }

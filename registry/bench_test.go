@@ -1,9 +1,11 @@
 package registry
 
 import (
+	"cmp"
 	"fmt"
 	"strconv"
 	"testing"
+	"time"
 
 	"github.com/valyala/fasthttp"
 )
@@ -128,6 +130,64 @@ func BenchmarkGetServices(b *testing.B) {
 			}
 			b.ReportMetric(float64(len(ctx.Response.Body())), "B/body")
 		})
+	}
+}
+
+// Leases cost what changes, not what there is: a tick at which none ends, one at which one does (which has to be registered first;
+// expire/op is without that), and a renewal. Only where one has ended are the others of its service looked at, once a tick, to find
+// out whether it is doubted: "in one" is that at its worst.
+func BenchmarkLeases(b *testing.B) {
+	for _, spread := range []struct {
+		name string
+		each int // instances of a service; 0: all
+	}{{"services of 10", 10}, {"in one", 0}} {
+		for _, n := range []int{100, 10_000, 100_000} {
+			each := cmp.Or(spread.each, n)
+			r := New(Config{})
+			b.Cleanup(r.Close)
+			type name struct{ service, id string }
+			names := make([]name, n)
+			for i := range names {
+				names[i] = name{"service-" + strconv.Itoa(i/each), "instance-" + strconv.Itoa(i%each)}
+				lend(b, r, names[i].service, names[i].id, MaxTTL)
+			}
+			bench := func(what string, f func(b *testing.B)) {
+				b.Run(fmt.Sprintf("%s/%s/leases=%d", what, spread.name, n), func(b *testing.B) {
+					b.ReportAllocs()
+					f(b)
+				})
+			}
+			bench("none ends", func(b *testing.B) {
+				for b.Loop() {
+					if due, left := r.expire(r.now()); due || !left {
+						b.Fatal("something has ended")
+					}
+				}
+			})
+			bench("one ends", func(b *testing.B) {
+				var took time.Duration
+				lost, i := r.lost, 0
+				for b.Loop() {
+					lend(b, r, names[i*7919%n].service, "z", MinTTL)
+					i++
+					began := time.Now()
+					r.expire(r.now() + int64(MinTTL))
+					took += time.Since(began)
+				}
+				if r.lost != lost+uint64(i) {
+					b.Fatalf("%d have ended of %d", r.lost-lost, i)
+				}
+				b.ReportMetric(float64(took)/float64(i), "ns-expire/op")
+			})
+			bench("renew", func(b *testing.B) {
+				for i := 0; b.Loop(); i++ {
+					at := &names[i*7919%n]
+					if err := r.Renew(at.service, at.id, ""); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
 	}
 }
 

@@ -64,6 +64,17 @@ func permit(ctx *fasthttp.RequestCtx, right Right, service string) error {
 	return &refusal{fasthttp.StatusForbidden, "service", fmt.Sprintf("%s has no right to %s service %s: %s", c.Name(), right, clip(service), help)}
 }
 
+type outsideKey struct{}
+
+// Outside tells of a call that the handler has refused whether it was for Caller.Networks: which instance (service/id) was to be
+// at which addr outside them. Otherwise both are empty.
+func Outside(ctx *fasthttp.RequestCtx) (instance, addr string) {
+	if out, ok := ctx.UserValue(outsideKey{}).(*outsideError); ok {
+		return out.instance, out.addr
+	}
+	return "", ""
+}
+
 // audit notes a change that a call has made.
 func (a *api) audit(ctx *fasthttp.RequestCtx, action, service, id string, what ...slog.Attr) {
 	attrs := append(make([]slog.Attr, 0, 12), slog.String("action", action), slog.String("instance", service+"/"+id),

@@ -552,6 +552,10 @@ func answer(call func(*fasthttp.RequestCtx) error, params ...string) fasthttp.Re
 		}
 		var bad *FieldError
 		var no *refusal
+		var out *outsideError
+		if errors.As(err, &out) {
+			ctx.SetUserValue(outsideKey{}, out)
+		}
 		switch {
 		case err == nil:
 		case errors.As(err, &bad):

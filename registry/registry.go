@@ -38,6 +38,14 @@ type FieldError struct {
 
 func (e *FieldError) Error() string { return e.Field + ": " + e.Detail }
 
+// outsideError refuses an instance for the networks of who registers it.
+type outsideError struct {
+	*FieldError
+	instance, addr string
+}
+
+func (e *outsideError) Unwrap() error { return e.FieldError }
+
 // Config is what a registry refuses. The zero value refuses no service name that is well formed, and the addresses that
 // the zero AddrPolicy refuses.
 type Config struct {
@@ -382,7 +390,11 @@ func (r *Registry) allow(service string, in *Instance) error {
 		return &FieldError{"service", fmt.Sprintf("%s is reserved: the API answers at /%[1]s; choose another name", service)}
 	}
 	if err := r.addrs.Load().checkTarget(in.target, in); err != nil {
-		return &FieldError{"addr", err.Error()}
+		bad := &FieldError{"addr", err.Error()}
+		if errors.Is(err, errOutside) {
+			return &outsideError{bad, service + "/" + in.ID, in.Addr}
+		}
+		return bad
 	}
 	return nil
 }

@@ -142,8 +142,11 @@ func (r *Rule) Wrap(next fasthttp.RequestHandler) fasthttp.RequestHandler {
 		caller, no := r.admit(ctx)
 		if no == nil {
 			registry.SetCaller(ctx, caller)
-			if next(ctx); ctx.Response.StatusCode() == fasthttp.StatusForbidden {
+			next(ctx)
+			if ctx.Response.StatusCode() == fasthttp.StatusForbidden {
 				r.notes.refused(ctx, caller.Name(), "its rights do not cover the call")
+			} else if instance, addr := registry.Outside(ctx); instance != "" {
+				r.notes.refused(ctx, caller.Name(), "its networks do not cover the addr", slog.String("instance", instance), slog.String("addr", clip([]byte(addr))))
 			}
 			return
 		}

@@ -52,14 +52,14 @@ func (n *notes) skip() {
 	n.mu.Unlock()
 }
 
-// refused notes a call that was refused: by whom, if that is known, from where, and why. A query, which could be a secret, is not
-// noted.
-func (n *notes) refused(ctx *fasthttp.RequestCtx, by, why string) {
+// refused notes a call that was refused: by whom, if that is known, from where, why, and what it was about, if more is known of
+// that. A query, which could be a secret, is not noted.
+func (n *notes) refused(ctx *fasthttp.RequestCtx, by, why string, what ...slog.Attr) {
 	attrs := []slog.Attr{slog.String("peer", ctx.RemoteAddr().String()), slog.String("call", clip(ctx.Method())+" "+clip(path(ctx))), slog.String("reason", why)}
 	if by != "" {
 		attrs = append([]slog.Attr{slog.String("by", by)}, attrs...)
 	}
-	n.write("API call refused", attrs...)
+	n.write("API call refused", append(attrs, what...)...)
 }
 
 func (n *notes) write(message string, attrs ...slog.Attr) {

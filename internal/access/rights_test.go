@@ -405,20 +405,56 @@ func TestHoldWithoutRight(t *testing.T) {
 	})
 }
 
-// Networks of an entry are those of what it registers.
+// Networks of an entry are those of what it registers. What they refuse is logged: who tried it, from where, and what.
 func TestEntryNetworks(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "tokens.yaml")
 	file(t, path, "- {name: a, token: token-token-token-a, register: [mine], networks: [10.0.0.0/8]}\n- {name: b, token: token-token-token-b, admin: true}\n")
 	g := guard(t, Config{Tokens: path}, nil)
+	const outside = "http://11.1.2.3"
+	lines := 0
 	for _, row := range []struct {
-		name, addr string
-		status     int
-	}{{"a", "http://10.1.2.3", 204}, {"a", "http://11.1.2.3", 400}, {"b", "http://11.1.2.3", 204}} {
-		status, text, _ := g.ask(nil, token(row.name), "PUT", "/services/mine/a", `{"addr":"`+row.addr+`"}`)
-		if status != row.status || status == 400 && !strings.Contains(text, "in none of the networks of who registers it") {
-			t.Errorf("%s, %s: %d %s", row.name, row.addr, status, text)
+		name, method, target, body string
+		status                     int
+	}{
+		{"a", "PUT", "/services/mine/a", `{"addr":"http://10.1.2.3"}`, 204},
+		{"a", "PUT", "/services/mine/a", `{"addr":"` + outside + `"}`, 400},
+		{"a", "POST", "/register", `{"service":"mine","id":"a","addr":"` + outside + `"}`, 400},
+		{"a", "POST", "/register?hold", `{"service":"mine","id":"a","addr":"` + outside + `"}`, 400},
+		{"b", "PUT", "/services/mine/a", `{"addr":"` + outside + `"}`, 204},
+		{"b", "PUT", "/services/mine/a", `{"addr":"http://169.254.1.1"}`, 400}, // to everybody
+		{"a", "PUT", "/services/mine/a", `{"addr":"nowhere"}`, 400},
+	} {
+		what := row.name + ": " + row.method + " " + row.target + " " + row.body
+		status, text, _ := g.ask(nil, token(row.name), row.method, row.target, row.body)
+		refused := row.name == "a" && strings.Contains(row.body, outside)
+		if status != row.status || strings.Contains(text, "in none of the networks of who registers it") != refused {
+			t.Errorf("%s: %d %s", what, status, text)
+		}
+		if refused {
+			lines++
+			call, _, _ := strings.Cut(row.method+" "+row.target, "?")
+			line := `"level":"WARN","msg":"API call refused","by":"token a","peer":"127\.0\.0\.1:\d+","call":"` + call +
+				`","reason":"its networks do not cover the addr","instance":"mine/a","addr":"` + outside + `"}`
+			if found := regexp.MustCompile(line).FindAllString(g.log.String(), -1); len(found) == 0 {
+				t.Errorf("%s: no line such as %s in\n%s", what, line, g.log)
+			}
+		}
+		if n := strings.Count(g.log.String(), "API call refused"); n != lines {
+			t.Fatalf("%s: %d lines, want %d", what, n, lines)
 		}
 	}
+
+	// Nobody can fill a disk with them.
+	for range 50 {
+		g.ask(nil, token("a"), "PUT", "/services/mine/a", `{"addr":"`+outside+`"}`)
+	}
+	if n := strings.Count(g.log.String(), "API call refused"); n > 40 {
+		t.Errorf("%d lines", n)
+	}
+	eventually(t, "the log says that there were more", func() bool {
+		g.ask(nil, token("a"), "PUT", "/services/mine/a", `{"addr":"`+outside+`"}`)
+		return strings.Contains(g.log.String(), `"addr":"`+outside+`","more":`)
+	})
 }
 
 // Failed attempts are held up, those of one address at a time; one that does not fail is not. The log has the first of them, and

@@ -65,6 +65,9 @@ func (f families) instances(s *proxy.ServiceStats) {
 		for _, n := range u.Requests {
 			f.add(instanceRequests, float64(n.Times), with(names, "outcome", n.What))
 		}
+		f.add(instanceReceived, float64(u.Received), names)
+		f.add(instanceSent, float64(u.Sent), names)
+		f.add(instanceRetries, float64(u.Retries), names)
 		f.add(inFlight, float64(u.InFlight), names)
 		f.add(tunnels, float64(u.Tunnels), names)
 		f.add(instanceReady, flag(u.Ready), names)

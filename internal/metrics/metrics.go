@@ -138,6 +138,9 @@ var (
 // The metrics of an instance.
 var (
 	instanceRequests = counter("instance_requests_total", "Attempts that have ended, by what they say of the instance; ignored is nobody's or the client's fault.")
+	instanceReceived = counter("instance_received_bytes_total", "Heads and bodies of requests that went to the instance, each attempt's, and what went through tunnels to it.")
+	instanceSent     = counter("instance_sent_bytes_total", "Heads and bodies of responses that came from the instance, and what came through tunnels from it.")
+	instanceRetries  = counter("instance_retries_total", "Attempts at the instance beyond the first of a request: what it got because others had failed. Those are the outcome failure of instance_requests_total.")
 	inFlight         = gauge("instance_requests_in_flight", "Requests at the instance now.")
 	tunnels          = gauge("instance_tunnels", "Upgraded connections to the instance.")
 	instanceReady    = gauge("instance_ready", "Whether requests may go to the instance.")

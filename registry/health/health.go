@@ -39,7 +39,7 @@ type Instance struct {
 	Target  registry.Target            // which path and Host to ask for
 	TLS     *tls.Config                // nil: plain TCP
 	Up      bool                       // it is taken to be up until checks say otherwise; else it is unknown until the first one has ended
-	Recent  bool                       // it was up not long ago, and is taken to be until the first check, whose word is enough
+	Recent  bool                       // it was up not long ago, and is taken to be until the first check, in its turn, whose word is enough
 	Addrs   func() []netip.AddrPort    // where it is now, in the order to try them; none: it is not checked until there is one (see Soon)
 	Allowed func(netip.AddrPort) error // judges each address a moment before it is dialled
 	Changed func(Status)               // is told each change of State, on the goroutine of all checks: it must not wait
@@ -146,7 +146,8 @@ func (c *Checker) Close() {
 }
 
 // Watch begins to check an instance, at once if it can: later checks are at a random time of its interval, so that those who came
-// together do not stay together. After Close nothing is checked.
+// together do not stay together. One that is Recent has its first check at such a time too: all that there are come together then,
+// and none waits for it. After Close nothing is checked.
 func (c *Checker) Watch(in Instance) *Watch {
 	w := &Watch{Instance: in, checker: c, class: untested, place: -1, been: in.Up}
 	if !in.Check.TCP {
@@ -168,7 +169,11 @@ func (c *Checker) Watch(in Instance) *Watch {
 		c.sockets = newSockets(c)
 		c.ended.Go(c.run)
 	}
-	w.due, w.phase = now, now
+	w.phase = now
+	if in.Recent {
+		w.phase = now.Add(rand.N(in.Check.Interval))
+	}
+	w.due = w.phase
 	c.push(w, untested)
 	c.wake()
 	return w
@@ -197,13 +202,13 @@ func (w *Watch) Stop() {
 }
 
 // Soon has the next check come at once: there may be an address now. One that is under way may have found none a moment before; any
-// other has the last word.
+// other has the last word. The first one of a Recent instance still waits for its turn.
 func (w *Watch) Soon() {
 	c := w.checker
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
-	case w.over || w.place < 0:
+	case w.over || w.place < 0, w.Recent && w.class != running:
 	case w.class == running:
 		w.soon = true
 	default:
@@ -496,7 +501,8 @@ func (c *Checker) finish(w *Watch, err error) {
 // plan says when the next check is due. Usually it is one interval after the last one was; the second, and one that is far
 // behind, are at random so that those who are together do not stay it.
 func (w *Watch) plan(now time.Time) {
-	first := w.checked.Load() == 0
+	first := w.checked.Load() == 0 && !w.Recent
+	w.Recent = false // it has had its turn
 	w.phase = w.phase.Add(w.Check.Interval)
 	if first || w.phase.Before(now) {
 		w.phase = now.Add(rand.N(w.Check.Interval))

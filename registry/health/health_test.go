@@ -549,6 +549,50 @@ func TestSpread(t *testing.T) {
 	})
 }
 
+// Those that were up not long ago come all together too, and have their first checks spread over the interval, also where an address
+// comes a moment later. They are up meanwhile, and none is checked a second time before all were once.
+func TestRecentAreSpread(t *testing.T) {
+	both(t, func(t *testing.T, c *Checker) {
+		const n, interval, parts = 200, 2 * time.Second, 10
+		var mu sync.Mutex
+		var times []time.Time
+		b := startBackend(t, answer(func(int) string {
+			mu.Lock()
+			times = append(times, time.Now())
+			mu.Unlock()
+			return ok
+		}))
+		began := time.Now()
+		for i := range n {
+			in := instance(t, b.addr, registry.Check{Path: "/", Interval: interval})
+			in.Recent = true
+			w := c.Watch(in)
+			if i%2 == 0 {
+				w.Soon()
+			}
+			if s := w.Status(); s.State != Up {
+				t.Fatalf("%+v", s)
+			}
+		}
+		eventually(t, "the first checks", func() bool {
+			mu.Lock()
+			defer mu.Unlock()
+			return len(times) >= n
+		})
+		mu.Lock()
+		defer mu.Unlock()
+		var in [parts]int
+		for _, at := range times[:n] {
+			in[min(int(at.Sub(began)/(interval/parts)), parts-1)]++ // the last ones may be late
+		}
+		for part, got := range in {
+			if got > 4*n/parts {
+				t.Errorf("%d first checks in part %d of the interval: more than four times the share; %v", got, part, in)
+			}
+		}
+	})
+}
+
 // Those that hang do not keep the others from being checked, and so many hold no more connections than they may.
 func TestHangingOnes(t *testing.T) {
 	both(t, func(t *testing.T, c *Checker) {
