@@ -153,7 +153,7 @@ type Gate struct {
 	cfg      atomic.Pointer[Config]
 	onChange func(from, to State, reason error) // or nil
 
-	mu      sync.Mutex // guards what follows; never held while onChange runs
+	mu      sync.Mutex                                 // guards what follows; never held while onChange runs
 	slow    *gobreaker.TwoStepCircuitBreaker[struct{}] // nil until the gate first opens: then there is something to remember
 	since   time.Time
 	until   time.Time

@@ -50,11 +50,11 @@ func startSick(t testing.TB, isSick bool) *sick {
 
 func (g *gateway) reason(id string) string { return g.DescribeInstance("echo", id).Reason }
 
-// After a restart instances are not all checked at once: those that accept connections serve, and have their turn within an interval.
+// After a restart instances are not all checked at once: those that accept connections serve, and have their turn within 2 s.
 // One that accepts none does not serve from the start on, and its checks say so at once too, however long they are apart.
 func TestRestoredAreCheckedInTheirTurn(t *testing.T) {
 	t.Parallel()
-	const n, interval, parts = 100, 2 * time.Second, 10
+	const n, turn, parts = 100, 2 * time.Second, 10
 	var mu sync.Mutex
 	var checks []time.Time
 	here := startActor(t, func(c net.Conn, m *message) bool {
@@ -84,7 +84,7 @@ func TestRestoredAreCheckedInTheirTurn(t *testing.T) {
 		})
 	}
 	for i := range n {
-		put(fmt.Sprint("here-", i), here.url(), interval)
+		put(fmt.Sprint("here-", i), here.url(), time.Hour)
 	}
 	put("away", refusedAddr(t), time.Hour)
 	all.Wait()
@@ -107,11 +107,11 @@ func TestRestoredAreCheckedInTheirTurn(t *testing.T) {
 	defer mu.Unlock()
 	var in [parts]int
 	for _, at := range checks[:n] { // nobody has a second one before
-		in[min(int(at.Sub(began)/(interval/parts)), parts-1)]++
+		in[min(int(at.Sub(began)/(turn/parts)), parts-1)]++
 	}
 	for part, got := range in {
 		if got > 4*n/parts {
-			t.Errorf("%d checks in part %d of the interval: more than four times the share; %v", got, part, in)
+			t.Errorf("%d checks in part %d of the time: more than four times the share; %v", got, part, in)
 		}
 	}
 }

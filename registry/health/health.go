@@ -31,6 +31,8 @@ const (
 	tick  = 50 * time.Millisecond
 	eager = 2 * time.Millisecond // in the place of tick while a new instance waits for its first check
 	turn  = 64                   // checks that start before answers are looked at again
+
+	recentTurn = 2 * time.Second // those that are up since before a restart have their first checks within it
 )
 
 // Instance is what is checked, and where.
@@ -146,8 +148,8 @@ func (c *Checker) Close() {
 }
 
 // Watch begins to check an instance, at once if it can: later checks are at a random time of its interval, so that those who came
-// together do not stay together. One that is Recent has its first check at such a time too: all that there are come together then,
-// and none waits for it. After Close nothing is checked.
+// together do not stay together. One that is Recent has its first check within recentTurn: all that there are come together, and none
+// waits for it. After Close nothing is checked.
 func (c *Checker) Watch(in Instance) *Watch {
 	w := &Watch{Instance: in, checker: c, class: untested, place: -1, been: in.Up}
 	if !in.Check.TCP {
@@ -171,7 +173,7 @@ func (c *Checker) Watch(in Instance) *Watch {
 	}
 	w.phase = now
 	if in.Recent {
-		w.phase = now.Add(rand.N(in.Check.Interval))
+		w.phase = now.Add(rand.N(min(in.Check.Interval, recentTurn)))
 	}
 	w.due = w.phase
 	c.push(w, untested)
@@ -501,7 +503,7 @@ func (c *Checker) finish(w *Watch, err error) {
 // plan says when the next check is due. Usually it is one interval after the last one was; the second, and one that is far
 // behind, are at random so that those who are together do not stay it.
 func (w *Watch) plan(now time.Time) {
-	first := w.checked.Load() == 0 && !w.Recent
+	first := w.checked.Load() == 0
 	w.Recent = false // it has had its turn
 	w.phase = w.phase.Add(w.Check.Interval)
 	if first || w.phase.Before(now) {
