@@ -423,7 +423,8 @@ func openFiles(t *testing.T, pid int) int {
 }
 
 // A clock that is set must not end a request or keep it: times are compared by their monotonic part, which every time.Now
-// has. What drops it may only be for people to read. No test can set the clock of the machine, so this looks at the code.
+// has. What drops it may only be for people to read. TestClockSteps sets a clock, where there is a machine to do so with; this
+// looks at the code, all of it.
 func TestTimesAreMonotonic(t *testing.T) {
 	drops := map[string]bool{} // methods that give a time without it, or a number; and functions of package time
 	for _, name := range strings.Fields("Unix UnixNano UnixMilli UnixMicro UTC Local In AddDate") {
