@@ -17,6 +17,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -31,6 +32,7 @@ const (
 	tick  = 50 * time.Millisecond
 	eager = 2 * time.Millisecond // in the place of tick while a new instance waits for its first check
 	turn  = 64                   // checks that start before answers are looked at again
+	few   = 4                    // that are begun or ended before requests have their turn
 
 	recentTurn = 2 * time.Second // those that are up since before a restart have their first checks within it
 )
@@ -289,8 +291,9 @@ func (c *Checker) run() {
 		}
 		for {
 			batch = c.next(batch[:0], every)
-			for _, w := range batch {
+			for i, w := range batch {
 				c.start(w)
+				giveWay(i)
 			}
 			c.sockets.poll()
 			if len(batch) < turn {
@@ -309,6 +312,14 @@ func (c *Checker) run() {
 		case <-c.awake:
 		case <-c.ctx.Done():
 		}
+	}
+}
+
+// giveWay lets requests have the CPU after each of a few checks, of which i have just been begun or ended: a turn of them takes
+// milliseconds.
+func giveWay(i int) {
+	if i%few == few-1 {
+		runtime.Gosched()
 	}
 }
 
