@@ -34,6 +34,9 @@ func TestMain(m *testing.M) {
 	if os.Getenv(asBulk) != "" {
 		os.Exit(serveBulk())
 	}
+	if text := os.Getenv(asSlow); text != "" {
+		os.Exit(serveSlow(text))
+	}
 	var err error
 	if binary, err = os.Executable(); err != nil {
 		fmt.Fprintln(os.Stderr, err)

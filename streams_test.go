@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -555,6 +556,83 @@ func kernelTCP(t *testing.T) (memory, orphans int) {
 	return pages * os.Getpagesize(), orphans
 }
 
+// asSlow has this program run as so many slow clients.
+const asSlow = "TEST_SLOW"
+
+// slowClients are clients that send a request at once, in part, and then take their time.
+type slowClients struct {
+	Addr, Request string
+	Drips         bool // each sends on, a byte in two seconds
+	N             int
+}
+
+// apart starts them in a process of their own, so that others wait for the gateway and not for their test, and returns that
+// process when all have connected.
+func (s slowClients) apart(t *testing.T) *child {
+	t.Helper()
+	text, err := json.Marshal(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(binary)
+	cmd.Env = append(os.Environ(), asSlow+"="+string(text))
+	p := beginCommand(t, cmd)
+	for !strings.HasSuffix(p.stdout.String(), "connected\n") {
+		select {
+		case <-p.ended:
+			t.Fatalf("the slow clients have not all connected: %s", p.stdout.String())
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	return p
+}
+
+// serveSlow is what that program does, until it is killed.
+func serveSlow(text string) int {
+	var s slowClients
+	if err := json.Unmarshal([]byte(text), &s); err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	conns := make([]net.Conn, s.N)
+	// What the kernel remembers of an address makes its buffers larger (ip tcp_metrics: 2 MiB where it has seen segments
+	// out of order), so theirs is one of which it knows nothing.
+	own := net.IPv4(127, byte(1+rand.IntN(250)), byte(rand.IntN(250)), 1)
+	dialer := &net.Dialer{Control: keepsLittle, LocalAddr: &net.TCPAddr{IP: own}}
+	var opening sync.WaitGroup
+	var failed atomic.Pointer[error]
+	for part := range slices.Chunk(conns, s.N/8) {
+		opening.Go(func() {
+			for i := range part {
+				conn, err := dialer.Dial("tcp", s.Addr)
+				if err == nil {
+					part[i] = conn
+					_, err = io.WriteString(conn, s.Request)
+				}
+				if err != nil {
+					failed.Store(&err)
+					return
+				}
+			}
+		})
+	}
+	opening.Wait()
+	if err := failed.Load(); err != nil {
+		fmt.Println(*err)
+		return 1
+	}
+	fmt.Println("connected")
+	for n := 0; ; {
+		time.Sleep(20 * time.Millisecond)
+		for range s.N / 100 {
+			if s.Drips {
+				_, _ = conns[n%s.N].Write([]byte("x")) // fails once it is closed
+			}
+			n++
+		}
+	}
+}
+
 // Thousands of clients that are slow on purpose cost the others nothing that these notice, and are gone when their time is up.
 func TestSlowClients(t *testing.T) {
 	heavy(t)
@@ -568,7 +646,7 @@ func TestSlowClients(t *testing.T) {
 	}
 	for _, row := range []struct {
 		name, request string
-		drips         bool // sends on, a byte a second
+		drips         bool // sends on
 		sent          int  // 1 if it gets to the backend, on a connection of its own
 	}{
 		{"heads", "GET /held/ HTTP/1.1\r\nHost: a\r\nX-A: ", true, 0},
@@ -588,7 +666,6 @@ func TestSlowClients(t *testing.T) {
 			g := launch(t, nil, "--client-head-timeout", "5s", "--client-body-timeout", "5s", "--client-write-timeout", "12s",
 				"--client-idle-timeout", "8s", "--connect-timeout", "20s", "--breaker-failures", "100000")
 			pid := g.cmd.Process.Pid
-			// What is slow has a process of its own, so that the others wait for the gateway and not for their test.
 			g.register("held", "a", "http://"+bulkApart(t))
 			g.register("echo", "a", named(t, "a"))
 			g.get("/none") // the first request starts what stays
@@ -599,61 +676,24 @@ func TestSlowClients(t *testing.T) {
 			answered := l.answered.Load()
 			kernelBefore, orphansBefore := kernelTCP(t)
 
-			conns := make([]net.Conn, slow)
-			// What the kernel remembers of an address makes its buffers larger (ip tcp_metrics: 2 MiB where it has seen segments
-			// out of order), so theirs is one of which it knows nothing.
-			own := net.IPv4(127, byte(1+rand.IntN(250)), byte(rand.IntN(250)), 1)
-			dialer := &net.Dialer{Control: keepsLittle, LocalAddr: &net.TCPAddr{IP: own}}
-			var opening sync.WaitGroup
-			for part := range slices.Chunk(conns, slow/8) {
-				opening.Go(func() {
-					for i := range part {
-						conn, err := dialer.Dial("tcp", g.data)
-						if err != nil {
-							t.Error(err)
-							return
-						}
-						part[i] = conn
-						if _, err := io.WriteString(conn, row.request); err != nil {
-							t.Error(err)
-						}
-					}
-				})
-			}
-			opening.Wait()
-			defer func() {
-				for _, conn := range conns {
-					if conn != nil {
-						conn.Close()
-					}
-				}
-			}()
-			if t.Failed() {
-				return
-			}
+			those := slowClients{Request: row.request, Drips: row.drips, N: slow}
+			those.Addr = bulkApart(t)
+			elsewhere := those.apart(t) // what it costs others that so many connect to anything on this machine
+			l.more(t, rate/2)
+			floor := l.p99(1 + int(l.answered.Load()-answered))
+			elsewhere.signal(syscall.SIGKILL)
+			elsewhere.wait()
+			l.more(t, rate*seconds)
+
+			answered = l.answered.Load()
+			those.Addr = g.data
+			client := those.apart(t)
 			began := time.Now()
 			there := func() int { return (openFiles(t, pid) - open) / (1 + row.sent) }
 			for there() < slow-clients { // so many connections of the load's may have been idle, and gone
 				if time.Sleep(50 * time.Millisecond); time.Since(began) > 20*time.Second {
 					t.Fatalf("%d are there", there())
 				}
-			}
-			over := make(chan struct{})
-			var dripping sync.WaitGroup
-			if row.drips {
-				dripping.Go(func() {
-					for n := 0; ; {
-						select {
-						case <-over:
-							return
-						case <-time.After(10 * time.Millisecond):
-						}
-						for range slow / 100 {
-							_, _ = conns[n%slow].Write([]byte("x")) // fails once it is closed
-							n++
-						}
-					}
-				})
 			}
 			for busy, end := 1.0, time.Now().Add(5*time.Second); busy > 0.2 && time.Now().Before(end); {
 				before := used(t, pid) // until what they do not read was sent
@@ -671,8 +711,8 @@ func TestSlowClients(t *testing.T) {
 				}
 			}
 			gone, leaving := time.Since(began), l.p99(rate*seconds)
-			close(over)
-			dripping.Wait()
+			client.signal(syscall.SIGKILL)
+			client.wait()
 			l.stop()
 			eventually(t, "the last is gone", func() bool { return openFiles(t, pid) <= alone })
 			kernelAfter, orphansAfter := kernelTCP(t)
@@ -680,8 +720,8 @@ func TestSlowClients(t *testing.T) {
 			if _, body := exchange(t, g.admin, get("/services/held/a")); !strings.Contains(body, want) {
 				t.Errorf("%s is not in %s", want, body)
 			}
-			t.Logf("p99 of others: %v before, %v while they come, %v beside %d of them (x %.1f), %v while they are closed; %d KiB each; 99 of 100 are gone after %v",
-				before, arriving, during, beside, float64(during)/float64(before), leaving, each>>10, gone.Round(10*time.Millisecond))
+			t.Logf("p99 of others: %v before, %v while as many come to another server, %v while they come, %v beside %d of them (x %.1f), %v while they are closed; %d KiB each; 99 of 100 are gone after %v",
+				before, floor, arriving, during, beside, float64(during)/float64(before), leaving, each>>10, gone.Round(10*time.Millisecond))
 			t.Logf("the machine's kernel has for TCP: %d MiB before, %d MiB beside them, and when they are gone %d MiB and %d orphans more than before",
 				kernelBefore/mib, kernelBeside/mib, kernelAfter/mib, orphansAfter-orphansBefore)
 			if failures := l.failures(); len(failures) > 0 {

@@ -281,11 +281,7 @@ func (x *exchange) hold(patient bool) error {
 		return nil
 	}
 	if !r.chunked && int64(len(b.waiting())) >= r.length { // it came with the head
-		x.held = b.b[b.r : b.r+int(r.length)]
-		x.tally.received = r.length
-		b.r += int(r.length)
-		b.base = b.r
-		x.bodyRead = true
+		x.holdWaiting()
 		return nil
 	}
 	x.begun = true
@@ -300,13 +296,24 @@ func (x *exchange) hold(patient bool) error {
 			return err
 		}
 	}
-	held := x.borrow(heldBuffer)[:0]
 	b.grow(b.base + firstBuffer)
 	from := time.Now()
 	slowest := from.Add(chunkPatience)
 	defer func() {
 		x.tally.held, x.tally.received = time.Since(from), int64(len(x.held))
 	}()
+	if !r.chunked && r.length <= firstBuffer { // there is room where it comes in
+		for int64(len(b.waiting())) < r.length {
+			n, err := c.receive(x.p().cfg().Limits.BodyTimeout, func() (int, error) { return c.nc.Read(b.space(relaySize)) })
+			if b.w += n; err != nil {
+				x.held = b.waiting()
+				return err
+			}
+		}
+		x.holdWaiting()
+		return nil
+	}
+	held := x.borrow(heldBuffer)[:0]
 	for {
 		data, done, err := x.body.next(b, maxHeld-len(held))
 		held = append(held, data...)
@@ -341,6 +348,16 @@ func (x *exchange) hold(patient bool) error {
 			return err
 		}
 	}
+}
+
+// holdWaiting holds a request body that has come in, where it is.
+func (x *exchange) holdWaiting() {
+	b, size := &x.c.in, int(x.c.req.length)
+	x.held = b.b[b.r : b.r+size]
+	x.tally.received = int64(size)
+	b.r += size
+	b.base = b.r
+	x.bodyRead = true
 }
 
 // goOn tells the client to send its body.

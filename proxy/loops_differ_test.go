@@ -54,7 +54,7 @@ func newScript(seed uint64) *script {
 				"Forwarded: for=10.0.0.1", "Proxy-Connection: x", "Keep-Alive: timeout=5", "Cookie: "+strings.Repeat("c", r.IntN(6000)), "Upgrade: h2c", "Max-Forwards: 5"))
 		}
 		if forwarded := strings.Contains(path, "/echo/") && !strings.Contains(path, ".."); forwarded && method != "GET" && method != "HEAD" {
-			body = filler([]int{0, 1, 300, 5000, 40_000, 70_000, 150_000}[r.IntN(7)])
+			body = filler([]int{0, 1, 300, firstBuffer, firstBuffer + 1, 5000, 40_000, 70_000, 150_000}[r.IntN(9)])
 			if version == "1.1" && r.IntN(3) == 0 {
 				lines = append(lines, "Transfer-Encoding: chunked")
 				body = inChunks(body, 1+r.IntN(9000))

@@ -9,6 +9,8 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -1398,4 +1400,72 @@ func (l *panickingLog) Handle(_ context.Context, r slog.Record) error {
 		panic("a bug in a log")
 	}
 	return nil
+}
+
+// backlog is how many connections of a listener wait in the kernel to be accepted.
+func backlog(t *testing.T, port int) int {
+	t.Helper()
+	text, err := os.ReadFile("/proc/net/tcp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range strings.Split(string(text), "\n") {
+		var n, at, sent, waiting int
+		var local, remote string
+		if _, err := fmt.Sscanf(line, "%d: %s %s %x %x:%x", &n, &local, &remote, &at, &sent, &waiting); err != nil {
+			continue
+		}
+		if _, hex, _ := strings.Cut(local, ":"); at == 0x0a && hex == fmt.Sprintf("%04X", port) { // LISTEN
+			return waiting
+		}
+	}
+	t.Fatalf("nobody listens on port %d", port)
+	return 0
+}
+
+// Of many that connect at once few are taken over at a time, so that those who are there already have their turns: what the loops
+// have not got to yet stays in the kernel. All are served in the end, or let go when the gateway ends meanwhile.
+func TestManyConnectAtOnce(t *testing.T) {
+	const many = 100
+	g := startLoops(t, 1, nil, nil)
+	g.register(t, "echo", "a", startActor(t, says("a")).url())
+	g.do(t, smallGet).want(t, 200) // it listens, and has accepted
+	port := netip.MustParseAddrPort(g.addr).Port()
+	busy := func() (end func()) {
+		release := make(chan struct{})
+		g.group.Loops[0].Do(func() { <-release })
+		return sync.OnceFunc(func() { close(release) })
+	}
+	crowd := func() []*client {
+		all := make([]*client, many)
+		for i := range all {
+			all[i] = g.dial(t)
+			all[i].send(smallGet)
+		}
+		eventually(t, "the others wait in the kernel", func() bool { return backlog(t, int(port)) == many-acceptTurn })
+		return all
+	}
+	end := busy()
+	defer end()
+	all := crowd()
+	end()
+	for _, c := range all {
+		c.read(false).want(t, 200)
+		c.Close()
+	}
+
+	end = busy()
+	defer end()
+	all = crowd()
+	ended := make(chan int)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	go func() { ended <- g.Shutdown(ctx) }()
+	end()
+	if cut := <-ended; cut != 0 || ctx.Err() != nil {
+		t.Errorf("%d cut, %v", cut, ctx.Err())
+	}
+	for _, c := range all {
+		io.Copy(io.Discard, c.r) // to its end: an answer, or none
+	}
 }

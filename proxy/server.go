@@ -173,6 +173,10 @@ func (p *Proxy) Serve(ln net.Listener) error {
 	}
 }
 
+// acceptTurn is how many accepted connections of a listener wait for their loops at most. The others wait in the kernel: when
+// thousands come at once, those that are there already have their turns between them.
+const acceptTurn = 8
+
 // acceptor returns what takes the next connection of a listener, and what ends that: connections of TCP go to the loops in
 // turn, any other is served by a goroutine.
 func (p *Proxy) acceptor(ln net.Listener) (accept func() error, _ io.Closer, _ error) {
@@ -193,15 +197,21 @@ func (p *Proxy) acceptor(ln net.Listener) (accept func() error, _ io.Closer, _ e
 	if err != nil {
 		return nil, nil, err
 	}
+	adopting := make(chan struct{}, acceptTurn)
 	return func() error {
+		adopting <- struct{}{}
+		adopted := func() { <-adopting }
 		fd, remote, err := l.Accept()
-		if err == nil {
-			w := p.workers[p.turns.Add(1)%uint64(len(p.workers))]
-			if !w.loop.Do(func() { w.adopt(fd, remote, len(w.p.workers)-1) }) {
-				loop.Discard(fd) // Close was faster
-			}
+		if err != nil {
+			adopted()
+			return err
 		}
-		return err
+		w := p.workers[p.turns.Add(1)%uint64(len(p.workers))]
+		if !w.loop.Do(func() { defer adopted(); w.adopt(fd, remote, len(w.p.workers)-1) }) {
+			adopted()
+			loop.Discard(fd) // Close was faster
+		}
+		return nil
 	}, l, nil
 }
 
