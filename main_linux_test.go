@@ -62,9 +62,9 @@ func TestLogOnTerminal(t *testing.T) {
 			_, _ = shown.Write(buffer[:n])
 		}
 	}()
-	eventually(t, "a line is shown", func() bool { return strings.Contains(shown.String(), "\n") })
-	if line := shown.String(); !strings.HasPrefix(line, "time=") || !strings.Contains(line, " level=INFO msg=listening listener=data addr=127.0.0.1:") {
-		t.Errorf("shown: %q", line)
+	eventually(t, "two lines are shown", func() bool { return strings.Count(shown.String(), "\n") >= 2 })
+	if lines := shown.String(); !strings.HasPrefix(lines, "time=") || !strings.Contains(lines, " level=INFO msg=listening listener=data addr=127.0.0.1:") {
+		t.Errorf("shown: %q", lines)
 	}
 }
 
