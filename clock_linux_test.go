@@ -38,7 +38,8 @@ func TestClockSteps(t *testing.T) {
 		testInMachine(t)
 		return
 	}
-	if t.Run("machine", func(t *testing.T) { becomeMachine(t); testClockSteps(t) }) {
+	becomeMachine(t)
+	if t.Run("machine", testClockSteps) {
 		fmt.Println(passed)
 	}
 	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
@@ -81,6 +82,9 @@ func testInMachine(t *testing.T) {
 
 // becomeMachine does what the first process of a machine has to: there is nothing yet but a kernel and files.
 func becomeMachine(t *testing.T) {
+	if os.Getpid() != 1 { // the variable was set by mistake
+		t.Fatal("this is no machine of its own")
+	}
 	if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil {
 		t.Fatal(err)
 	}

@@ -32,9 +32,11 @@ func TestMain(m *testing.M) {
 		os.Exit(holder(api))
 	}
 	if os.Getenv(asBulk) != "" {
+		go endWithParent()
 		os.Exit(serveBulk())
 	}
 	if text := os.Getenv(asSlow); text != "" {
+		go endWithParent()
 		os.Exit(serveSlow(text))
 	}
 	var err error
@@ -43,6 +45,14 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	os.Exit(m.Run())
+}
+
+// endWithParent ends this program when the test that has started it is gone without a word.
+func endWithParent() {
+	for parent := os.Getppid(); os.Getppid() == parent; {
+		time.Sleep(time.Second)
+	}
+	os.Exit(1)
 }
 
 // environment is that of this test without what would configure a gateway, with extra added, for a process that runs as

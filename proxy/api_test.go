@@ -335,3 +335,20 @@ func TestDefaults(t *testing.T) {
 		t.Errorf("the caller's Config became %+v", cfg)
 	}
 }
+
+// The API's bodies have the limit of any other, also if they come behind their head.
+func TestAPIBodyLimit(t *testing.T) {
+	g := startWithAPI(t, func(cfg *Config) { cfg.Limits.Body = 100 })
+	body := registration("a", "http://127.0.0.1:1")
+	body += strings.Repeat(" ", 1000-len(body))
+	head := "POST /register HTTP/1.1\r\nHost: x\r\n" + asJSON + fmt.Sprintf("\r\nContent-Length: %d\r\n\r\n", len(body))
+	for _, first := range []int{len(head), len(head) + 1, len(head) + len(body)} {
+		c := g.dial(t)
+		c.send((head + body)[:first])
+		if first < len(head)+len(body) {
+			time.Sleep(5 * time.Millisecond) // so that they are likely to be read apart
+			c.send((head + body)[first:])
+		}
+		c.read(false).want(t, 413)
+	}
+}

@@ -280,6 +280,9 @@ func (x *exchange) hold(patient bool) error {
 	if x.bodyRead {
 		return nil
 	}
+	if !r.chunked && r.length > x.route.body {
+		return errBodyTooLarge
+	}
 	if !r.chunked && int64(len(b.waiting())) >= r.length { // it came with the head
 		x.holdWaiting()
 		return nil

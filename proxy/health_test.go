@@ -116,6 +116,41 @@ func TestRestoredAreCheckedInTheirTurn(t *testing.T) {
 	}
 }
 
+// An instance whose checks fail since a restart stays out when they get other settings.
+func TestRestoredStaysOut(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	open := func() *registry.Registry {
+		reg, err := registry.Open(registry.Config{}, dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(reg.Close)
+		return reg
+	}
+	s := startSick(t, true)
+	reg := open()
+	if err := reg.Register("echo", registry.Instance{ID: "a", Addr: s.url()}); err != nil {
+		t.Fatal(err)
+	}
+	reg.Close()
+
+	reg = open()
+	every := func(interval time.Duration) map[string]Service {
+		return map[string]Service{"echo": {Check: &registry.Check{Path: "/health", Interval: interval}}}
+	}
+	g := startGateway(t, func(cfg *Config) { cfg.Registry, cfg.Services = reg, every(time.Minute) }, nil)
+	eventually(t, "its check fails", func() bool { return g.reason("a") != "" })
+	for i := range 10 {
+		publish, err := g.Reconfigure(Config{Registry: reg, UpstreamIdle: 100 * time.Millisecond, Services: every(time.Minute + time.Duration(i+1)*time.Second)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		publish()
+		g.do(t, smallGet).want(t, 503)
+	}
+}
+
 // None, one and all of the instances fail their checks: the others carry all, and without others it is as if nobody were there.
 func TestChecksDecide(t *testing.T) {
 	t.Parallel()

@@ -81,7 +81,7 @@ type Config struct {
 
 	Loops int // GOMAXPROCS: how many goroutines serve what needs no waiting; each has its own connections to instances
 
-	NoMetrics bool         // requests are neither counted by service nor timed, and their bytes are not
+	NoMetrics bool         // requests are neither counted by service nor timed, nor are their bytes; those of tunnels are
 	Log       *slog.Logger // nil: slog.Default()
 
 	AccessLog  func(*Record) // nil: none; it is told of each request that has ended, and must not wait

@@ -181,7 +181,7 @@ func (u *upstream) recheck(in *registry.Instance) {
 		up = true
 	}
 	w := u.service.proxy.checks.Watch(health.Instance{
-		Check: *check, Target: u.target, TLS: u.tls, Up: up, Recent: in.Restored() && in.State() != registry.Unreachable,
+		Check: *check, Target: u.target, TLS: u.tls, Up: up, Recent: before == nil && in.Restored() && in.State() != registry.Unreachable,
 		Addrs:   func() []netip.AddrPort { return u.addresses.Load().list },
 		Allowed: u.check,
 		Changed: u.healthChanged,

@@ -32,7 +32,10 @@ const (
 	tick  = 50 * time.Millisecond
 	eager = 2 * time.Millisecond // in the place of tick while a new instance waits for its first check
 	turn  = 64                   // checks that start before answers are looked at again
-	few   = 4                    // that are begun or ended before requests have their turn
+
+	// Checks go on that long at most before requests have the CPU, and as long as the requests then had it, if that is less: where
+	// many wait, checks have their part.
+	longest = 500 * time.Microsecond
 
 	recentTurn = 2 * time.Second // those that are up since before a restart have their first checks within it
 )
@@ -90,6 +93,9 @@ type Checker struct {
 	ended   sync.WaitGroup
 	began   time.Time
 	awake   chan struct{} // holds one token for: something is due earlier, or has ended
+
+	resumed time.Time     // when requests last had the CPU, since the checks woke; theirs, as stretch is
+	stretch time.Duration // how long checks go on from then
 
 	mu      sync.Mutex // guards what follows
 	started bool
@@ -285,15 +291,16 @@ func (c *Checker) run() {
 		c.sockets.poll() // before anything is found to be late: this goroutine may be
 		c.collect()
 		now := time.Now()
+		c.resumed = now
 		every := !now.Before(round)
 		if every {
 			round = now.Add(tick)
 		}
 		for {
 			batch = c.next(batch[:0], every)
-			for i, w := range batch {
+			for _, w := range batch {
 				c.start(w)
-				giveWay(i)
+				c.giveWay()
 			}
 			c.sockets.poll()
 			if len(batch) < turn {
@@ -315,12 +322,15 @@ func (c *Checker) run() {
 	}
 }
 
-// giveWay lets requests have the CPU after each of a few checks, of which i have just been begun or ended: a turn of them takes
-// milliseconds.
-func giveWay(i int) {
-	if i%few == few-1 {
-		runtime.Gosched()
+// giveWay lets requests have the CPU between two checks now and then: a turn of them takes milliseconds.
+func (c *Checker) giveWay() {
+	before := time.Now()
+	if before.Sub(c.resumed) < c.stretch {
+		return
 	}
+	runtime.Gosched()
+	c.resumed = time.Now()
+	c.stretch = min(c.resumed.Sub(before), longest)
 }
 
 // shut closes all connections.

@@ -2,6 +2,7 @@ package health
 
 import (
 	"bufio"
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -591,6 +593,45 @@ func TestRecentAreSpread(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Checks let requests have the CPU, but where these would take all of it checks have their part: none is late.
+func TestBusyProcess(t *testing.T) {
+	const n, interval, busy = 1000, time.Second, 50
+	ln, err := net.Listen("tcp", "127.0.0.1:0") // the kernel accepts
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	c := New()
+	defer c.Close()
+	var ends sync.WaitGroup
+	defer ends.Wait()
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	for range busy * runtime.GOMAXPROCS(0) / 2 {
+		ends.Go(func() {
+			for ctx.Err() == nil {
+				for end := time.Now().Add(200 * time.Microsecond); time.Now().Before(end); {
+				}
+				runtime.Gosched()
+			}
+		})
+	}
+	watches := make([]*Watch, n)
+	for i := range watches {
+		watches[i] = c.Watch(instance(t, netip.MustParseAddrPort(ln.Addr().String()), registry.Check{TCP: true, Interval: interval}))
+	}
+	for end := time.Now().Add(4 * interval); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+		if time.Until(end) > 2*interval {
+			continue
+		}
+		for _, w := range watches {
+			if s := w.Status(); s.State != Up || time.Since(s.Checked) > 2*interval {
+				t.Fatalf("%+v: its last check began %v ago", s, time.Since(s.Checked))
+			}
+		}
+	}
 }
 
 // Those that hang do not keep the others from being checked, and so many hold no more connections than they may.

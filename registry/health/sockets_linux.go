@@ -250,11 +250,11 @@ func (k *sockets) poll() {
 		if err != nil {
 			return // EINTR: the next time
 		}
-		for i, event := range k.events[:n] {
+		for _, event := range k.events[:n] {
 			if s := k.open[event.Fd]; s != nil && s.generation == uint32(event.Pad) {
 				k.ready(s, event.Events)
 			}
-			giveWay(i)
+			k.checker.giveWay()
 		}
 		if n < len(k.events) {
 			return
