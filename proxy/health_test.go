@@ -50,6 +50,17 @@ func startSick(t testing.TB, isSick bool) *sick {
 
 func (g *gateway) reason(id string) string { return g.DescribeInstance("echo", id).Reason }
 
+// openRegistry opens the registry that a directory keeps, as a start does.
+func openRegistry(t *testing.T, dir string) *registry.Registry {
+	t.Helper()
+	reg, err := registry.Open(registry.Config{}, dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(reg.Close)
+	return reg
+}
+
 // After a restart instances are not all checked at once: those that accept connections serve, and have their turn within 2 s.
 // One that accepts none does not serve from the start on, and its checks say so at once too, however long they are apart.
 func TestRestoredAreCheckedInTheirTurn(t *testing.T) {
@@ -66,15 +77,7 @@ func TestRestoredAreCheckedInTheirTurn(t *testing.T) {
 		return answers(200)(c, m)
 	})
 	dir := t.TempDir()
-	open := func() *registry.Registry {
-		reg, err := registry.Open(registry.Config{}, dir)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(reg.Close)
-		return reg
-	}
-	reg := open()
+	reg := openRegistry(t, dir)
 	var all sync.WaitGroup
 	put := func(id, addr string, interval time.Duration) {
 		all.Go(func() {
@@ -90,7 +93,7 @@ func TestRestoredAreCheckedInTheirTurn(t *testing.T) {
 	all.Wait()
 	reg.Close()
 
-	reg = open()
+	reg = openRegistry(t, dir)
 	began := time.Now()
 	g := startGateway(t, func(cfg *Config) { cfg.Registry = reg }, nil)
 	if ready, why := g.service("echo").view.Load().ready, g.reason("away"); ready != n || why != "unreachable" {
@@ -120,22 +123,14 @@ func TestRestoredAreCheckedInTheirTurn(t *testing.T) {
 func TestRestoredStaysOut(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	open := func() *registry.Registry {
-		reg, err := registry.Open(registry.Config{}, dir)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(reg.Close)
-		return reg
-	}
 	s := startSick(t, true)
-	reg := open()
+	reg := openRegistry(t, dir)
 	if err := reg.Register("echo", registry.Instance{ID: "a", Addr: s.url()}); err != nil {
 		t.Fatal(err)
 	}
 	reg.Close()
 
-	reg = open()
+	reg = openRegistry(t, dir)
 	every := func(interval time.Duration) map[string]Service {
 		return map[string]Service{"echo": {Check: &registry.Check{Path: "/health", Interval: interval}}}
 	}

@@ -515,29 +515,34 @@ func TestKeptConnectionEnds(t *testing.T) {
 	})
 }
 
+// noted starts a backend that answers well; checked is when it was asked so far.
+func noted(t *testing.T) (b *backend, checked func() []time.Time) {
+	var mu sync.Mutex
+	var times []time.Time
+	b = startBackend(t, answer(func(int) string {
+		mu.Lock()
+		defer mu.Unlock()
+		times = append(times, time.Now())
+		return ok
+	}))
+	return b, func() []time.Time {
+		mu.Lock()
+		defer mu.Unlock()
+		return slices.Clone(times)
+	}
+}
+
 // Many that come at once do not stay together: after the first round none of twenty parts of an interval has much more than
 // its share.
 func TestSpread(t *testing.T) {
 	both(t, func(t *testing.T, c *Checker) {
 		const n, interval = 400, 2 * time.Second
-		var mu sync.Mutex
-		var times []time.Time
-		b := startBackend(t, answer(func(int) string {
-			mu.Lock()
-			times = append(times, time.Now())
-			mu.Unlock()
-			return ok
-		}))
+		b, checked := noted(t)
 		for range n {
 			c.Watch(instance(t, b.addr, registry.Check{Path: "/", Interval: interval}))
 		}
-		eventually(t, "the first checks and two rounds", func() bool {
-			mu.Lock()
-			defer mu.Unlock()
-			return len(times) >= 3*n
-		})
-		mu.Lock()
-		defer mu.Unlock()
+		eventually(t, "the first checks and two rounds", func() bool { return len(checked()) >= 3*n })
+		times := checked()
 		last := times[len(times)-1]
 		parts := map[int]int{}
 		for _, at := range times[n:] {
@@ -556,14 +561,7 @@ func TestSpread(t *testing.T) {
 func TestRecentAreSpread(t *testing.T) {
 	both(t, func(t *testing.T, c *Checker) {
 		const n, interval, parts = 200, time.Hour, 10
-		var mu sync.Mutex
-		var times []time.Time
-		b := startBackend(t, answer(func(int) string {
-			mu.Lock()
-			times = append(times, time.Now())
-			mu.Unlock()
-			return ok
-		}))
+		b, checked := noted(t)
 		began := time.Now()
 		for i := range n {
 			in := instance(t, b.addr, registry.Check{Path: "/", Interval: interval})
@@ -576,15 +574,9 @@ func TestRecentAreSpread(t *testing.T) {
 				t.Fatalf("%+v", s)
 			}
 		}
-		eventually(t, "the first checks", func() bool {
-			mu.Lock()
-			defer mu.Unlock()
-			return len(times) >= n
-		})
-		mu.Lock()
-		defer mu.Unlock()
+		eventually(t, "the first checks", func() bool { return len(checked()) >= n })
 		var in [parts]int
-		for _, at := range times[:n] {
+		for _, at := range checked()[:n] {
 			in[min(int(at.Sub(began)/(recentTurn/parts)), parts-1)]++ // the last ones may be late
 		}
 		for part, got := range in {
