@@ -2,10 +2,13 @@ package registry
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"os"
+	"slices"
 )
 
 // bbolt believes the pages that it maps into memory: one that leads to itself has it run out of stack, one that leads out of the
@@ -13,16 +16,20 @@ import (
 // reads it, page by page: what is in use, what is free, that nothing is both or neither, and that every key is where it is looked
 // for.
 
-// image is all bytes of a file that bbolt has written.
+// meta is what one of the two pages says that describe a file: that of its last transaction, or of the one before.
+type meta struct {
+	size uint64 // of a page
+	high uint64 // pages from this one on are not in use yet
+	root uint64 // page of the bucket of buckets
+	free uint64 // page of the list of free pages
+	tx   uint64 // the transaction whose state it is
+}
+
+// image is all bytes of a file that bbolt has written, as a page of meta describes it.
 type image struct {
+	meta
 	data    []byte
-	size    uint64 // of a page
-	high    uint64 // pages from this one on are not in use yet
-	root    uint64 // page of the bucket of buckets
-	freed   uint64 // page of the list of free pages
-	tx      uint64 // the transaction whose state it is
 	claimed []bool // by page: it has its place
-	half    bool   // one of the two pages that say all this is damaged: the last transaction may be the one before the last
 }
 
 // The layout of bbolt's pages: a header of id, flags, count and overflow, then as many elements, then what these point to. An
@@ -31,7 +38,7 @@ type image struct {
 const (
 	pageHeader = 16
 	pageElem   = 16
-	metaSize   = 56 // without its checksum
+	metaSize   = 64 // of what a page of meta says, its checksum included
 
 	branchPage   = 0x01
 	leafPage     = 0x02
@@ -48,13 +55,47 @@ var (
 	u64 = binary.NativeEndian.Uint64
 )
 
-// readImage judges a file and calls each with every pair of every bucket, in order. Its error says what is damaged.
-func readImage(data []byte, each func(bucket string, key, value []byte) error) (*image, error) {
-	f := &image{data: data}
-	if err := f.meta(); err != nil {
-		return nil, err
+// readMetas returns what the pages of meta say that are sound, the later one first.
+func readMetas(data []byte) (all []meta) {
+	for size := uint64(1 << 10); size <= 64<<10 && len(all) == 0; size <<= 1 {
+		for n := range uint64(2) {
+			at := n*size + pageHeader
+			if uint64(len(data)) < at+metaSize {
+				continue
+			}
+			m := data[at:]
+			sum := fnv.New64a()
+			sum.Write(m[:metaSize-8])
+			if u32(m) == boltMagic && u32(m[4:]) == boltVersion && u64(m[metaSize-8:]) == sum.Sum64() && uint64(u32(m[8:])) == size {
+				all = append(all, meta{size: size, root: u64(m[16:]), free: u64(m[32:]), high: u64(m[40:]), tx: u64(m[48:])})
+			}
+		}
 	}
-	f.claimed = make([]bool, f.high)
+	slices.SortFunc(all, func(a, b meta) int { return cmp.Compare(b.tx, a.tx) })
+	return all
+}
+
+// copyMeta has the other page of meta say what that of a transaction does. bbolt gives them to its transactions in turn.
+func copyMeta(f *os.File, size int, tx uint64) error {
+	var m [metaSize]byte
+	from := int64(tx % 2)
+	if _, err := f.ReadAt(m[:], from*int64(size)+pageHeader); err != nil {
+		return err
+	}
+	_, err := f.WriteAt(m[:], (1-from)*int64(size)+pageHeader)
+	return err
+}
+
+// readImage judges a file, as a page of meta describes it, and calls each with every pair of every bucket, in order. Its error
+// says what is damaged.
+func readImage(data []byte, m meta, each func(bucket string, key, value []byte) error) error {
+	switch {
+	case m.high < 4:
+		return errors.New("its first pages are damaged")
+	case uint64(len(data))/m.size < m.high:
+		return fmt.Errorf("its end is missing: it has %d bytes of %d", len(data), m.high*m.size)
+	}
+	f := &image{meta: m, data: data, claimed: make([]bool, m.high)}
 	f.claimed[0], f.claimed[1] = true, true
 	err := f.tree(f.root, nil, nil, func(flags uint32, name, value []byte) error {
 		if flags != bucketElem || len(value) < pageHeader {
@@ -72,48 +113,15 @@ func readImage(data []byte, each func(bucket string, key, value []byte) error) (
 		return f.elements(value[pageHeader:], nil, nil, pair) // a small one stands in its leaf
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if err := f.freelist(); err != nil {
-		return nil, err
+		return err
 	}
 	for id, ok := range f.claimed {
 		if !ok {
-			return nil, fmt.Errorf("page %d is neither in use nor free", id)
+			return fmt.Errorf("page %d is neither in use nor free", id)
 		}
-	}
-	return f, nil
-}
-
-// meta takes the later of the two pages that describe the file.
-func (f *image) meta() error {
-	valid := 0
-	for size := uint64(1 << 10); size <= 64<<10 && valid == 0; size <<= 1 {
-		for n := range uint64(2) {
-			at := n*size + pageHeader
-			if uint64(len(f.data)) < at+metaSize+8 {
-				continue
-			}
-			m := f.data[at:]
-			sum := fnv.New64a()
-			sum.Write(m[:metaSize])
-			if u32(m) != boltMagic || u32(m[4:]) != boltVersion || u64(m[metaSize:]) != sum.Sum64() || uint64(u32(m[8:])) != size {
-				continue
-			}
-			if valid++; valid == 1 || u64(m[48:]) > f.tx {
-				f.size, f.root, f.freed, f.high, f.tx = size, u64(m[16:]), u64(m[32:]), u64(m[40:]), u64(m[48:])
-			}
-		}
-	}
-	if valid == 0 {
-		return errors.New("it is no file of this gateway, or its first pages are lost")
-	}
-	f.half = valid == 1
-	if uint64(len(f.data))/f.size < f.high {
-		return fmt.Errorf("its end is missing: it has %d bytes of %d", len(f.data), f.high*f.size)
-	}
-	if f.high < 4 {
-		return errors.New("its first pages are damaged")
 	}
 	return nil
 }
@@ -217,7 +225,7 @@ func (f *image) elements(p, low, high []byte, leaf func(flags uint32, key, value
 
 // freelist claims the pages that are free.
 func (f *image) freelist() error {
-	p, err := f.page(f.freed)
+	p, err := f.page(f.free)
 	if err != nil {
 		return fmt.Errorf("the list of free pages: %w", err)
 	}

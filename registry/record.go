@@ -10,6 +10,8 @@ import (
 	"net/netip"
 	"reflect"
 	"time"
+
+	"github.com/cespare/xxhash/v2"
 )
 
 // record is what the file keeps of an instance: all that is to be there after a restart. Lease, probes and breaker begin anew
@@ -114,6 +116,15 @@ func unseal(key, sealed []byte) ([]byte, error) {
 		return nil, fmt.Errorf("the value of %q is damaged", key)
 	}
 	return sealed[4:], nil
+}
+
+// pairSum is one pair's part in the sum over all that the file holds.
+func pairSum(key, value []byte) uint64 {
+	var d xxhash.Digest
+	d.Reset()
+	d.Write(key)
+	d.Write(value)
+	return d.Sum64()
 }
 
 func (k key) bytes() []byte { return []byte(k.service + "\x00" + k.id) } // no name has a NUL

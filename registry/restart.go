@@ -34,7 +34,7 @@ func Open(cfg Config, dir string) (*Registry, error) {
 		return nil, err
 	}
 	r.store, r.generation = s, all.generation
-	if all.half {
+	if all.late {
 		r.cfg.Log.Warn("the file was cut off in a change, or is damaged: the last change may be missing", slog.String("file", s.path))
 	}
 	n, waiting := r.restore(all.instances)

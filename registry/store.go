@@ -18,12 +18,13 @@ import (
 )
 
 const (
-	fileName    = "registry.db"
-	fileVersion = "1"
-	lockWait    = 500 * time.Millisecond // for another process to let go of the file; it is waited for twice
-	saveTimeout = 10 * time.Second       // after which a change that is not on disk yet is told to be late
-	savePause   = time.Second            // between attempts to write while they fail
-	saveEvery   = 5 * time.Millisecond   // changes that come closer together are written together; as proxy does with its views
+	fileName       = "registry.db"
+	fileVersion    = "2"
+	sumlessVersion = "1"                    // its files have no sum, and are read
+	lockWait       = 500 * time.Millisecond // for another process to let go of the file; it is waited for twice
+	saveTimeout    = 10 * time.Second       // after which a change that is not on disk yet is told to be late
+	savePause      = time.Second            // between attempts to write while they fail
+	saveEvery      = 5 * time.Millisecond   // changes that come closer together are written together; as proxy does with its views
 )
 
 // generationBlock is how many generations are reserved in the file ahead of their use: after a restart numbers go on behind
@@ -37,6 +38,7 @@ var (
 	instancesBucket = []byte("instances") // key.bytes -> record.encode
 	versionKey      = []byte("version")
 	generationKey   = []byte("generation")
+	sumKey          = []byte("sum") // found.sum
 )
 
 // ErrNotSaved is what a change ends with that is in force, and not on disk: it would be lost in a crash. It is written as soon as
@@ -51,10 +53,27 @@ var (
 // store keeps the file. Nothing is written to it but what instances are now: a change marks its instance, and whoever writes
 // takes all that are marked, with the state that they have by then, in one transaction. So all who came while one was written
 // share the next one, and the file cannot but end up with what is in force.
+//
+// A transaction is on disk after one wait, in which nobody is held up: see newSync. bbolt itself would wait twice, for the pages
+// and then for the page of meta that makes them count, and each time hold up what runs beside. Without the first wait a loss of
+// power may leave the page of meta and only some of the others; so
+//   - the file has a sum over all that is in it, by which such a transaction is known: readFile then takes the one before,
+//     which is whole, since bbolt writes to no page that the last transaction needs;
+//   - a transaction begins when the one before is on disk, and one of which the disk says that it failed is undone;
+//   - one that is on disk stands in both pages of meta: a file at rest has no state before to go back to, and is damaged if
+//     anything in it is.
 type store struct {
 	path string
-	db   *bbolt.DB
 	log  *slog.Logger
+	sync func() error // see newSync
+
+	// Of who writes.
+	file   *os.File  // for sync and the pages of meta
+	end    func()    // of sync
+	db     *bbolt.DB // nil: see undo
+	last   uint64    // transaction on disk
+	sum    uint64    // see found
+	toUndo bool      // the transaction behind it
 
 	wake chan struct{} // there may be something to write
 	stop chan struct{} // write what there is, and end
@@ -139,7 +158,7 @@ func (s *store) pending(service, id string) *batch {
 func (r *Registry) keep() {
 	s := r.store
 	defer close(s.done)
-	defer func() { _ = guard(s.db.Close) }()
+	defer s.close()
 	failing, began := false, time.Time{}
 	write := func(last bool) bool {
 		began = time.Now()
@@ -194,7 +213,7 @@ func (r *Registry) write(last bool) error {
 		if len(b.keys) == 0 && reserved == s.reserved { // which nobody else changes
 			return nil
 		}
-		return s.db.Update(func(tx *bbolt.Tx) error { return r.put(tx, b, reserved) })
+		return s.commit(func(tx *bbolt.Tx) (sum uint64, err error) { return r.put(tx, b, reserved) })
 	})
 	r.mu.Lock()
 	s.writing = nil
@@ -211,34 +230,123 @@ func (r *Registry) write(last bool) error {
 	return err
 }
 
-// put writes a batch into a transaction.
-func (r *Registry) put(tx *bbolt.Tx, b *batch, reserved uint64) error {
+// put writes a batch into a transaction, and returns the sum over all that is in the file then.
+func (r *Registry) put(tx *bbolt.Tx, b *batch, reserved uint64) (sum uint64, err error) {
+	sum = r.store.sum
+	set := func(bucket *bbolt.Bucket, at, value []byte) error {
+		if old := bucket.Get(at); old != nil {
+			sum -= pairSum(at, old)
+		}
+		if value == nil {
+			return bucket.Delete(at)
+		}
+		sum += pairSum(at, value)
+		return bucket.Put(at, value)
+	}
 	if reserved != r.store.reserved {
 		text := strconv.AppendUint(nil, reserved, 10)
-		if err := tx.Bucket(aboutBucket).Put(generationKey, seal(generationKey, text)); err != nil {
-			return err
+		if err := set(tx.Bucket(aboutBucket), generationKey, seal(generationKey, text)); err != nil {
+			return 0, err
 		}
 	}
 	instances := tx.Bucket(instancesBucket)
 	for k := range b.keys {
 		at := k.bytes()
-		in := kept(r.Snapshot(k.service).Instance(k.id))
-		if in == nil {
-			if err := instances.Delete(at); err != nil {
-				return err
+		var value []byte
+		if in := kept(r.Snapshot(k.service).Instance(k.id)); in != nil {
+			rec := recordOf(in)
+			if value, err = rec.encode(at); err != nil {
+				return 0, err
 			}
-			continue
 		}
-		rec := recordOf(in)
-		value, err := rec.encode(at)
-		if err != nil {
-			return err
+		if err := set(instances, at, value); err != nil {
+			return 0, err
 		}
-		if err := instances.Put(at, value); err != nil {
+	}
+	return sum, nil
+}
+
+// commit makes a transaction, and returns when it is on disk. If it ends with an error the file is as it was before.
+func (s *store) commit(put func(*bbolt.Tx) (sum uint64, err error)) error {
+	if s.toUndo {
+		if err := s.undo(); err != nil {
 			return err
 		}
 	}
+	var sum uint64
+	err := s.db.Update(func(tx *bbolt.Tx) (err error) {
+		if sum, err = put(tx); err != nil {
+			return err
+		}
+		return putSum(tx, sum)
+	})
+	if err != nil {
+		return err
+	}
+	if err := s.sync(); err != nil {
+		s.toUndo = true
+		return errors.Join(err, s.undo())
+	}
+	s.last++
+	s.sum = sum
+	return copyMeta(s.file, s.db.Info().PageSize, s.last)
+}
+
+// putSum has a transaction say what it holds, and which it is: its first page may be missing where that of an earlier one stood.
+func putSum(tx *bbolt.Tx, sum uint64) error {
+	return tx.Bucket(aboutBucket).Put(sumKey, seal(sumKey, fmt.Appendf(nil, "%d %d", tx.ID(), sum)))
+}
+
+// undo makes the file what it was before the transaction that has not reached the disk: a second attempt to bring the same pages
+// there may succeed without them, since the system takes them for written. bbolt knows of no way back, and begins anew.
+func (s *store) undo() error {
+	if s.db != nil {
+		if err := copyMeta(s.file, s.db.Info().PageSize, s.last); err != nil {
+			return err
+		}
+		db := s.db
+		s.db = nil
+		if err := guard(db.Close); err != nil {
+			return err
+		}
+	}
+	if err := s.open(); err != nil {
+		return err
+	}
+	s.toUndo = false
 	return nil
+}
+
+// open has bbolt open the file, and finds the transaction last there.
+func (s *store) open() error {
+	db, err := openBolt(s.path, false)
+	if err != nil {
+		return err
+	}
+	err = guard(func() error {
+		return db.View(func(tx *bbolt.Tx) error {
+			if uint64(tx.ID()) != s.last {
+				return fmt.Errorf("%s has just been changed by another gateway: each needs a directory of its own", s.path)
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		db.Close()
+		return err
+	}
+	db.NoSync = true
+	s.db = db
+	return nil
+}
+
+// close leaves the file to others.
+func (s *store) close() {
+	if s.db != nil {
+		_ = guard(s.db.Close)
+	}
+	s.end()
+	s.file.Close()
 }
 
 // guard makes errors of bbolt's panics and of faults in its map of the file: somebody has cut it, or the disk has lost a part.
@@ -254,9 +362,13 @@ func guard(f func() error) (err error) {
 
 // found is what a file holds.
 type found struct {
+	meta
+	version    string
 	generation uint64
+	sum        uint64 // of pairSum, over the generation and all instances
 	instances  []stored
-	half       bool // the last change may be missing
+	late       bool // the last change may be missing
+	settled    bool // both pages of meta say the same
 }
 
 // stored is one instance of a file.
@@ -282,28 +394,68 @@ func openFile(dir string, log *slog.Logger) (*store, *found, error) {
 	case info.Size() == 0: // bbolt would take it for a new one
 		return nil, nil, damaged(path, errors.New("it is empty"))
 	}
-	all, tx, err := readFile(path)
+	others, err := openBolt(path, true) // who may read it, and not write
 	if err != nil {
 		return nil, nil, err
 	}
-	db, err := openBolt(path, false)
+	all, err := readFile(path)
+	if err == nil && !all.settled {
+		err = settle(path, all.meta)
+	}
+	others.Close()
 	if err != nil {
 		return nil, nil, err
 	}
-	err = guard(func() error {
-		return db.View(func(now *bbolt.Tx) error {
-			if uint64(now.ID()) != tx {
-				return fmt.Errorf("%s has just been changed by another gateway: each needs a directory of its own", path)
+	file, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	s := &store{path: path, log: log, file: file, last: all.tx, sum: all.sum, reserved: all.generation,
+		next: newBatch(), wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{})}
+	s.sync, s.end = newSync(file)
+	if err = s.open(); err == nil && all.version != fileVersion {
+		err = s.adopt()
+	}
+	if err != nil {
+		s.close()
+		return nil, nil, err
+	}
+	return s, all, nil
+}
+
+// settle brings a file that is sound to the disk, if it ended in the midst of a change, and leaves no other state in it.
+func settle(path string, m meta) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	if err := copyMeta(f, int(m.size), m.tx); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
+// adopt gives a file of the version before its sum.
+func (s *store) adopt() error {
+	s.db.NoSync = false
+	defer func() { s.db.NoSync = true }()
+	err := guard(func() error {
+		return s.db.Update(func(tx *bbolt.Tx) error {
+			if err := tx.Bucket(aboutBucket).Put(versionKey, []byte(fileVersion)); err != nil {
+				return err
 			}
-			return nil
+			return putSum(tx, s.sum)
 		})
 	})
 	if err != nil {
-		db.Close()
-		return nil, nil, err
+		return fmt.Errorf("write %s: %w", s.path, err)
 	}
-	return &store{path: path, db: db, log: log, next: newBatch(), reserved: all.generation,
-		wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{})}, all, nil
+	s.last++
+	return copyMeta(s.file, s.db.Info().PageSize, s.last)
 }
 
 // openBolt opens a file with its lock, which other processes may share if it is to be read only.
@@ -325,29 +477,55 @@ func openBolt(path string, readOnly bool) (db *bbolt.DB, err error) {
 	return db, nil
 }
 
-// readFile judges a file and returns what is in it, and the transaction that has written it last.
-func readFile(path string) (*found, uint64, error) {
-	db, err := openBolt(path, true) // for its lock
-	if err != nil {
-		return nil, 0, err
-	}
-	defer db.Close()
+// readFile judges a file, and returns what is in it.
+func readFile(path string) (*found, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
-	all := &found{}
-	version := ""
-	f, err := readImage(data, func(bucket string, at, value []byte) error {
+	metas := readMetas(data)
+	if len(metas) == 0 {
+		return nil, damaged(path, errors.New("it is no file of this gateway, or its first pages are lost"))
+	}
+	all, err := readState(data, metas[0])
+	if err != nil && !errors.Is(err, errForeign) && len(metas) == 2 && metas[1].tx < metas[0].tx {
+		if before, err := readState(data, metas[1]); err == nil { // the last transaction did not reach the disk as a whole
+			before.late = true
+			return before, nil
+		}
+	}
+	switch {
+	case errors.Is(err, errForeign):
+		return nil, fmt.Errorf("%s was %w; use that program, or move the file away to begin without its registrations. It was left as it is", path, err)
+	case err != nil:
+		return nil, damaged(path, err)
+	}
+	all.late = len(metas) == 1
+	all.settled = len(metas) == 2 && metas[0] == metas[1]
+	return all, nil
+}
+
+// readState returns what is in a file according to a page of meta.
+func readState(data []byte, m meta) (*found, error) {
+	all := &found{meta: m}
+	var total, tx uint64
+	err := readImage(data, m, func(bucket string, at, value []byte) error {
 		switch {
 		case bucket == string(aboutBucket) && string(at) == string(versionKey):
-			if version = string(value); version != fileVersion {
-				return fmt.Errorf("%w: it has version %s, this one knows %s", errForeign, clip(version), fileVersion)
+			if all.version = string(value); all.version != fileVersion && all.version != sumlessVersion {
+				return fmt.Errorf("%w: it has version %s, this one knows %s", errForeign, clip(all.version), fileVersion)
 			}
 		case bucket == string(aboutBucket) && string(at) == string(generationKey):
 			text, err := unseal(at, value)
 			if err == nil {
 				all.generation, err = strconv.ParseUint(string(text), 10, 64)
+			}
+			total += pairSum(at, value)
+			return err
+		case bucket == string(aboutBucket) && string(at) == string(sumKey):
+			text, err := unseal(at, value)
+			if err == nil {
+				_, err = fmt.Sscanf(string(text), "%d %d", &tx, &all.sum)
 			}
 			return err
 		case bucket == string(instancesBucket):
@@ -356,22 +534,23 @@ func readFile(path string) (*found, uint64, error) {
 				return err
 			}
 			all.instances = append(all.instances, stored{k, in, drain})
+			total += pairSum(at, value)
 		default:
 			return fmt.Errorf("%w: it has %s in %s", errForeign, clip(string(at)), clip(bucket))
 		}
 		return nil
 	})
-	if err == nil && version == "" {
-		err = fmt.Errorf("%w: it has no version", errForeign)
-	}
 	switch {
-	case errors.Is(err, errForeign):
-		return nil, 0, fmt.Errorf("%s was %w; use that program, or move the file away to begin without its registrations. It was left as it is", path, err)
 	case err != nil:
-		return nil, 0, damaged(path, err)
+		return nil, err
+	case all.version == "":
+		return nil, fmt.Errorf("%w: it has no version", errForeign)
+	case all.version == sumlessVersion && tx == 0:
+		all.sum = total
+	case tx != m.tx || all.sum != total:
+		return nil, errors.New("what it holds does not add up")
 	}
-	all.half = f.half
-	return all, f.tx, nil
+	return all, nil
 }
 
 func damaged(path string, why error) error {
@@ -405,7 +584,10 @@ func createFile(dir, path string) error {
 		if _, err := tx.CreateBucket(instancesBucket); err != nil {
 			return err
 		}
-		return about.Put(versionKey, []byte(fileVersion))
+		if err := about.Put(versionKey, []byte(fileVersion)); err != nil {
+			return err
+		}
+		return putSum(tx, 0)
 	})
 	if err := errors.Join(err, db.Close()); err != nil {
 		return err
