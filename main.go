@@ -400,9 +400,9 @@ func (g *gateway) warnOpen(cfg config.Gateway, data net.Listener) {
 
 // serveAdmin serves the admin listener.
 func (g *gateway) serveAdmin(ln net.Listener) error {
-	served := ln
+	served := g.proxy.Watched(ln)
 	if g.tls != nil {
-		served = g.tls.Listener(ln)
+		served = g.tls.Listener(served)
 	}
 	err := g.ops.Serve(served)
 	if _, left := g.left.LoadAndDelete(ln); left {

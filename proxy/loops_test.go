@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"slices"
@@ -1467,5 +1468,74 @@ func TestManyConnectAtOnce(t *testing.T) {
 	}
 	for _, c := range all {
 		io.Copy(io.Discard, c.r) // to its end: an answer, or none
+	}
+}
+
+// A server of another kind can be served by the loops: it has its deadlines, hears of clients that leave, and ends.
+func TestWatched(t *testing.T) {
+	g := startGateway(t, func(cfg *Config) { cfg.Loops = 2 }, nil)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	left := make(chan error, 1)
+	server := &http.Server{ReadHeaderTimeout: 200 * time.Millisecond, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/wait" {
+			<-r.Context().Done()
+			left <- r.Context().Err()
+			return
+		}
+		io.Copy(w, r.Body)
+	}), ConnContext: func(ctx context.Context, nc net.Conn) context.Context {
+		if _, ok := nc.(*loop.Socket); ok != loop.Supported {
+			t.Errorf("a %T", nc)
+		}
+		return ctx
+	}}
+	served := make(chan error, 1)
+	watched := g.Watched(ln)
+	go func() { served <- server.Serve(watched) }()
+	url := "http://" + ln.Addr().String()
+	body := strings.Repeat("x", 1<<20)
+	for range 20 {
+		resp, err := http.Post(url, "text/plain", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil || string(got) != body {
+			t.Fatalf("%d bytes, %v", len(got), err)
+		}
+	}
+	slow, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer slow.Close()
+	slow.SetDeadline(time.Now().Add(10 * time.Second))
+	if _, err := slow.Write([]byte("GET / HTTP/1.1\r\n")); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := slow.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("half a head: %d, %v", n, err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	time.AfterFunc(10*time.Millisecond, cancel)
+	req, _ := http.NewRequestWithContext(ctx, http.MethodGet, url+"/wait", nil)
+	if _, err := http.DefaultClient.Do(req); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	select {
+	case <-left:
+	case <-time.After(10 * time.Second):
+		t.Error("nobody hears that the client has left")
+	}
+	http.DefaultClient.CloseIdleConnections()
+	if err := server.Shutdown(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := <-served; err != http.ErrServerClosed {
+		t.Error(err)
 	}
 }

@@ -8,8 +8,6 @@ import (
 	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // handler is a Handler made of functions; those that are nil do nothing.
@@ -65,29 +63,12 @@ func tcpPair(t testing.TB) (near, far *net.TCPConn) {
 func pair(t testing.TB, l *Loop) (*Socket, *net.TCPConn) {
 	t.Helper()
 	near, far := tcpPair(t)
-	s, err := take(l, near)
+	s, err := l.Take(near)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.Close(); far.Close() })
 	return s, far
-}
-
-// take makes a Socket of a connection, which is closed: its descriptor lives on in the socket. The socket is held.
-func take(l *Loop, conn *net.TCPConn) (*Socket, error) {
-	defer conn.Close()
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	fd := -1
-	if err := raw.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
-		return nil, err
-	}
-	if err != nil {
-		return nil, os.NewSyscallError("fcntl", err)
-	}
-	return l.Watch(fd, conn.RemoteAddr().(*net.TCPAddr).AddrPort(), nil, true)
 }
 
 // eventually polls a condition for up to ten seconds.

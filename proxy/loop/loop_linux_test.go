@@ -145,7 +145,7 @@ func pingPong(t testing.TB, l *Loop, n int) (rounds *atomic.Int64) {
 	for range n {
 		near, far := tcpPair(t)
 		for _, conn := range []*net.TCPConn{near, far} {
-			s, err := take(l, conn)
+			s, err := l.Take(conn)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -417,7 +417,7 @@ func TestCloseLeavesNothing(t *testing.T) {
 		var sockets []io.Closer
 		for i := range 30 {
 			near, far := tcpPair(t)
-			s, err := take(g.Loops[i%3], near)
+			s, err := g.Loops[i%3].Take(near)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -40,6 +40,7 @@ func (*Loop) Blame(Handler)                                             {}
 func (*Loop) Guard(Handler, func())                                     {}
 func (*Loop) Call(func()) bool                                          { return false }
 func (*Loop) Watch(int, netip.AddrPort, Handler, bool) (*Socket, error) { return nil, errUnsupported }
+func (*Loop) Take(*net.TCPConn) (*Socket, error)                        { return nil, errUnsupported }
 func (*Loop) Connect(netip.AddrPort, Handler, bool) (*Socket, error)    { return nil, errUnsupported }
 
 type Socket struct{ net.Conn }

@@ -62,6 +62,23 @@ func (l *Loop) Watch(fd int, remote netip.AddrPort, h Handler, held bool) (*Sock
 	return s, nil
 }
 
+// Take makes a Socket of a connection, which is closed: its descriptor lives on in the Socket. It is held.
+func (l *Loop) Take(conn *net.TCPConn) (*Socket, error) {
+	defer conn.Close()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	fd := -1
+	if err := raw.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
+		return nil, err
+	}
+	if err != nil {
+		return nil, os.NewSyscallError("fcntl", err)
+	}
+	return l.Watch(fd, conn.RemoteAddr().(*net.TCPAddr).AddrPort(), nil, true)
+}
+
 // SetHandler says who is told; while the socket is held, or on its loop.
 func (s *Socket) SetHandler(h Handler) { s.handler = h }
 

@@ -352,7 +352,7 @@ func TestDescriptorReuse(t *testing.T) {
 			for range rounds {
 				id := next.Add(1)
 				near, far := tcpPair(t)
-				s, err := take(l, near)
+				s, err := l.Take(near)
 				if err != nil {
 					t.Error(err)
 					return
@@ -526,7 +526,7 @@ func TestAddresses(t *testing.T) {
 			t.Fatal(err)
 		}
 		local, remote := near.LocalAddr().String(), near.RemoteAddr().String()
-		s, err := take(l, near.(*net.TCPConn))
+		s, err := l.Take(near.(*net.TCPConn))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -544,11 +544,11 @@ func TestAddresses(t *testing.T) {
 func TestTLS(t *testing.T) {
 	g := startGroup(t, 2)
 	near, far := tcpPair(t)
-	client, err := take(g.Loops[0], near)
+	client, err := g.Loops[0].Take(near)
 	if err != nil {
 		t.Fatal(err)
 	}
-	server, err := take(g.Loops[1], far)
+	server, err := g.Loops[1].Take(far)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -614,7 +614,7 @@ func TestTakeClosed(t *testing.T) {
 	near, far := tcpPair(t)
 	defer far.Close()
 	near.Close()
-	if s, err := take(l, near); err == nil {
+	if s, err := l.Take(near); err == nil {
 		t.Errorf("took %v", s)
 	}
 }
@@ -810,7 +810,7 @@ func TestEventsOfTheClosed(t *testing.T) {
 					return
 				}
 				other.Close()
-				s, err := take(l, quiet)
+				s, err := l.Take(quiet)
 				if err != nil {
 					wrong <- err.Error()
 					return

@@ -35,7 +35,7 @@ const (
 
 	// Checks go on that long at most before requests have the CPU, and as long as the requests then had it, if that is less: where
 	// many wait, checks have their part.
-	longest = 500 * time.Microsecond
+	longest = 150 * time.Microsecond
 
 	recentTurn = 2 * time.Second // those that are up since before a restart have their first checks within it
 )
