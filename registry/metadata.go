@@ -91,6 +91,9 @@ func readMetadata(s *scanner, nullable bool) (map[string]*string, error) {
 
 // texts is those pairs that are not null.
 func texts(pairs map[string]*string) map[string]string {
+	if len(pairs) == 0 {
+		return nil
+	}
 	all := make(map[string]string, len(pairs))
 	for key, value := range pairs {
 		if value != nil {
