@@ -128,12 +128,12 @@ var (
 // Status is a Gate at one moment.
 type Status struct {
 	State  State
-	Since  time.Time // of the last change of state, or of New
+	Since  time.Time // of the last change of state, or of Init
 	Until  time.Time // when the open time is over; zero unless open
 	Reason error     // why the gate opened; nil while closed
 }
 
-// change is one call of onChange.
+// change is one call of the listener.
 type change struct {
 	from, to State
 	reason   error
@@ -141,58 +141,68 @@ type change struct {
 
 // Gate is a breaker whose healthy path is one atomic load: the run of failures lives in one word, and gobreaker is asked
 // only once that run is long enough, and for probes. An open gate refuses by the same load. All methods may be called
-// at any time by any number of goroutines, and from onChange.
+// at any time by any number of goroutines, and from the listener.
 //
 // Who writes word: while it is closed anybody, by compare-and-swap of the count; all else is written under mu. So a
 // change of state is one swap of the word that ended the old state, and the count that opens the gate is exact.
+//
+// It is made to be a part of what it guards: one object less for each instance. What others write should stand 128 bytes away
+// from it, since pairs of cache lines are fetched together.
 type Gate struct {
-	_    [128]byte // pairs of cache lines are fetched together: neighbours' writes stay away from word
-	word atomic.Uint64
-	_    [120]byte
+	word     atomic.Uint64
+	failures atomic.Int64 // cfg.Failures
+	listener Listener     // or nil
 
-	cfg      atomic.Pointer[Config]
-	onChange func(from, to State, reason error) // or nil
-
-	mu      sync.Mutex                                 // guards what follows; never held while onChange runs
+	mu      sync.Mutex // guards what follows; never held while the listener runs
+	cfg     Config
 	slow    *gobreaker.TwoStepCircuitBreaker[struct{}] // nil until the gate first opens: then there is something to remember
 	since   time.Time
 	until   time.Time
 	reason  error
 	probes  []*probe    // under way, oldest first; at most cfg.Probes
 	timer   *time.Timer // runs tick at the end of the open time, or when the oldest probe is lost; nil until first needed
-	changes []change    // not yet told to onChange
+	changes []change    // not yet told to the listener
 	telling bool        // a goroutine is telling them
 	stopped bool        // by Close
 	next    *Config     // by Configure, while it is not closed; nil: none
 }
 
-// New returns a closed Gate. Its error names the field of cfg that is out of range. Close it to stop its timer.
-//
-// onChange, if not nil, hears every change of state: one call at a time, in order, none left out. It is called with no
-// lock held, so it may call any method of the gate. State may have moved on by then: act on what State says, and let
-// from, to and reason tell how it came about. reason wraps the error given to Failure where there is one ("5 failures
-// in a row: ..."), and is never nil.
+// Listener hears every change of a gate's state: one call at a time, in order, none left out. It is called with no lock held, so
+// it may call any method of the gate. State may have moved on by then: act on what State says, and let from, to and reason
+// tell how it came about. reason wraps the error given to Failure where there is one ("5 failures in a row: ..."), and is
+// never nil.
 //
 // The call is made by the goroutine that caused the change (the timer's where it was time) before its call of Success,
-// Failure or Allow returns, unless another call of onChange is under way. Then nobody waits: the goroutine that made
+// Failure or Allow returns, unless another call of the listener is under way. Then nobody waits: the goroutine that made
 // that one makes this one after it.
-func New(cfg Config, onChange func(from, to State, reason error)) (*Gate, error) {
+type Listener interface {
+	BreakerChanged(from, to State, reason error)
+}
+
+// Init makes a closed gate of the zero Gate. Its error names the field of cfg that is out of range. l may be nil. Close the gate to
+// stop its timer.
+func (g *Gate) Init(cfg Config, l Listener) error {
 	cfg, err := cfg.WithDefaults()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	g := &Gate{onChange: onChange, since: time.Now()}
+	g.listener, g.since = l, time.Now()
+	g.configure(cfg)
 	g.word.Store(pack(1, Closed, 0))
-	g.cfg.Store(&cfg)
-	return g, nil
+	return nil
+}
+
+// configure sets the configuration. mu is held, or nobody knows the gate yet.
+func (g *Gate) configure(cfg Config) {
+	g.cfg = cfg
+	g.failures.Store(int64(cfg.Failures))
 }
 
 // remember makes the gobreaker for an open gate. mu is held.
 func (g *Gate) remember() {
-	cfg := g.cfg.Load()
 	g.slow = gobreaker.NewTwoStepCircuitBreaker[struct{}](gobreaker.Settings{
-		MaxRequests:   uint32(cfg.Probes),
-		Timeout:       cfg.OpenFor,
+		MaxRequests:   uint32(g.cfg.Probes),
+		Timeout:       g.cfg.OpenFor,
 		ReadyToTrip:   func(gobreaker.Counts) bool { return true }, // it hears of the last failure of a run only
 		IsExcluded:    func(err error) bool { return err == errIgnored },
 		OnStateChange: g.changed,
@@ -200,7 +210,7 @@ func (g *Gate) remember() {
 }
 
 // Configure has the gate go by another configuration: from now on if it is closed, and its run of failures goes on; else when it
-// is closed again. The error is as that of New, and then nothing has changed.
+// is closed again. The error is as that of Init, and then nothing has changed.
 func (g *Gate) Configure(cfg Config) error {
 	cfg, err := cfg.WithDefaults()
 	if err != nil {
@@ -271,7 +281,7 @@ func (g *Gate) Failure(t Token, reason error) {
 		switch {
 		case era(w) != t.era:
 			return // of an earlier generation
-		case count(w)+1 >= g.cfg.Load().Failures:
+		case int64(count(w))+1 >= g.failures.Load():
 			if g.trip(w, reason) {
 				return
 			}
@@ -289,7 +299,7 @@ func (g *Gate) Ignored(t Token) {
 	}
 }
 
-// Close stops the gate's timer. Nothing changes any more, and onChange is not called again; a call that another
+// Close stops the gate's timer. Nothing changes any more, and the listener is not called again; a call that another
 // goroutine has begun may still be under way when Close returns. A gate that is closed at this time goes on admitting
 // requests, any other refuses them.
 func (g *Gate) Close() {
@@ -316,7 +326,7 @@ func (g *Gate) allowProbe() (t Token, ok bool) {
 		if err != nil {
 			return
 		}
-		p := &probe{report: report, deadline: time.Now().Add(g.cfg.Load().ProbeTimeout)}
+		p := &probe{report: report, deadline: time.Now().Add(g.cfg.ProbeTimeout)}
 		g.probes = append(g.probes, p)
 		g.word.Add(^uint64(0)) // one free probe less
 		t, ok = Token{probe: p}, true
@@ -331,7 +341,7 @@ func (g *Gate) trip(w uint64, reason error) bool {
 		if tripped = g.word.CompareAndSwap(w, pack(generation(w), Open, 0)); !tripped {
 			return
 		}
-		g.reason = because(fmt.Sprintf("%d failures in a row", g.cfg.Load().Failures), reason)
+		g.reason = because(fmt.Sprintf("%d failures in a row", g.cfg.Failures), reason)
 		if g.slow == nil {
 			g.remember()
 		}
@@ -370,7 +380,7 @@ func (g *Gate) tick() {
 		case g.State() == Open:
 			g.slow.State() // gobreaker looks at its clock when asked
 		case len(g.probes) > 0 && !now.Before(g.probes[0].deadline):
-			g.end(g.probes[0], errFailed, fmt.Errorf("probe lost: no outcome within %v", g.cfg.Load().ProbeTimeout))
+			g.end(g.probes[0], errFailed, fmt.Errorf("probe lost: no outcome within %v", g.cfg.ProbeTimeout))
 		}
 	})
 }
@@ -409,21 +419,21 @@ func (g *Gate) changed(_ string, gFrom, gTo gobreaker.State) {
 	free := 0
 	switch to {
 	case Open:
-		g.until = g.since.Add(g.cfg.Load().OpenFor)
+		g.until = g.since.Add(g.cfg.OpenFor)
 	case HalfOpen:
-		free = g.cfg.Load().Probes
-		c.reason = fmt.Errorf("open for %v", g.cfg.Load().OpenFor)
+		free = g.cfg.Probes
+		c.reason = fmt.Errorf("open for %v", g.cfg.OpenFor)
 	case Closed:
 		g.reason = nil
-		c.reason = fmt.Errorf("%d of %[1]d probes succeeded", g.cfg.Load().Probes)
+		c.reason = fmt.Errorf("%d of %[1]d probes succeeded", g.cfg.Probes)
 	}
 	g.word.Store(pack(generation(g.word.Load())+1, to, free))
-	if g.onChange != nil {
+	if g.listener != nil {
 		g.changes = append(g.changes, c)
 	}
 }
 
-// locked runs step under mu, unless the gate is stopped, and then tells onChange what it changed.
+// locked runs step under mu, unless the gate is stopped, and then tells the listener what it changed.
 func (g *Gate) locked(step func()) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -432,7 +442,7 @@ func (g *Gate) locked(step func()) {
 	}
 	step()
 	if g.next != nil && g.State() == Closed {
-		g.cfg.Store(g.next)
+		g.configure(*g.next)
 		g.slow, g.next = nil, nil // what is closed has nothing to remember
 	}
 	g.arm()
@@ -440,7 +450,7 @@ func (g *Gate) locked(step func()) {
 		return // whoever is telling goes on to these
 	}
 	g.telling = true
-	defer func() { g.telling = false }() // also if onChange panics: the rest is told with the next change
+	defer func() { g.telling = false }() // also if the listener panics: the rest is told with the next change
 	for len(g.changes) > 0 {
 		c := g.changes[0]
 		g.changes = g.changes[1:]
@@ -448,11 +458,11 @@ func (g *Gate) locked(step func()) {
 	}
 }
 
-// tell calls onChange with mu released.
+// tell calls the listener with mu released.
 func (g *Gate) tell(c change) {
 	g.mu.Unlock()
 	defer g.mu.Lock()
-	g.onChange(c.from, c.to, c.reason)
+	g.listener.BreakerChanged(c.from, c.to, c.reason)
 }
 
 // ours is gobreaker's state as one of ours.

@@ -68,10 +68,10 @@ func wantRefused(t *testing.T, g *Gate) {
 // halfOpen fails a closed gate and waits until it is half-open.
 func halfOpen(t *testing.T, g *Gate) {
 	t.Helper()
-	fail(t, g, g.cfg.Load().Failures)
-	time.Sleep(g.cfg.Load().OpenFor + 1)
+	fail(t, g, g.cfg.Failures)
+	time.Sleep(g.cfg.OpenFor + 1)
 	synctest.Wait()
-	wantGate(t, g, HalfOpen, g.cfg.Load().Probes)
+	wantGate(t, g, HalfOpen, g.cfg.Probes)
 }
 
 func TestConfig(t *testing.T) {
@@ -93,7 +93,8 @@ func TestConfig(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			g, err := New(tt.cfg, nil)
+			var g Gate
+			err := g.Init(tt.cfg, nil)
 			if tt.err != "" {
 				if err == nil || !strings.Contains(err.Error(), tt.err) {
 					t.Fatalf("error %v, want one with %q", err, tt.err)
@@ -104,8 +105,8 @@ func TestConfig(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer g.Close()
-			if *g.cfg.Load() != tt.want {
-				t.Errorf("config %+v, want %+v", *g.cfg.Load(), tt.want)
+			if g.cfg != tt.want {
+				t.Errorf("config %+v, want %+v", g.cfg, tt.want)
 			}
 		})
 	}
@@ -766,8 +767,8 @@ func TestNoAllocations(t *testing.T) {
 // Another configuration is in force at once while the gate is closed, and else when it is closed again.
 func TestConfigure(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g, err := New(Config{Failures: 3, OpenFor: time.Second, Probes: 1}, nil)
-		if err != nil {
+		g := &Gate{}
+		if err := g.Init(Config{Failures: 3, OpenFor: time.Second, Probes: 1}, nil); err != nil {
 			t.Fatal(err)
 		}
 		defer g.Close()

@@ -223,13 +223,22 @@ func FuzzTraces(f *testing.F) {
 
 func newGate(tb testing.TB, cfg Config, onChange func(from, to State, reason error)) *Gate {
 	tb.Helper()
-	g, err := New(cfg, onChange)
-	if err != nil {
+	g := &Gate{}
+	var l Listener
+	if onChange != nil {
+		l = listener(onChange)
+	}
+	if err := g.Init(cfg, l); err != nil {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(g.Close)
 	return g
 }
+
+// listener is a function that listens.
+type listener func(from, to State, reason error)
+
+func (f listener) BreakerChanged(from, to State, reason error) { f(from, to, reason) }
 
 // fail admits and fails n requests.
 func fail(tb testing.TB, g *Gate, n int) {

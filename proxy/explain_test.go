@@ -305,7 +305,8 @@ func TestExplainedAsPicked(t *testing.T) {
 			}
 			s := p.service("echo")
 			for i := range all {
-				all[i] = &upstream{service: s, id: fmt.Sprintf("%02d", i), gate: gateIn(t, cb.State(i%3))}
+				all[i] = &upstream{service: s, id: fmt.Sprintf("%02d", i)}
+				bring(t, &all[i].gate, cb.State(i%3))
 				all[i].addresses.Store(&addresses{})
 			}
 			for range 1000 {
@@ -380,15 +381,14 @@ func TestExplainedAsPicked(t *testing.T) {
 	}
 }
 
-// gateIn returns a gate that stays in a state.
-func gateIn(t *testing.T, state cb.State) *cb.Gate {
+// bring makes a gate that stays in a state.
+func bring(t *testing.T, gate *cb.Gate, state cb.State) {
 	t.Helper()
 	cfg := cb.Config{Failures: 1, OpenFor: time.Hour, Probes: 2, ProbeTimeout: time.Hour}
 	if state == cb.HalfOpen {
 		cfg.OpenFor = time.Nanosecond
 	}
-	gate, err := cb.New(cfg, nil)
-	if err != nil {
+	if err := gate.Init(cfg, nil); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(gate.Close)
@@ -396,7 +396,6 @@ func gateIn(t *testing.T, state cb.State) *cb.Gate {
 		gate.Failure(token, nil)
 	}
 	eventually(t, "the gate is "+state.String(), func() bool { return gate.State() == state })
-	return gate
 }
 
 // dry is an exchange that has found its service.

@@ -107,7 +107,7 @@ func TestProbeAsTheLastResort(t *testing.T) {
 	actors["a"].does(answers(503))
 	openBreaker(t, g, "a")
 	g.awaitBreaker(t, "a", "half-open")
-	gate := g.service("echo").view.Load().parts[0].members[0].gate
+	gate := &g.service("echo").view.Load().parts[0].members[0].gate
 	var taken []cb.Token
 	for gate.FreeProbes() > 0 {
 		token, _ := gate.Allow()

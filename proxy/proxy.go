@@ -127,11 +127,9 @@ func (cfg Config) withDefaults() (Config, error) {
 			return cfg, fmt.Errorf("proxy: Config.Upgrades has %q: a protocol is a name such as websocket, or a name and a version such as foo/2", protocol)
 		}
 	}
-	gate, err := cb.New(cfg.Breaker, nil)
-	if err != nil {
+	if _, err := cfg.Breaker.WithDefaults(); err != nil {
 		return cfg, fmt.Errorf("proxy: Config.Breaker: %w", err)
 	}
-	gate.Close()
 	switch cfg.AmbiguousPaths {
 	case "":
 		cfg.AmbiguousPaths = RefusePaths
@@ -144,9 +142,11 @@ func (cfg Config) withDefaults() (Config, error) {
 			return cfg, fmt.Errorf("proxy: Config.AllowMethods has %q: CONNECT and TRACE are all that it can allow", method)
 		}
 	}
-	if cfg.Limits, err = cfg.Limits.withDefaults(); err != nil {
+	limits, err := cfg.Limits.withDefaults()
+	if err != nil {
 		return cfg, err
 	}
+	cfg.Limits = limits
 	if cfg.Loops < 0 {
 		return cfg, fmt.Errorf("proxy: Config.Loops is %d: it must be at least 1, or 0 for GOMAXPROCS", cfg.Loops)
 	}

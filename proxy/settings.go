@@ -108,11 +108,9 @@ func (s *Service) check(name string) error {
 			return fmt.Errorf("proxy: Config.Services: %s: Strategy: %w", name, err)
 		}
 	}
-	gate, err := cb.New(s.Breaker, nil)
-	if err != nil {
+	if _, err := s.Breaker.WithDefaults(); err != nil {
 		return fmt.Errorf("proxy: Config.Services: %s: Breaker: %w", name, err)
 	}
-	gate.Close()
 	return nil
 }
 

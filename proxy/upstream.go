@@ -32,26 +32,27 @@ type upstream struct {
 	service *service
 	id      string
 	target  registry.Target
-	gate    *cb.Gate
 	pools   []atomic.Pointer[pool] // one for each loop, made when it is first needed
 	tls     *tls.Config            // nil: http
 
 	addresses atomic.Pointer[addresses]
-	lastError atomic.Pointer[string]
+	instance  atomic.Pointer[registry.Instance] // the latest registration
+	health    atomic.Pointer[health.Watch]      // nil: it is not checked
 	closed    atomic.Bool
+
+	gate cb.Gate // its word is read by requests too, and what stands behind it keeps off others that are written
+
+	lastError atomic.Pointer[string]
 	open      struct {
 		mu    sync.Mutex
 		conns map[*backendConn]struct{} // all connections, idle or not
 		total uint64                    // of those that there ever were
 	}
-	instance atomic.Pointer[registry.Instance] // the latest registration
-	health   atomic.Pointer[health.Watch]      // nil: it is not checked
-	slowFrom time.Time                         // when it last came into the balancers, if it is in service.slow; guarded by service.mu
-	resolver struct {
-		mu    sync.Mutex
-		timer *time.Timer // nil for a literal address, or once closed
-		ctx   context.Context
-		stop  context.CancelFunc
+	slowFrom time.Time // when it last came into the balancers, if it is in service.slow; guarded by service.mu
+	resolver *resolver // nil: the address is a literal
+	literal  struct {  // and then this is in addresses
+		addresses
+		list [1]netip.AddrPort
 	}
 
 	_        [128]byte // what requests write stands apart from what they read
@@ -67,6 +68,14 @@ type upstream struct {
 type addresses struct {
 	list []netip.AddrPort // the last good one first
 	err  error            // why one that was found is not in list
+}
+
+// resolver looks a name up, now and again.
+type resolver struct {
+	ctx   context.Context
+	stop  context.CancelFunc
+	mu    sync.Mutex
+	timer *time.Timer // nil once closed; guarded by mu
 }
 
 // pool is one HostClient, and the part of it that we use. Loops share none: a connection is watched by the loop that uses it.
@@ -122,11 +131,9 @@ func (s *service) newUpstream(in *registry.Instance) *upstream {
 		target:  in.Target(),
 	}
 	u.instance.Store(in)
-	gate, err := cb.New(cfg.breaker(s.name), u.breakerChanged)
-	if err != nil {
-		panic(err) // New has built one of the same configuration
+	if err := u.gate.Init(cfg.breaker(s.name), u); err != nil {
+		panic(err) // New has judged the configuration
 	}
-	u.gate = gate
 	if u.target.Scheme == "https" {
 		u.tls = &tls.Config{
 			ServerName: u.target.Host, RootCAs: cfg.UpstreamCA, InsecureSkipVerify: cfg.UpstreamInsecure,
@@ -136,7 +143,12 @@ func (s *service) newUpstream(in *registry.Instance) *upstream {
 	u.pools = make([]atomic.Pointer[pool], len(s.proxy.workers))
 	switch {
 	case u.target.IP.IsValid():
-		u.setAddresses([]netip.AddrPort{netip.AddrPortFrom(u.target.IP, u.target.Port)})
+		l := &u.literal
+		l.list[0] = netip.AddrPortFrom(u.target.IP, u.target.Port)
+		if l.err = u.Allowed(l.list[0]); l.err == nil {
+			l.addresses.list = l.list[:]
+		}
+		u.addresses.Store(&l.addresses)
 	case isLocalhost(u.target.Host): // RFC 6761 section 6.3: known without a look-up
 		u.setAddresses([]netip.AddrPort{
 			netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), u.target.Port),
@@ -144,10 +156,12 @@ func (s *service) newUpstream(in *registry.Instance) *upstream {
 		})
 	default:
 		u.addresses.Store(&addresses{err: errors.New("unresolved")})
-		u.resolver.ctx, u.resolver.stop = context.WithCancel(context.Background())
-		u.resolver.mu.Lock()
-		u.resolver.timer = time.AfterFunc(0, func() { s.proxy.spawn(u.resolve) }) // so that Close waits for it
-		u.resolver.mu.Unlock()
+		r := &resolver{}
+		u.resolver = r
+		r.ctx, r.stop = context.WithCancel(context.Background())
+		r.mu.Lock()
+		r.timer = time.AfterFunc(0, func() { s.proxy.spawn(u.resolve) }) // so that Close waits for it
+		r.mu.Unlock()
 	}
 	u.recheck(in)
 	return u
@@ -163,7 +177,7 @@ func (u *upstream) register(in *registry.Instance) {
 // instance that is known goes on from what is thought of it. The caller holds service.mu.
 func (u *upstream) recheck(in *registry.Instance) {
 	before, check := u.health.Load(), u.service.proxy.cfg().check(u.service.name, in)
-	if before == nil && check == nil || before != nil && check != nil && before.Check == *check {
+	if before == nil && check == nil || before != nil && check != nil && *before.Check == *check {
 		return
 	}
 	if before != nil {
@@ -181,19 +195,19 @@ func (u *upstream) recheck(in *registry.Instance) {
 		up = true
 	}
 	w := u.service.proxy.checks.Watch(health.Instance{
-		Check: *check, Target: u.target, TLS: u.tls, Up: up, Recent: before == nil && in.Restored() && in.State() != registry.Unreachable,
-		Addrs:   func() []netip.AddrPort { return u.addresses.Load().list },
-		Allowed: u.check,
-		Changed: u.healthChanged,
+		Owner: u, Check: check, Target: &u.target, TLS: u.tls, Up: up, Recent: before == nil && in.Restored() && in.State() != registry.Unreachable,
 	})
 	u.health.Store(w)
-	if u.resolver.ctx != nil {
+	if u.resolver != nil {
 		w.Soon() // the name may have been resolved between the two
 	}
 }
 
-// healthChanged is told when checks have another result.
-func (u *upstream) healthChanged(now health.Status) {
+// Addrs is where it may be dialled now; with what follows it makes the upstream the health.Owner of its checks.
+func (u *upstream) Addrs() []netip.AddrPort { return u.addresses.Load().list }
+
+// HealthChanged is told when checks have another result.
+func (u *upstream) HealthChanged(now health.Status) {
 	if u.closed.Load() {
 		return
 	}
@@ -206,8 +220,8 @@ func (u *upstream) healthChanged(now health.Status) {
 	u.service.touch(u)
 }
 
-// check says whether the instance may point to an address.
-func (u *upstream) check(ap netip.AddrPort) error {
+// Allowed says whether the instance may point to an address.
+func (u *upstream) Allowed(ap netip.AddrPort) error {
 	return u.service.proxy.cfg().Registry.CheckAddr(u.instance.Load(), ap)
 }
 
@@ -245,7 +259,7 @@ func (u *upstream) setAddresses(found []netip.AddrPort) {
 	next := &addresses{}
 	known := map[netip.AddrPort]bool{}
 	for _, ap := range found {
-		if err := u.check(ap); err != nil {
+		if err := u.Allowed(ap); err != nil {
 			next.err = err
 			continue
 		}
@@ -314,7 +328,7 @@ func (e *handshakeError) Unwrap() error { return e.cause }
 
 // connect dials one address, until end at the latest. It has the connect timeout, and a handshake has it again.
 func (u *upstream) connect(i int, ap netip.AddrPort, end time.Time) (net.Conn, error) {
-	if u.check(ap) != nil {
+	if u.Allowed(ap) != nil {
 		return nil, errProhibited
 	}
 	b, err := u.service.proxy.dial(i, ap, earlier(end, time.Now().Add(u.service.proxy.cfg().ConnectTimeout)))
@@ -413,7 +427,7 @@ func (u *upstream) start(i int) (net.Conn, error) {
 		return nil, errUnreachable
 	}
 	ap := list[0]
-	if u.check(ap) != nil {
+	if u.Allowed(ap) != nil {
 		return nil, errProhibited
 	}
 	b := &backendConn{}
@@ -583,8 +597,8 @@ func (u *upstream) ready() (bool, string) {
 
 func (u *upstream) noteError(reason string) { u.lastError.Store(&reason) }
 
-// breakerChanged is told every change of the breaker's state.
-func (u *upstream) breakerChanged(from, to cb.State, reason error) {
+// BreakerChanged is told every change of the breaker's state.
+func (u *upstream) BreakerChanged(from, to cb.State, reason error) {
 	if u.closed.Load() {
 		return
 	}
@@ -608,13 +622,15 @@ func (u *upstream) close() {
 	if w := u.health.Load(); w != nil {
 		w.Stop()
 	}
-	u.resolver.mu.Lock()
-	if timer := u.resolver.timer; timer != nil {
-		u.resolver.timer = nil
-		timer.Stop()
-		u.resolver.stop()
+	if r := u.resolver; r != nil {
+		r.mu.Lock()
+		if r.timer != nil {
+			r.timer.Stop()
+			r.timer = nil
+			r.stop()
+		}
+		r.mu.Unlock()
 	}
-	u.resolver.mu.Unlock()
 	for i := range u.pools {
 		if p := u.pools[i].Load(); p != nil {
 			p.closeIdle()

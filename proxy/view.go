@@ -533,7 +533,7 @@ func (p *Proxy) DescribeInstance(name, id string) registry.InstanceStatus {
 	}
 	if w := u.health.Load(); w != nil {
 		now := w.Status()
-		status.Check = &w.Check
+		status.Check = w.Check
 		status.Health = &registry.HealthStatus{State: string(now.State), Since: now.Since, LastError: now.Error}
 		if !now.Checked.IsZero() {
 			status.Health.CheckedAt = &now.Checked

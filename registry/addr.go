@@ -70,14 +70,14 @@ func ParseAddr(s string) (Target, error) {
 		t.Port = uint16(n)
 	}
 	t.Host = host
-	t.Authority = host
 	if authority[0] == '[' {
-		t.IP, t.Authority = netip.MustParseAddr(host).Unmap(), "["+host+"]"
+		t.IP = netip.MustParseAddr(host).Unmap()
 	} else if t.IP, err = parseHost(host); err != nil {
 		return Target{}, err
 	}
-	if t.Port != standard {
-		t.Authority += ":" + port
+	t.Authority = authority // a part of s, as all of it is: an instance is kept with few objects
+	if t.Port == standard {
+		t.Authority = strings.TrimSuffix(authority, ":"+port)
 	}
 	t.BasePath, err = parseBasePath(path)
 	if err != nil {

@@ -201,10 +201,10 @@ func BenchmarkParseAddr(b *testing.B) {
 }
 
 func BenchmarkDecode(b *testing.B) {
-	body := []byte(`{"service":"echo","id":"inst-1","addr":"http://localhost:8081","weight":2}`)
+	body := []byte(`{"service":"echo","id":"inst-1","addr":"http://localhost:8081","weight":2,"ttl":"15s","check":{"path":"/health","interval":"10s"}}`)
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := decodeMembers(body, "service", "id", "addr", "weight"); err != nil {
+		if _, err := decodeMembers(body, "service", "id", "addr", "weight", "ttl", "check"); err != nil {
 			b.Fatal(err)
 		}
 	}

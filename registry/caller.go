@@ -88,24 +88,28 @@ func (a *api) auditChange(ctx *fasthttp.RequestCtx, action, service string, befo
 	if now == nil || !a.reg.cfg.Log.Enabled(context.Background(), slog.LevelInfo) {
 		return
 	}
-	if changed := now.differs(before); len(changed) > 0 {
+	if changed := now.differs(before, make([]slog.Attr, 0, 11)); len(changed) > 0 {
 		a.audit(ctx, action, service, now.ID, changed...)
 	}
 }
 
-// differs is what is another in an instance than it was before, and under "was" what that was; before is nil if it is new.
-func (in *Instance) differs(before *Instance) (changed []slog.Attr) {
+// differs appends what is another in an instance than it was before, and under "was" what that was; before is nil if it is new.
+func (in *Instance) differs(before *Instance, changed []slog.Attr) []slog.Attr {
 	old := new(Instance).settings()
 	if before != nil {
 		old = before.settings()
 	}
 	var was []slog.Attr
 	for i, attr := range in.settings() {
-		if !attr.Equal(old[i]) {
-			changed, was = append(changed, attr), append(was, old[i])
+		if attr.Equal(old[i]) {
+			continue
+		}
+		changed = append(changed, attr)
+		if before != nil {
+			was = append(was, old[i])
 		}
 	}
-	if before != nil && len(changed) > 0 {
+	if len(was) > 0 {
 		changed = append(changed, slog.Attr{Key: "was", Value: slog.GroupValue(was...)})
 	}
 	return changed
@@ -130,7 +134,7 @@ func checkText(c *Check) string {
 	if c == nil {
 		return ""
 	}
-	text, err := json.Marshal(c)
+	text, err := c.MarshalJSON()
 	if err != nil {
 		panic(err) // texts and numbers, into memory
 	}

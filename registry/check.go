@@ -1,10 +1,10 @@
 package registry
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -185,7 +185,7 @@ func hexadecimal(c byte) bool {
 }
 
 // checkMembers are what the JSON of a Check may hold.
-var checkMembers = []string{"path", "tcp", "interval", "timeout", "fall", "rise", "status", "keep_alive", "start"}
+var checkMembers = [...]string{"path", "tcp", "interval", "timeout", "fall", "rise", "status", "keep_alive", "start"}
 
 // checkJSON is a Check without gaps in JSON.
 type checkJSON struct {
@@ -205,108 +205,97 @@ func (c Check) MarshalJSON() ([]byte, error) {
 	return json.Marshal(checkJSON{c.Path, c.TCP, c.Interval.String(), c.Timeout.String(), c.Fall, c.Rise, c.Status, c.KeepAlive, c.Start})
 }
 
-// UnmarshalJSON reads a check as the API does, and fills its gaps.
+// UnmarshalJSON reads a check as the API does, and fills its gaps. It is for json.Unmarshal, which knows that the syntax is right.
 func (c *Check) UnmarshalJSON(data []byte) error {
-	dec := json.NewDecoder(bytes.NewReader(data))
-	dec.UseNumber()
-	first, err := dec.Token()
-	if err != nil {
-		return err
-	}
-	read, err := decodeCheck(dec, first)
+	s := &scanner{data}
+	read, err := decodeCheck(s, s.next())
 	if err == nil {
 		*c = *read
 	}
 	return err
 }
 
-// decodeCheck reads the object that follows first in JSON whose syntax is right, strictly: a member that is unknown, comes twice
-// or has the wrong type is refused by its name. The error is a *FieldError; the gaps are filled.
-func decodeCheck(dec *json.Decoder, first json.Token) (*Check, error) {
-	if first != json.Delim('{') {
-		return nil, &FieldError{"check", `must be an object with a path such as "/health", or "tcp":true, not ` + describe(first)}
+// decodeCheck reads the object that follows first, strictly: a member that is unknown, comes twice or has the wrong type is refused
+// by its name. The error is a *FieldError; the gaps are filled.
+func decodeCheck(s *scanner, first token) (*Check, error) {
+	if first.kind != '{' {
+		return nil, &FieldError{"check", `must be an object with a path such as "/health", or "tcp":true, not ` + first.describe()}
 	}
 	var c Check
-	seen := map[string]bool{}
-	for dec.More() {
-		token, err := dec.Token()
-		if err != nil {
-			return nil, err
+	var seen [len(checkMembers)]bool
+	for t := s.next(); t.kind != '}'; t = s.next() {
+		bad := func(detail string) (*Check, error) {
+			return nil, &FieldError{"check." + short(string(t.text)), detail}
 		}
-		name := token.(string) // nothing else stands there
-		field := "check." + short(name)
-		if seen[name] {
-			return nil, &FieldError{field, "is there twice"}
+		at := slices.Index(checkMembers[:], string(t.text))
+		if at < 0 {
+			return bad("is unknown; allowed here: " + strings.Join(checkMembers[:], ", "))
 		}
-		seen[name] = true
-		value, err := dec.Token()
-		if err != nil {
-			return nil, err
+		if seen[at] {
+			return bad("is there twice")
 		}
-		switch name {
+		seen[at] = true
+		var err error
+		value := s.next()
+		switch checkMembers[at] {
 		case "path":
-			c.Path, err = asText(value, "must be a path such as /health")
+			c.Path, err = value.asText("must be a path such as /health")
 		case "status":
-			c.Status, err = asText(value, statusRule)
+			c.Status, err = value.asText(statusRule)
 		case "start":
 			var start string
-			start, err = asText(value, startRule)
+			start, err = value.asText(startRule)
 			c.Start = CheckStart(start)
 		case "interval":
-			c.Interval, err = asTime(value, intervalRule)
+			c.Interval, err = value.asTime(intervalRule)
 		case "timeout":
-			c.Timeout, err = asTime(value, timeoutRule)
+			c.Timeout, err = value.asTime(timeoutRule)
 		case "fall":
-			c.Fall, err = asCount(value)
+			c.Fall, err = value.asCount()
 		case "rise":
-			c.Rise, err = asCount(value)
+			c.Rise, err = value.asCount()
 		case "tcp":
-			c.TCP, err = asBool(value)
+			c.TCP, err = value.asBool()
 		case "keep_alive":
-			c.KeepAlive, err = asBool(value)
-		default:
-			err = errors.New("is unknown; allowed here: " + strings.Join(checkMembers, ", "))
+			c.KeepAlive, err = value.asBool()
 		}
 		if err != nil {
-			return nil, &FieldError{field, err.Error()}
+			return bad(err.Error())
 		}
-	}
-	if _, err := dec.Token(); err != nil { // its end
-		return nil, err
 	}
 	return c.Filled()
 }
 
 // What follows reads one value. A zero is refused like any other that is wrong: it is there, and is no gap to be filled.
 
-func asText(value json.Token, rule string) (string, error) {
-	if text, ok := value.(string); ok && text != "" {
-		return text, nil
+func (t token) asText(rule string) (string, error) {
+	if t.kind == '"' && len(t.text) > 0 {
+		return string(t.text), nil
 	}
-	return "", errors.New(rule + ", not " + describe(value))
+	return "", errors.New(rule + ", not " + t.describe())
 }
 
-func asTime(value json.Token, rule string) (time.Duration, error) {
-	if text, ok := value.(string); ok {
-		if d, err := time.ParseDuration(text); err == nil && d != 0 {
+func (t token) asTime(rule string) (time.Duration, error) {
+	if t.kind == '"' {
+		if d, err := time.ParseDuration(string(t.text)); err == nil && d != 0 {
 			return d, nil
 		}
 	}
-	return 0, errors.New(rule + ", not " + describe(value))
+	return 0, errors.New(rule + ", not " + t.describe())
 }
 
-func asCount(value json.Token) (int, error) {
-	if number, ok := value.(json.Number); ok {
-		if n, err := strconv.Atoi(number.String()); err == nil && n != 0 {
+func (t token) asCount() (int, error) {
+	if t.kind == '0' {
+		if n, err := strconv.Atoi(string(t.text)); err == nil && n != 0 {
 			return n, nil
 		}
 	}
-	return 0, errors.New(countRule + ", not " + describe(value))
+	return 0, errors.New(countRule + ", not " + t.describe())
 }
 
-func asBool(value json.Token) (bool, error) {
-	if is, ok := value.(bool); ok {
-		return is, nil
+func (t token) asBool() (bool, error) {
+	if t.kind == 't' || t.kind == 'f' {
+		return t.kind == 't', nil
 	}
-	return false, errors.New("must be true or false, not " + describe(value))
+	return false, errors.New("must be true or false, not " + t.describe())
 }

@@ -60,7 +60,10 @@ func (in *Instance) State() State {
 
 // settle puts what an operator has set over what the instance registers.
 func (in *Instance) settle() {
-	in.Weight, in.Metadata = in.registered.weight, merge(in.registered.metadata, in.Override.Metadata)
+	in.Weight, in.Metadata = in.registered.weight, in.registered.metadata
+	if in.Override.Metadata != nil {
+		in.Metadata = merge(in.Metadata, in.Override.Metadata)
+	}
 	if in.Override.Weight != nil {
 		in.Weight = *in.Override.Weight
 	}

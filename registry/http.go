@@ -550,6 +550,9 @@ func answer(call func(*fasthttp.RequestCtx) error, params ...string) fasthttp.Re
 		if err == nil {
 			err = call(ctx)
 		}
+		if err == nil {
+			return
+		}
 		var bad *FieldError
 		var no *refusal
 		var out *outsideError
@@ -557,7 +560,6 @@ func answer(call func(*fasthttp.RequestCtx) error, params ...string) fasthttp.Re
 			ctx.SetUserValue(outsideKey{}, out)
 		}
 		switch {
-		case err == nil:
 		case errors.As(err, &bad):
 			Problem(ctx, fasthttp.StatusBadRequest, bad.Field, bad.Error())
 		case errors.Is(err, ErrPinned):
@@ -633,9 +635,9 @@ func notFound(s *Snapshot, service, id string) error {
 // checkQuery refuses a parameter that a call does not take, or that comes twice: ignored, it would not do what its sender
 // meant.
 func checkQuery(ctx *fasthttp.RequestCtx, params []string) error {
-	_, query, _ := strings.Cut(string(ctx.RequestURI()), "?")
+	_, query, _ := bytes.Cut(ctx.RequestURI(), []byte("?"))
 	seen := map[string]bool{}
-	for part := range strings.SplitSeq(query, "&") {
+	for part := range strings.SplitSeq(string(query), "&") {
 		if part == "" {
 			continue
 		}

@@ -1,7 +1,6 @@
 package registry
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -40,75 +39,60 @@ func decodeMembers(body []byte, allowed ...string) (members, error) {
 	bad := func(field, format string, args ...any) (members, error) {
 		return members{}, &refusal{http.StatusBadRequest, field, fmt.Sprintf(format, args...)}
 	}
-	allowed = slices.Clone(allowed)
-	var nullable memberSet
-	for i, name := range allowed {
-		if base, ok := strings.CutSuffix(name, "?"); ok {
-			allowed[i] = base
-			nullable |= member(base)
-		}
-	}
-	expected := "one JSON object with " + strings.Join(allowed, ", ")
+	names := func() string { return strings.ReplaceAll(strings.Join(allowed, ", "), "?", "") }
 	if !utf8.Valid(body) {
-		return bad("", "the body is not UTF-8; must be %s", expected)
+		return bad("", "the body is not UTF-8; must be one JSON object with %s", names())
 	}
 	if !json.Valid(body) { // once and for all; what follows only walks it
 		err := json.Unmarshal(body, new(json.RawMessage)) // which says why
-		return bad("", "the body is not JSON: %v; must be %s", err, expected)
+		return bad("", "the body is not JSON: %v; must be one JSON object with %s", err, names())
 	}
-	dec := json.NewDecoder(bytes.NewReader(body))
-	dec.UseNumber()
-	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
-		return bad("", "the body must be %s", expected)
+	s := &scanner{body}
+	if s.next().kind != '{' {
+		return bad("", "the body must be one JSON object with %s", names())
 	}
 	var m members
-	for dec.More() {
-		t, err := dec.Token()
-		name, ok := t.(string)
-		if err != nil || !ok {
-			return bad("", "the body must be %s", expected)
+	for t := s.next(); t.kind != '}'; t = s.next() {
+		at := slices.IndexFunc(allowed, func(name string) bool { return strings.TrimSuffix(name, "?") == string(t.text) })
+		if at < 0 {
+			return bad(short(string(t.text)), "unknown member %s; allowed here: %s", clip(string(t.text)), names())
 		}
-		if !slices.Contains(allowed, name) {
-			return bad(short(name), "unknown member %s; allowed here: %s", clip(name), strings.Join(allowed, ", "))
-		}
+		name, nullable := strings.CutSuffix(allowed[at], "?")
 		if m.seen.has(name) {
 			return bad(name, "%s is there twice", name)
 		}
 		m.seen |= member(name)
-		value, err := dec.Token()
-		if err != nil {
-			return bad(name, "%s cannot be read: %v", name, err)
-		}
-		if value == nil && nullable.has(name) {
+		value := s.next()
+		if value.kind == 'n' && nullable {
 			m.null |= member(name)
 			continue
 		}
+		var err error
 		if name == "weight" {
-			number, ok := value.(json.Number)
-			if m.weight, err = strconv.Atoi(number.String()); !ok || err != nil || m.weight < 0 || m.weight > MaxWeight {
-				return bad(name, "%s %s, not %s", name, weightRule, describe(value))
+			if m.weight, err = strconv.Atoi(string(value.text)); value.kind != '0' || err != nil || m.weight < 0 || m.weight > MaxWeight {
+				return bad(name, "%s %s, not %s", name, weightRule, value.describe())
 			}
 			continue
 		}
 		if name == "metadata" {
-			if value != json.Delim('{') {
-				return bad(name, "metadata must be an object of strings, not %s", describe(value))
+			if value.kind != '{' {
+				return bad(name, "metadata must be an object of strings, not %s", value.describe())
 			}
-			if m.metadata, err = readMetadata(dec, nullable.has(name)); err != nil {
+			if m.metadata, err = readMetadata(s, nullable); err != nil {
 				return members{}, err
 			}
 			continue
 		}
 		if name == "check" {
-			if m.check, err = decodeCheck(dec, value); err != nil {
+			if m.check, err = decodeCheck(s, value); err != nil {
 				return members{}, err
 			}
 			continue
 		}
-		text, ok := value.(string)
-		if !ok {
-			return bad(name, "%s must be a string, not %s", name, describe(value))
+		if value.kind != '"' {
+			return bad(name, "%s must be a string, not %s", name, value.describe())
 		}
+		text := string(value.text)
 		switch name {
 		case "service":
 			m.service = text
@@ -133,22 +117,4 @@ func decodeMembers(body []byte, allowed ...string) (members, error) {
 		}
 	}
 	return m, nil
-}
-
-// describe says what a JSON value is, for a message.
-func describe(value json.Token) string {
-	switch v := value.(type) {
-	case nil:
-		return "null"
-	case string:
-		return "the string " + clip(v)
-	case json.Number:
-		return short(v.String())
-	case json.Delim:
-		if v == '[' {
-			return "an array"
-		}
-		return "an object"
-	}
-	return fmt.Sprint(value)
 }

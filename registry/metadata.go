@@ -1,7 +1,6 @@
 package registry
 
 import (
-	"encoding/json"
 	"fmt"
 	"maps"
 	"net/http"
@@ -70,39 +69,31 @@ func patchMetadata(over map[string]string, changes map[string]*string) map[strin
 }
 
 // readMetadata reads the object behind the member metadata, whose brace was read; nil stands for null, where that may be.
-func readMetadata(dec *json.Decoder, nullable bool) (map[string]*string, error) {
+func readMetadata(s *scanner, nullable bool) (map[string]*string, error) {
 	pairs := map[string]*string{}
-	for dec.More() {
-		t, err := dec.Token()
-		if err != nil {
-			return nil, err
-		}
-		key, _ := t.(string) // the syntax was checked: nothing else can stand here
+	for t := s.next(); t.kind != '}'; t = s.next() {
+		key := string(t.text)
 		if _, twice := pairs[key]; twice {
 			return nil, &refusal{http.StatusBadRequest, "metadata", fmt.Sprintf("metadata: %s is there twice", clip(key))}
 		}
-		value, err := dec.Token()
-		if err != nil {
-			return nil, err
+		switch value := s.next(); {
+		case value.kind == '"':
+			text := string(value.text)
+			pairs[key] = &text
+		case value.kind == 'n' && nullable:
+			pairs[key] = nil
+		default:
+			return nil, &refusal{http.StatusBadRequest, "metadata", fmt.Sprintf("metadata: %s must be a string, not %s", clip(key), value.describe())}
 		}
-		switch v := value.(type) {
-		case string:
-			pairs[key] = &v
-			continue
-		case nil:
-			if nullable {
-				pairs[key] = nil
-				continue
-			}
-		}
-		return nil, &refusal{http.StatusBadRequest, "metadata", fmt.Sprintf("metadata: %s must be a string, not %s", clip(key), describe(value))}
 	}
-	_, err := dec.Token() // the closing brace
-	return pairs, err
+	return pairs, nil
 }
 
 // texts is those pairs that are not null.
 func texts(pairs map[string]*string) map[string]string {
+	if len(pairs) == 0 {
+		return nil
+	}
 	all := make(map[string]string, len(pairs))
 	for key, value := range pairs {
 		if value != nil {

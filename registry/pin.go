@@ -124,7 +124,7 @@ func (r *Registry) Pin(by string, all []Pinned) error {
 			continue
 		}
 		before := r.pin(k.service, in)
-		line("pin", k, in.differs(before)...)
+		line("pin", k, in.differs(before, nil)...)
 		changed[k.service] = struct{}{}
 	}
 	r.pins = next

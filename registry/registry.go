@@ -156,6 +156,7 @@ func (r *Registry) register(service string, in Instance, h *hold) (now, before *
 	var prev *Snapshot
 	if at != nil {
 		prev = at.snapshot.Load()
+		service = prev.service // one text for all of its instances
 	}
 	before = prev.Instance(in.ID)
 	if before != nil && before.pinned != "" {

@@ -24,9 +24,9 @@ type Instance struct {
 
 	registered registered // what it says itself of what an operator may set
 	drain      *drain     // it is about to leave; nil: it is not
-	remote     bool       // registered by a peer that is not loopback; set by http.go, judged by AddrPolicy
 	target     Target     // the parsed Addr
 	hold       *hold      // nil: no connection keeps it registered
+	remote     bool       // registered by a peer that is not loopback; set by http.go, judged by AddrPolicy
 	restored   bool       // it comes from a file, and was not registered again since
 	stale      bool       // its lease has ended, with those of too many others to be believed
 	suspect    bool       // that connection was lost, and nobody knows yet whether it lives
@@ -114,7 +114,8 @@ func (s *Snapshot) find(id string) (part, i int, ok bool) {
 	return part, i, ok
 }
 
-// with returns the next snapshot with in added or put in the place of the one with its id. s may be nil.
+// with returns the next snapshot with in added or put in the place of the one with its id. s may be nil. A service's instances have
+// the same check as a rule: then they share it.
 func (s *Snapshot) with(service string, in *Instance, generation uint64) *Snapshot {
 	next := &Snapshot{service: service, generation: generation, n: 1}
 	if s == nil {
@@ -123,6 +124,9 @@ func (s *Snapshot) with(service string, in *Instance, generation uint64) *Snapsh
 	}
 	at, i, known := s.find(in.ID)
 	part := s.parts[at].Instances
+	if near := part[min(i, len(part)-1)].Check; near != nil && in.Check != nil && *near == *in.Check {
+		in.Check = near
+	}
 	next.n = s.n
 	if known {
 		in.RegisteredAt = part[i].RegisteredAt

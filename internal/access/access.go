@@ -238,7 +238,8 @@ func (r *Rule) identify(ctx *fasthttp.RequestCtx) (registry.Caller, *Refusal) {
 	}
 	if g := r.grants.Load(); g != nil {
 		if found := g.tokens[at]; found != nil {
-			return &caller{grant: found, kind: "token", now: func() *grant { return r.grants.Load().tokens[at] }}, nil
+			sent := at // which then is on the heap, and only then
+			return &caller{grant: found, kind: "token", now: func() *grant { return r.grants.Load().tokens[sent] }}, nil
 		}
 	}
 	return nil, &Refusal{fasthttp.StatusUnauthorized, "the token is not the gateway's" + help}

@@ -72,7 +72,7 @@ type keyring sum
 func (k keyring) ofToken(token []byte) sum { return k.ofHash(sha256.Sum256(token)) }
 
 func (k keyring) ofHash(hash sum) sum {
-	return sha256.Sum256(append(slices.Clip(k[:]), hash[:]...))
+	return sha256.Sum256(append(append(make([]byte, 0, 2*sha256.Size), k[:]...), hash[:]...))
 }
 
 // What an entry may hold.

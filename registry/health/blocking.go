@@ -54,7 +54,7 @@ func (w *Watch) dial(ctx context.Context, addrs []netip.AddrPort) (net.Conn, err
 }
 
 func (w *Watch) dialOne(ctx context.Context, ap netip.AddrPort, end time.Time) (net.Conn, error) {
-	if err := w.Allowed(ap); err != nil {
+	if err := w.Owner.Allowed(ap); err != nil {
 		return nil, err
 	}
 	dialer := net.Dialer{Deadline: end, KeepAlive: -1}

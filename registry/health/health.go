@@ -19,7 +19,6 @@ import (
 	"net/netip"
 	"runtime"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -42,14 +41,19 @@ const (
 
 // Instance is what is checked, and where.
 type Instance struct {
-	Check   registry.Check             // as a Registry has it, without gaps
-	Target  registry.Target            // which path and Host to ask for
-	TLS     *tls.Config                // nil: plain TCP
-	Up      bool                       // it is taken to be up until checks say otherwise; else it is unknown until the first one has ended
-	Recent  bool                       // it was up not long ago, and is taken to be until the first check, in its turn, whose word is enough
-	Addrs   func() []netip.AddrPort    // where it is now, in the order to try them; none: it is not checked until there is one (see Soon)
-	Allowed func(netip.AddrPort) error // judges each address a moment before it is dialled
-	Changed func(Status)               // is told each change of State, on the goroutine of all checks: it must not wait
+	Owner  Owner
+	Check  *registry.Check  // as a Registry has it, without gaps
+	Target *registry.Target // which path and Host to ask for
+	TLS    *tls.Config      // nil: plain TCP
+	Up     bool             // it is taken to be up until checks say otherwise; else it is unknown until the first one has ended
+	Recent bool             // it was up not long ago, and is taken to be until the first check, in its turn, whose word is enough
+}
+
+// Owner is who has an instance checked.
+type Owner interface {
+	Addrs() []netip.AddrPort      // where it is now, in the order to try them; none: it is not checked until there is one (see Soon)
+	Allowed(netip.AddrPort) error // judges each address a moment before it is dialled
+	HealthChanged(Status)         // is told each change of State, on the goroutine of all checks: it must not wait
 }
 
 // State is what is thought of an instance.
@@ -111,8 +115,9 @@ type Watch struct {
 	Instance
 	checker *Checker
 	request []byte
-	status  atomic.Pointer[Status] // without Checked
-	checked atomic.Int64           // nanoseconds of Checker.began; 0: never
+
+	statusMu sync.Mutex
+	status   Status // changed by the goroutine of all checks only
 
 	due   time.Time // guarded by Checker.mu, as what follows is
 	phase time.Time // when its latest check was to begin
@@ -159,16 +164,14 @@ func (c *Checker) Close() {
 // together do not stay together. One that is Recent has its first check within recentTurn: all that there are come together, and none
 // waits for it. After Close nothing is checked.
 func (c *Checker) Watch(in Instance) *Watch {
-	w := &Watch{Instance: in, checker: c, class: untested, place: -1, been: in.Up}
-	if !in.Check.TCP {
-		w.request = request(&w.Instance)
-	}
 	now := time.Now()
-	first := Status{State: Unknown, Since: now}
+	w := &Watch{Instance: in, checker: c, class: untested, place: -1, been: in.Up, status: Status{State: Unknown, Since: now}}
 	if in.Up || in.Recent {
-		first.State = Up
+		w.status.State = Up
 	}
-	w.status.Store(&first)
+	if !in.Check.TCP {
+		w.request = request(&in)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
@@ -230,16 +233,14 @@ func (w *Watch) Soon() {
 
 // Status is what the checks say.
 func (w *Watch) Status() Status {
-	s := *w.status.Load()
-	if at := w.checked.Load(); at != 0 {
-		s.Checked = w.checker.began.Add(time.Duration(at))
-	}
-	return s
+	w.statusMu.Lock()
+	defer w.statusMu.Unlock()
+	return w.status
 }
 
 // Verdict is what is thought of the instance, and if that is not Up, why.
 func (w *Watch) Verdict() (State, string) {
-	switch s := w.status.Load(); s.State {
+	switch s := w.Status(); s.State {
 	case Up:
 		return Up, ""
 	case Down:
@@ -433,7 +434,7 @@ func (c *Checker) limit(w *Watch, d time.Duration) {
 
 // start begins a check.
 func (c *Checker) start(w *Watch) {
-	addrs := w.Addrs()
+	addrs := w.Owner.Addrs()
 	switch {
 	case len(addrs) == 0:
 		c.finish(w, errNowhere)
@@ -493,7 +494,7 @@ func (c *Checker) finish(w *Watch, err error) {
 	if err != nil {
 		to = failing
 	}
-	if err == errNowhere && w.checked.Load() == 0 {
+	if err == errNowhere && w.status.Checked.IsZero() {
 		to = untested
 	}
 	c.push(w, to)
@@ -502,29 +503,26 @@ func (c *Checker) finish(w *Watch, err error) {
 	if err == errNowhere {
 		return
 	}
-	before := w.status.Load()
-	next := *before
-	next.State, next.Error = w.judge(before.State, err), ""
+	before := w.status.State
+	next := Status{State: w.judge(before, err), Since: w.status.Since, Checked: now}
 	if err != nil {
 		next.Error = err.Error()
 	}
-	w.checked.Store(max(int64(now.Sub(c.began)), 1))
-	if next == *before {
-		return
-	}
-	if next.State != before.State {
+	if next.State != before {
 		next.Since = now
 	}
-	w.status.Store(&next)
-	if next.State != before.State {
-		w.Changed(next)
+	w.statusMu.Lock()
+	w.status = next
+	w.statusMu.Unlock()
+	if next.State != before {
+		w.Owner.HealthChanged(next)
 	}
 }
 
 // plan says when the next check is due. Usually it is one interval after the last one was; the second, and one that is far
 // behind, are at random so that those who are together do not stay it.
 func (w *Watch) plan(now time.Time) {
-	first := w.checked.Load() == 0
+	first := w.status.Checked.IsZero()
 	w.Recent = false // it has had its turn
 	w.phase = w.phase.Add(w.Check.Interval)
 	if first || w.phase.Before(now) {

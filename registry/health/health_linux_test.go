@@ -18,12 +18,10 @@ func TestAddressThatHangs(t *testing.T) {
 		b := startBackend(t, always(ok))
 		in := instance(t, b.addr, registry.Check{Path: "/", Interval: time.Hour, Timeout: 4 * time.Second})
 		full := fullBacklog(t)
-		in.Addrs = func() []netip.AddrPort { return []netip.AddrPort{full, b.addr} }
+		ownerOf(in).addrs = func() []netip.AddrPort { return []netip.AddrPort{full, b.addr} }
 		w := c.Watch(in)
 		eventually(t, "it is up", func() bool { return w.Status().State == Up })
-		in.Addrs = func() []netip.AddrPort { return []netip.AddrPort{full} }
-		in.Check.Timeout = 100 * time.Millisecond
-		w = c.Watch(in)
+		w = c.Watch(instance(t, full, registry.Check{Path: "/", Interval: time.Hour, Timeout: 100 * time.Millisecond}))
 		eventually(t, "it is down", func() bool { return w.Status().Error == "no connection in time" })
 	})
 }

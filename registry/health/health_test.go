@@ -132,8 +132,8 @@ func TestAddressComesMeanwhile(t *testing.T) {
 		var w *Watch
 		ready := make(chan struct{})
 		looks := 0
-		in.Changed = func(s Status) { up <- s }
-		in.Addrs = func() []netip.AddrPort {
+		ownerOf(in).changed = func(s Status) { up <- s }
+		ownerOf(in).addrs = func() []netip.AddrPort {
 			<-ready
 			if looks++; looks == 1 {
 				w.Soon() // from now on there is one
@@ -347,8 +347,8 @@ func TestAddresses(t *testing.T) {
 			{[]netip.AddrPort{netip.MustParseAddrPort("127.0.0.9:1")}, Down, "prohibited"},
 		} {
 			in := instance(t, b.addr, registry.Check{Path: "/", Interval: time.Hour, Timeout: 5 * time.Second})
-			in.Addrs = func() []netip.AddrPort { return row.addrs }
-			in.Allowed = func(ap netip.AddrPort) error {
+			ownerOf(in).addrs = func() []netip.AddrPort { return row.addrs }
+			ownerOf(in).allowed = func(ap netip.AddrPort) error {
 				if ap.Addr() == netip.MustParseAddr("127.0.0.9") {
 					return prohibited
 				}
@@ -366,7 +366,7 @@ func TestAddresses(t *testing.T) {
 		addrs.Store(&[]netip.AddrPort{})
 		var asked atomic.Int64
 		in := instance(t, b.addr, registry.Check{Path: "/", Interval: time.Hour})
-		in.Addrs = func() []netip.AddrPort { asked.Add(1); return *addrs.Load() }
+		ownerOf(in).addrs = func() []netip.AddrPort { asked.Add(1); return *addrs.Load() }
 		w := c.Watch(in)
 		eventually(t, "it was looked for", func() bool { return asked.Load() == 1 })
 		time.Sleep(50 * time.Millisecond)
@@ -430,7 +430,7 @@ func TestFallAndRise(t *testing.T) {
 			in.Recent = row.start == "recent"
 			in.Check.Timeout = 20 * time.Second
 			var changes []State
-			in.Changed = func(s Status) { changes = append(changes, s.State) }
+			ownerOf(in).changed = func(s Status) { changes = append(changes, s.State) }
 			mu.Lock()
 			w = c.Watch(in)
 			mu.Unlock()
@@ -445,8 +445,8 @@ func TestFallAndRise(t *testing.T) {
 
 // One that passes again says so until that is enough.
 func TestRiseIsShown(t *testing.T) {
-	w := &Watch{Instance: Instance{Check: registry.Check{Rise: 2}}}
-	w.status.Store(&Status{State: Down})
+	w := &Watch{Instance: Instance{Check: &registry.Check{Rise: 2}}}
+	w.status.State = Down
 	if state, why := w.Verdict(); state == Up || why != "check failing: it passes, but not 2 times in a row yet" {
 		t.Errorf("%s %q", state, why)
 	}
@@ -502,7 +502,7 @@ func TestKeptConnectionEnds(t *testing.T) {
 		in := instance(t, b.addr, registry.Check{Path: "/", Interval: 100 * time.Millisecond, Timeout: 100 * time.Millisecond, Fall: 1, KeepAlive: true})
 		in.Check.Timeout = 5 * time.Second
 		var downs atomic.Int64
-		in.Changed = func(s Status) {
+		ownerOf(in).changed = func(s Status) {
 			if s.State == Down {
 				downs.Add(1)
 			}
@@ -684,7 +684,7 @@ func TestClose(t *testing.T) {
 
 // What this process lacks says nothing of an instance.
 func TestLackOfDescriptors(t *testing.T) {
-	w := &Watch{Instance: Instance{Check: registry.Check{Fall: 1}}}
+	w := &Watch{Instance: Instance{Check: &registry.Check{Fall: 1}}}
 	for _, err := range []error{fmt.Errorf("socket: %w", os.NewSyscallError("socket", syscall.EMFILE)), errNowhere} {
 		if s := w.judge(Up, err); s != Up || w.failed != 0 {
 			t.Errorf("%v: %s", err, s)

@@ -195,7 +195,7 @@ func (s *socket) note(err error) {
 
 // dial begins to connect.
 func (k *sockets) dial(s *socket, ap netip.AddrPort) error {
-	if err := s.watch.Allowed(ap); err != nil {
+	if err := s.watch.Owner.Allowed(ap); err != nil {
 		return err
 	}
 	family, kind := unix.AF_INET, 0
@@ -359,7 +359,7 @@ func (k *sockets) cut(s *socket) {
 	switch {
 	case s.stage == asked && s.reused && len(s.head) == 0: // it was idle too long: that says nothing
 		k.end(s)
-		s.reused, s.addrs, s.failed = false, w.Addrs(), errEmpty
+		s.reused, s.addrs, s.failed = false, w.Owner.Addrs(), errEmpty
 		k.connect(s)
 	case s.stage == asked && len(s.head) == 0:
 		k.end(s)
