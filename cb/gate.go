@@ -157,7 +157,6 @@ type Gate struct {
 	cfg     Config
 	slow    *gobreaker.TwoStepCircuitBreaker[struct{}] // nil until the gate first opens: then there is something to remember
 	since   time.Time
-	until   time.Time
 	reason  error
 	probes  []*probe    // under way, oldest first; at most cfg.Probes
 	timer   *time.Timer // runs tick at the end of the open time, or when the oldest probe is lost; nil until first needed
@@ -235,7 +234,7 @@ func (g *Gate) FreeProbes() int {
 func (g *Gate) Status() Status {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return Status{State: g.State(), Since: g.since, Until: g.until, Reason: g.reason}
+	return Status{State: g.State(), Since: g.since, Until: g.until(), Reason: g.reason}
 }
 
 // Allow reports whether a request may be sent, and with which Token. Closed and open it is one atomic load; half-open
@@ -385,12 +384,20 @@ func (g *Gate) tick() {
 	})
 }
 
+// until is when the open time is over; zero unless open. mu is held.
+func (g *Gate) until() time.Time {
+	if g.State() != Open {
+		return time.Time{}
+	}
+	return g.since.Add(g.cfg.OpenFor)
+}
+
 // arm sets the timer to what comes next. mu is held.
 func (g *Gate) arm() {
 	var next time.Time
 	switch {
 	case g.State() == Open:
-		next = g.until.Add(1) // gobreaker is half-open only after its time, not at it
+		next = g.until().Add(1) // gobreaker is half-open only after its time, not at it
 	case len(g.probes) > 0:
 		next = g.probes[0].deadline
 	default:
@@ -414,12 +421,10 @@ func (g *Gate) changed(_ string, gFrom, gTo gobreaker.State) {
 		p.report = nil // too late
 	}
 	g.probes = nil
-	g.since, g.until = time.Now(), time.Time{}
+	g.since = time.Now()
 	c := change{from, to, g.reason}
 	free := 0
 	switch to {
-	case Open:
-		g.until = g.since.Add(g.cfg.OpenFor)
 	case HalfOpen:
 		free = g.cfg.Probes
 		c.reason = fmt.Errorf("open for %v", g.cfg.OpenFor)

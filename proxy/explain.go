@@ -344,8 +344,8 @@ func (s *service) explain(v *view) *registry.ServiceExplanation {
 		if i := v.find(u); i >= 0 {
 			in.Share = shares[i]
 		}
-		if _, slow := s.slow[u]; slow && v.inForce != lb.IPHash {
-			share := float64(u.share(time.Now())) / fullShare
+		if came, slow := s.slow[u]; slow && v.inForce != lb.IPHash {
+			share := float64(u.share(came, time.Now())) / fullShare
 			in.SlowShare = &share
 		}
 		if status := u.gate.Status(); status.Reason != nil {

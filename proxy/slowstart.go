@@ -20,15 +20,14 @@ func (s *service) turned(m member) {
 		return
 	}
 	if s.slow == nil {
-		s.slow = map[*upstream]struct{}{}
+		s.slow = map[*upstream]time.Time{}
 	}
-	s.slow[m.upstream] = struct{}{}
-	m.slowFrom = time.Now()
+	s.slow[m.upstream] = time.Now()
 }
 
-// share is what an instance has of its weight by now, of fullShare.
-func (u *upstream) share(now time.Time) int {
-	grown, over := now.Sub(u.slowFrom), u.instance.Load().SlowStart
+// share is what an instance that came in at a time has of its weight by now, of fullShare.
+func (u *upstream) share(came, now time.Time) int {
+	grown, over := now.Sub(came), u.instance.Load().SlowStart
 	if grown >= over {
 		return fullShare
 	}
@@ -40,8 +39,8 @@ func (u *upstream) share(now time.Time) int {
 func (s *service) slowly(next *view) bool {
 	now := time.Now()
 	step, who := time.Duration(0), ""
-	for u := range s.slow {
-		if u.share(now) == fullShare {
+	for u, came := range s.slow {
+		if u.share(came, now) == fullShare {
 			delete(s.slow, u)
 			continue
 		}
@@ -82,8 +81,8 @@ func (s *service) slowed(v *view) []lb.Endpoint {
 	for _, p := range v.parts {
 		for _, u := range p.ready {
 			weight := fullShare
-			if _, slow := s.slow[u]; slow {
-				weight = u.share(now)
+			if came, slow := s.slow[u]; slow {
+				weight = u.share(came, now)
 			}
 			if weights {
 				weight *= u.instance.Load().Weight

@@ -45,10 +45,10 @@ type service struct {
 	mu        sync.Mutex // one builder at a time; guards what follows
 	built     uint64     // of changes: what the view has seen
 	builtAt   time.Time
-	forgotten bool                   // no longer in Proxy.services
-	warned    bool                   // the fallback to an unweighted strategy is in the log
-	slow      map[*upstream]struct{} // those whose share grows
-	nextStep  *time.Timer            // when it does; nil if there are none
+	forgotten bool                    // no longer in Proxy.services
+	warned    bool                    // the fallback to an unweighted strategy is in the log
+	slow      map[*upstream]time.Time // those whose share grows, and when they came into the balancers
+	nextStep  *time.Timer             // when it does; nil if there are none
 }
 
 // view is what a request reads of a service: which instances may be picked now. It never changes; the next one replaces
