@@ -506,7 +506,11 @@ func (c *conn) answered(e loop.Events) {
 		}
 	}
 	if !ok {
-		x.back.b = x.borrow(backBuffer)
+		if got < firstBuffer {
+			c.takeScratch(c.p)
+		} else {
+			x.back.b = x.borrow(backBuffer)
+		}
 		x.back.base, x.back.r, x.back.w = 0, 0, copy(x.back.b, data)
 		c.slow(stageAsked)
 		return
