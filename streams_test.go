@@ -720,8 +720,8 @@ func TestSlowClients(t *testing.T) {
 			if _, body := exchange(t, g.admin, get("/services/held/a")); !strings.Contains(body, want) {
 				t.Errorf("%s is not in %s", want, body)
 			}
-			t.Logf("p99 of others: %v before, %v while as many come to another server, %v while they come, %v beside %d of them (x %.1f), %v while they are closed; %d KiB each; 99 of 100 are gone after %v",
-				before, floor, arriving, during, beside, float64(during)/float64(before), leaving, each>>10, gone.Round(10*time.Millisecond))
+			t.Logf("p99 of others: %v before, %v while as many come to another server, %v while they come (x %.1f of that), %v beside %d of them (x %.1f), %v while they are closed; %d KiB each; 99 of 100 are gone after %v",
+				before, floor, arriving, float64(arriving)/float64(floor), during, beside, float64(during)/float64(before), leaving, each>>10, gone.Round(10*time.Millisecond))
 			t.Logf("the machine's kernel has for TCP: %d MiB before, %d MiB beside them, and when they are gone %d MiB and %d orphans more than before",
 				kernelBefore/mib, kernelBeside/mib, kernelAfter/mib, orphansAfter-orphansBefore)
 			if failures := l.failures(); len(failures) > 0 {

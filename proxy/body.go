@@ -45,6 +45,13 @@ func (b *buffer) grow(size int) {
 	}
 }
 
+// leave has the last bytes of the buffer not be used, if they are not yet.
+func (b *buffer) leave(bytes int) {
+	if end := len(b.b) - bytes; b.w <= end {
+		b.b = b.b[:end]
+	}
+}
+
 // fill adds what has just come in; the buffer grows to the next power of two if need be. What was used before is gone.
 func (b *buffer) fill(data []byte) {
 	rest := b.waiting()

@@ -80,7 +80,6 @@ type exchange struct {
 	taken    int64  // and from it
 	sent     time.Time
 	back     buffer // what comes from the backend
-	backOut  []byte // the head that goes to it
 	res      response
 	resBody  body
 	resEnded bool // all of the response is in c.out
@@ -423,8 +422,8 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 	if !x.reused {
 		x.sent = time.Now()
 	}
-	out := x.c.appendHead(x.backOut[:0], &x.c.req, x.route, &u.target)
-	x.backOut = out[:0]
+	out := x.c.appendHead(x.c.out[:0], &x.c.req, x.route, &u.target) // there is nothing for the client yet
+	x.c.out = out[:0]
 	rest := x.held
 	switch {
 	case x.c.req.chunked && len(rest) > 0:
@@ -432,7 +431,7 @@ func (x *exchange) attempt(u *upstream, fresh bool) error {
 		rest = nil
 	case len(rest) <= firstBuffer:
 		out, rest = append(out, rest...), nil
-		x.backOut = out[:0]
+		x.c.out = out[:0]
 	}
 	if x.c.req.chunked && x.complete {
 		out = appendLastChunk(out, x.body.trailers)
@@ -889,35 +888,30 @@ func (x *exchange) relay() error {
 			return x.splice(pipe)
 		}
 	}
-	if len(x.back.b) < relaySize {
-		small := x.back.b
-		x.back.b = x.borrow(backBuffer)
-		copy(x.back.b, small)
-	}
 	x.back.base = chunkRoom // the head is done with
-	if end := len(x.back.b) - chunkRoom; x.back.w <= end {
-		x.back.b = x.back.b[:end]
-	}
+	x.back.leave(chunkRoom)
 	var total int64
 	for {
 		data, done, err := x.resBody.gather(&x.back)
 		total += int64(len(data))
-		switch {
-		case len(data) > firstBuffer && x.chunks: // spare the copy, and a buffer to hold it
-			if err := c.flush(); err != nil {
-				return err
-			}
-			if err := c.sendChunk(x.back.b, data); err != nil {
-				return err
-			}
-		case x.chunks && len(data) > 0:
+		switch fits := len(c.out)+len(data)+2*chunkRoom <= cap(c.out); {
+		case len(data) == 0:
+		case fits && x.chunks:
 			c.out = appendChunk(c.out, data)
-		case len(c.out) == 0 && len(data) > firstBuffer: // nothing to send along
-			if err := c.send(data); err != nil {
-				return err
-			}
-		default:
+		case fits:
 			c.out = append(c.out, data...)
+		default: // spare the copy, and a buffer to hold it
+			failed := c.flush()
+			switch {
+			case failed != nil:
+			case x.chunks:
+				failed = c.sendChunk(x.back.b, data)
+			default:
+				failed = c.send(data)
+			}
+			if failed != nil {
+				return failed
+			}
 		}
 		if err != nil {
 			_ = c.flush() // the client shall see how far it came
@@ -932,8 +926,15 @@ func (x *exchange) relay() error {
 		if err := c.flush(); err != nil {
 			return err
 		}
-		n, err := x.more(total, x.back.space(relaySize))
+		room := x.back.space(relaySize)
+		n, err := x.more(total, room)
 		x.back.w += n
+		if n == len(room) && len(x.back.b) < relaySize { // not before: thousands of streams may be slow
+			small := x.back.b
+			x.back.b = x.borrow(backBuffer)
+			copy(x.back.b, small)
+			x.back.leave(chunkRoom)
+		}
 		switch {
 		case err == nil:
 		case errors.Is(err, io.EOF) && x.res.length < 0 && !x.res.chunked && !x.backend.severed.Load(): // the close is the end
@@ -1031,7 +1032,7 @@ func (x *exchange) borrow(use int) []byte {
 // giveBack returns the pooled buffers, and goes back to those of the scratch from others that have grown.
 func (x *exchange) giveBack() {
 	if s := x.c.scratch; s != nil {
-		x.back.b, x.backOut, x.c.out = s.back, s.backOut[:0], s.out[:0]
+		x.back.b, x.c.out = s.back, s.out[:0]
 	}
 	for i, b := range x.buffers {
 		if b != nil {

@@ -234,7 +234,7 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 		return w
 	}
 	p.scratches.New = func() any {
-		return &scratch{back: make([]byte, firstBuffer), backOut: make([]byte, 0, firstBuffer), out: make([]byte, 0, firstBuffer)}
+		return &scratch{back: make([]byte, firstBuffer), out: make([]byte, 0, firstBuffer)}
 	}
 	p.workers = make([]*worker, cfg.Loops)
 	for i := range p.workers {

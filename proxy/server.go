@@ -69,16 +69,16 @@ type conn struct {
 type workspace struct {
 	in       buffer
 	head     []byte // of the request, as it came
-	out      []byte // what goes to the client next
+	out      []byte // what goes to the client next; in an attempt that begins, to the instance
 	req      Request
 	x        exchange
 	*scratch // nil on a loop, which has buffers of its own
 }
 
-// scratch is the buffers of a goroutine that serves requests: where exchange.back, exchange.backOut and workspace.out begin.
+// scratch is the buffers of a goroutine that serves requests: where exchange.back and workspace.out begin.
 type scratch struct {
-	back, backOut, out []byte
-	record             Record
+	back, out []byte
+	record    Record
 }
 
 // occupy takes a workspace, and vacate gives it back.
@@ -110,7 +110,6 @@ func (w *workspace) takeScratch(p *Proxy) {
 	}
 	s := p.scratches.Get().(*scratch)
 	w.scratch = s
-	w.x.backOut = s.backOut[:0]
 	if len(w.out) == 0 { // else the loop has left something to send
 		w.out = s.out[:0]
 	}
@@ -123,7 +122,7 @@ func (w *workspace) putScratch(p *Proxy) {
 	if s := w.scratch; s != nil {
 		p.scratches.Put(s)
 	}
-	w.scratch, w.x.back.b, w.x.backOut, w.out = nil, nil, nil, nil
+	w.scratch, w.x.back.b, w.out = nil, nil, nil
 }
 
 // Serve accepts connections until Shutdown or Leave, which make it return nil. It takes over the listener. Running out of file

@@ -9,6 +9,7 @@ import (
 	"iter"
 	"math/rand/v2"
 	"net"
+	"net/http"
 	"net/http/httputil"
 	"slices"
 	"strings"
@@ -819,12 +820,12 @@ func TestWorkspaceStaysSmall(t *testing.T) {
 				t.Fatal("no workspace was seen")
 			}
 			for _, w := range made {
-				if len(w.in.b) > 4*firstBuffer || w.scratch != nil || w.out != nil || w.x.back.b != nil || w.x.backOut != nil {
+				if len(w.in.b) > 4*firstBuffer || w.scratch != nil || w.out != nil || w.x.back.b != nil {
 					t.Errorf("a workspace holds %d bytes, or a scratch", len(w.in.b))
 				}
 			}
 			for _, s := range scratches {
-				for name, size := range map[string]int{"out": cap(s.out), "back": len(s.back), "backOut": cap(s.backOut)} {
+				for name, size := range map[string]int{"out": cap(s.out), "back": len(s.back)} {
 					if size > firstBuffer {
 						t.Errorf("%s holds %d bytes", name, size)
 					}
@@ -858,5 +859,89 @@ func TestStalledUpload(t *testing.T) {
 				t.Errorf("%+v", got)
 			}
 		})
+	}
+}
+
+// Who is slow holds little: an upload and a stream that come in small pieces need no larger buffers than they began with.
+func TestSlowOnesHoldLittle(t *testing.T) {
+	const pieces, size = 200, 500
+	piece := filler(size)
+	var mu sync.Mutex // guards what follows
+	var made []*workspace
+	larger := 0
+	g := startGateway(t, nil, nil)
+	anew := g.workspaces.New
+	g.workspaces.New = func() any {
+		mu.Lock()
+		defer mu.Unlock()
+		made = append(made, anew().(*workspace))
+		return made[len(made)-1]
+	}
+	large := g.large.New
+	g.large.New = func() any {
+		mu.Lock()
+		defer mu.Unlock()
+		larger++
+		return large()
+	}
+	arrived := make(chan struct{}) // a piece has, so that the next one comes alone
+	o := startOrigin(t, func(_ *origin, c net.Conn, r *bufio.Reader) {
+		request, err := http.ReadRequest(r)
+		if err != nil {
+			return
+		}
+		for range pieces {
+			if _, err := io.ReadFull(request.Body, make([]byte, size)); err != nil {
+				return
+			}
+			select {
+			case arrived <- struct{}{}:
+			case <-t.Context().Done():
+				return
+			}
+		}
+		io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+		for range pieces {
+			fmt.Fprintf(c, "%x\r\n%s\r\n", size, piece)
+			select {
+			case <-arrived:
+			case <-t.Context().Done():
+				return
+			}
+		}
+		io.WriteString(c, "0\r\n\r\n")
+	})
+	g.register(t, "echo", "1", o.url())
+	c := g.dial(t)
+	c.send(fmt.Sprintf("POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n", pieces*size))
+	for range pieces {
+		c.send(piece)
+		<-arrived
+	}
+	response, err := http.ReadResponse(c.r, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := range pieces {
+		got := make([]byte, size)
+		if _, err := io.ReadFull(response.Body, got); err != nil || string(got) != piece {
+			t.Fatalf("piece %d: %q, %v", n, got, err)
+		}
+		arrived <- struct{}{}
+	}
+	if rest, err := io.ReadAll(response.Body); err != nil || len(rest) > 0 {
+		t.Errorf("%q, %v", rest, err)
+	}
+	c.Close()
+	g.idle(t)
+	mu.Lock()
+	defer mu.Unlock()
+	if larger > 0 {
+		t.Errorf("%d larger buffers were used", larger)
+	}
+	for _, w := range made {
+		if len(w.in.b) > firstRequest {
+			t.Errorf("a workspace has come to hold %d bytes", len(w.in.b))
+		}
 	}
 }

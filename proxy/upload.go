@@ -46,7 +46,6 @@ func (up *upload) copy(c *conn, b *body) (err error) {
 			err = errInternal
 		}
 	}()
-	c.in.grow(c.in.base + relaySize)
 	var parts, framed []byte
 	left := c.x.route.body - int64(len(c.x.held))
 	for {
@@ -94,10 +93,14 @@ func (up *upload) copy(c *conn, b *body) (err error) {
 				return up.splice(c, b, pipe)
 			}
 		}
-		n, err := up.receive(c, func() (int, error) { return c.nc.Read(c.in.space(relaySize)) })
+		room := c.in.space(relaySize)
+		n, err := up.receive(c, func() (int, error) { return c.nc.Read(room) })
 		c.in.w += n
 		if err != nil {
 			return err
+		}
+		if n == len(room) { // not before: thousands of uploads may be slow
+			c.in.grow(c.in.base + relaySize)
 		}
 	}
 }

@@ -506,7 +506,11 @@ func (c *conn) answered(e loop.Events) {
 		}
 	}
 	if !ok {
-		x.back.b = x.borrow(backBuffer)
+		if got < firstBuffer {
+			c.takeScratch(c.p)
+		} else {
+			x.back.b = x.borrow(backBuffer)
+		}
 		x.back.base, x.back.r, x.back.w = 0, 0, copy(x.back.b, data)
 		c.slow(stageAsked)
 		return
@@ -561,12 +565,16 @@ func (w *worker) sized(x *exchange, end, got int) (out []byte, rest int, ok bool
 
 // chunked makes an answer whose body comes in chunks.
 func (w *worker) chunked(x *exchange, data []byte) (out []byte, rest int, ok bool) {
+	if !bytes.HasSuffix(data, headEnd) { // spare the copy: its last chunk is not here, or something follows
+		return nil, 0, false
+	}
 	x.resBody.start(x.res.framing)
 	b := buffer{b: data, w: len(data)}
 	out = x.appendResponse(w.out[:0])
 	for {
 		part, done, err := x.resBody.next(&b, len(data))
 		if err != nil || !done && len(part) == 0 {
+			w.out = out[:0]
 			return nil, 0, false // broken, or not all here
 		}
 		if len(part) > 0 {
