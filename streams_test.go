@@ -559,11 +559,12 @@ func kernelTCP(t *testing.T) (memory, orphans int) {
 // asSlow has this program run as so many slow clients.
 const asSlow = "TEST_SLOW"
 
-// slowClients are clients that send a request at once, in part, and then take their time.
+// slowClients are clients that connect one after the other, send a request at once, in part, and then take their time.
 type slowClients struct {
 	Addr, Request string
 	Drips         bool // each sends on, a byte in two seconds
 	N             int
+	Rate          int // that many connect in a second
 }
 
 // apart starts them in a process of their own, so that others wait for the gateway and not for their test, and returns that
@@ -601,9 +602,11 @@ func serveSlow(text string) int {
 	dialer := &net.Dialer{Control: keepsLittle, LocalAddr: &net.TCPAddr{IP: own}}
 	var opening sync.WaitGroup
 	var failed atomic.Pointer[error]
+	began := time.Now()
 	for part := range slices.Chunk(conns, s.N/8) {
 		opening.Go(func() {
 			for i := range part {
+				time.Sleep(time.Until(began.Add(time.Duration(8*i) * time.Second / time.Duration(s.Rate))))
 				conn, err := dialer.Dial("tcp", s.Addr)
 				if err == nil {
 					part[i] = conn
@@ -636,7 +639,7 @@ func serveSlow(text string) int {
 // Thousands of clients that are slow on purpose cost the others nothing that these notice, and are gone when their time is up.
 func TestSlowClients(t *testing.T) {
 	heavy(t)
-	const slow, rate, seconds = 5000, 500, 2
+	const slow, arriving, rate, seconds = 5000, 1000, 500, 2 // clients, and so many of them a second; requests of others a second
 	// Of a reader's body the kernel takes 80 KB from the gateway, which holds 32 KiB more and then waits. What is beyond that
 	// fills the kernel on the way to the gateway, so there is not much of it.
 	const size, kept = 256 << 10, 280 << 10 // kept is what the kernel needs for it: in its buffers a byte can take two
@@ -663,8 +666,8 @@ func TestSlowClients(t *testing.T) {
 				}
 			}
 			// A backend of one process has a limit of its own to the connections it takes at a time: none shall fail for that.
-			g := launch(t, nil, "--client-head-timeout", "5s", "--client-body-timeout", "5s", "--client-write-timeout", "12s",
-				"--client-idle-timeout", "8s", "--connect-timeout", "20s", "--breaker-failures", "100000")
+			g := launch(t, nil, "--client-head-timeout", "10s", "--client-body-timeout", "10s", "--client-write-timeout", "17s",
+				"--client-idle-timeout", "13s", "--connect-timeout", "20s", "--breaker-failures", "100000")
 			pid := g.cmd.Process.Pid
 			g.register("held", "a", "http://"+bulkApart(t))
 			g.register("echo", "a", named(t, "a"))
@@ -676,7 +679,7 @@ func TestSlowClients(t *testing.T) {
 			answered := l.answered.Load()
 			kernelBefore, orphansBefore := kernelTCP(t)
 
-			those := slowClients{Request: row.request, Drips: row.drips, N: slow}
+			those := slowClients{Request: row.request, Drips: row.drips, N: slow, Rate: arriving}
 			those.Addr = bulkApart(t)
 			elsewhere := those.apart(t) // what it costs others that so many connect to anything on this machine
 			l.more(t, rate/2)
@@ -700,7 +703,7 @@ func TestSlowClients(t *testing.T) {
 				time.Sleep(300 * time.Millisecond)
 				busy = (used(t, pid) - before).Seconds() / 0.3
 			}
-			arriving := l.p99(1 + int(l.answered.Load()-answered))
+			coming := l.p99(1 + int(l.answered.Load()-answered))
 			l.more(t, rate*seconds)
 			during, beside := l.p99(rate*seconds), min(slow, there())
 			each := (resident(t, pid, "VmRSS") - held) / slow
@@ -721,7 +724,7 @@ func TestSlowClients(t *testing.T) {
 				t.Errorf("%s is not in %s", want, body)
 			}
 			t.Logf("p99 of others: %v before, %v while as many come to another server, %v while they come (x %.1f of that), %v beside %d of them (x %.1f), %v while they are closed; %d KiB each; 99 of 100 are gone after %v",
-				before, floor, arriving, float64(arriving)/float64(floor), during, beside, float64(during)/float64(before), leaving, each>>10, gone.Round(10*time.Millisecond))
+				before, floor, coming, float64(coming)/float64(floor), during, beside, float64(during)/float64(before), leaving, each>>10, gone.Round(10*time.Millisecond))
 			t.Logf("the machine's kernel has for TCP: %d MiB before, %d MiB beside them, and when they are gone %d MiB and %d orphans more than before",
 				kernelBefore/mib, kernelBeside/mib, kernelAfter/mib, orphansAfter-orphansBefore)
 			if failures := l.failures(); len(failures) > 0 {
