@@ -305,7 +305,7 @@ func TestExplainedAsPicked(t *testing.T) {
 			}
 			s := p.service("echo")
 			for i := range all {
-				all[i] = &upstream{service: s, id: fmt.Sprintf("%02d", i), usage: &usage{}}
+				all[i] = &upstream{service: s, id: fmt.Sprintf("%02d", i)}
 				bring(t, &all[i].gate, cb.State(i%3))
 				all[i].addresses.Store(&addresses{})
 			}

@@ -40,7 +40,20 @@ type upstream struct {
 	health    atomic.Pointer[health.Watch]      // nil: it is not checked
 	closed    atomic.Bool
 
-	gate cb.Gate // its word is read by requests too, and what stands behind it keeps off others that are written
+	gate     cb.Gate
+	resolver *resolver // nil: the address is a literal
+
+	usage
+}
+
+// usage is what requests write of an upstream. It stands apart from what they read: pairs of cache lines are fetched together, and
+// it is the last pair of the 512 bytes of an upstream, which begins at a multiple of them. Objects of up to that size are marked by
+// the page when garbage is collected, which takes a third of the time that it takes for larger ones.
+type usage struct {
+	inFlight atomic.Int64
+	tunnels  atomic.Int64     // open now
+	outcomes [3]atomic.Uint64 // by outcome
+	changes  [3]atomic.Uint64 // of the breaker, by the state it came to
 
 	lastError atomic.Pointer[string]
 	open      struct {
@@ -48,24 +61,7 @@ type upstream struct {
 		conns map[*backendConn]struct{} // all connections, idle or not
 		total uint64                    // of those that there ever were
 	}
-	resolver *resolver // nil: the address is a literal
-	literal  struct {  // and then this is in addresses
-		addresses
-		list [1]netip.AddrPort
-	}
-
-	*usage
-}
-
-// usage is what requests write of an upstream. It stands apart from what they read, and from that of others: pairs of cache lines
-// are fetched together, and an object of 128 bytes is such a pair. Without it an upstream has at most the 512 bytes up to which
-// collections of the garbage mark whole pages of objects at once, in a third of the time.
-type usage struct {
-	inFlight atomic.Int64
-	tunnels  atomic.Int64     // open now
-	outcomes [3]atomic.Uint64 // by outcome
-	changes  [3]atomic.Uint64 // of the breaker, by the state it came to
-	_        [64]byte
+	_ [32]byte
 }
 
 // addresses is where an upstream may be dialled now. It never changes.
@@ -133,7 +129,6 @@ func (s *service) newUpstream(in *registry.Instance) *upstream {
 		service: s,
 		id:      in.ID,
 		target:  in.Target(),
-		usage:   &usage{},
 	}
 	u.instance.Store(in)
 	if err := u.gate.Init(cfg.breaker(s.name), u); err != nil {
@@ -148,12 +143,14 @@ func (s *service) newUpstream(in *registry.Instance) *upstream {
 	u.pools = make([]atomic.Pointer[pool], len(s.proxy.workers))
 	switch {
 	case u.target.IP.IsValid():
-		l := &u.literal
-		l.list[0] = netip.AddrPortFrom(u.target.IP, u.target.Port)
-		if l.err = u.Allowed(l.list[0]); l.err == nil {
-			l.addresses.list = l.list[:]
+		only := &struct { // one object, for nearly all instances
+			addresses
+			list [1]netip.AddrPort
+		}{list: [1]netip.AddrPort{netip.AddrPortFrom(u.target.IP, u.target.Port)}}
+		if only.err = u.Allowed(only.list[0]); only.err == nil {
+			only.addresses.list = only.list[:]
 		}
-		u.addresses.Store(&l.addresses)
+		u.addresses.Store(&only.addresses)
 	case isLocalhost(u.target.Host): // RFC 6761 section 6.3: known without a look-up
 		u.setAddresses([]netip.AddrPort{
 			netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), u.target.Port),

@@ -5,13 +5,10 @@ import (
 	"unsafe"
 )
 
-// An upstream is marked with others of its page only up to 512 bytes, and its usage has a pair of cache lines for itself only if it
-// has the size of one.
-func TestUpstreamSizes(t *testing.T) {
-	if size := unsafe.Sizeof(upstream{}); size > 512 {
-		t.Errorf("an upstream has %d bytes", size)
-	}
-	if size := unsafe.Sizeof(usage{}); size != 128 {
-		t.Errorf("its usage has %d bytes", size)
+// What requests write of an upstream is the last 128 bytes of 512: see usage.
+func TestUpstreamLayout(t *testing.T) {
+	var u upstream
+	if unsafe.Sizeof(u) != 512 || unsafe.Offsetof(u.usage) != 384 {
+		t.Errorf("%d bytes, of which what comes from %d on is written: want 512 and 384", unsafe.Sizeof(u), unsafe.Offsetof(u.usage))
 	}
 }
