@@ -217,14 +217,15 @@ func (p *Proxy) acceptor(ln net.Listener) (accept func() error, _ io.Closer, _ e
 // Watched returns a listener like ln, for a server of another kind: its connections are watched by the loops too. What Go's
 // own poller watches comes up only every 10 ms while the loops have much to do, and then all of it at once, in front of the
 // requests; the loops wake some at a time, as soon as something has come.
-func (p *Proxy) Watched(ln net.Listener) net.Listener { return watched{ln, p} }
+func (p *Proxy) Watched(ln net.Listener) net.Listener { return &watched{Listener: ln, p: p} }
 
 type watched struct {
 	net.Listener
-	p *Proxy
+	p     *Proxy
+	turns atomic.Uint64 // of the loops
 }
 
-func (l watched) Accept() (net.Conn, error) {
+func (l *watched) Accept() (net.Conn, error) {
 	nc, err := l.Listener.Accept()
 	tcp, ok := nc.(*net.TCPConn)
 	if err != nil || !ok || !loop.Supported {
@@ -234,7 +235,7 @@ func (l watched) Accept() (net.Conn, error) {
 		nc.Close()
 		return nil, err
 	}
-	return l.p.workers[l.p.turns.Add(1)%uint64(len(l.p.workers))].loop.Take(tcp)
+	return l.p.workers[l.turns.Add(1)%uint64(len(l.p.workers))].loop.Take(tcp)
 }
 
 // temporary errors of accept pass: a limit of ours is reached, or the client left before it was accepted.

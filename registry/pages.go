@@ -23,6 +23,7 @@ type meta struct {
 	root uint64 // page of the bucket of buckets
 	free uint64 // page of the list of free pages
 	tx   uint64 // the transaction whose state it is
+	page uint64 // which it is; bbolt gives them to its transactions in turn
 }
 
 // image is all bytes of a file that bbolt has written, as a page of meta describes it.
@@ -67,7 +68,7 @@ func readMetas(data []byte) (all []meta) {
 			sum := fnv.New64a()
 			sum.Write(m[:metaSize-8])
 			if u32(m) == boltMagic && u32(m[4:]) == boltVersion && u64(m[metaSize-8:]) == sum.Sum64() && uint64(u32(m[8:])) == size {
-				all = append(all, meta{size: size, root: u64(m[16:]), free: u64(m[32:]), high: u64(m[40:]), tx: u64(m[48:])})
+				all = append(all, meta{size: size, root: u64(m[16:]), free: u64(m[32:]), high: u64(m[40:]), tx: u64(m[48:]), page: n})
 			}
 		}
 	}
@@ -75,14 +76,13 @@ func readMetas(data []byte) (all []meta) {
 	return all
 }
 
-// copyMeta has the other page of meta say what that of a transaction does. bbolt gives them to its transactions in turn.
-func copyMeta(f *os.File, size int, tx uint64) error {
+// copyMeta has the other page of meta say what one does.
+func copyMeta(f *os.File, size int, from uint64) error {
 	var m [metaSize]byte
-	from := int64(tx % 2)
-	if _, err := f.ReadAt(m[:], from*int64(size)+pageHeader); err != nil {
+	if _, err := f.ReadAt(m[:], int64(from)*int64(size)+pageHeader); err != nil {
 		return err
 	}
-	_, err := f.WriteAt(m[:], (1-from)*int64(size)+pageHeader)
+	_, err := f.WriteAt(m[:], int64(1-from)*int64(size)+pageHeader)
 	return err
 }
 

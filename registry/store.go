@@ -289,7 +289,7 @@ func (s *store) commit(put func(*bbolt.Tx) (sum uint64, err error)) error {
 	}
 	s.last++
 	s.sum = sum
-	return copyMeta(s.file, s.db.Info().PageSize, s.last)
+	return copyMeta(s.file, s.db.Info().PageSize, s.last%2)
 }
 
 // putSum has a transaction say what it holds, and which it is: its first page may be missing where that of an earlier one stood.
@@ -301,7 +301,7 @@ func putSum(tx *bbolt.Tx, sum uint64) error {
 // there may succeed without them, since the system takes them for written. bbolt knows of no way back, and begins anew.
 func (s *store) undo() error {
 	if s.db != nil {
-		if err := copyMeta(s.file, s.db.Info().PageSize, s.last); err != nil {
+		if err := copyMeta(s.file, s.db.Info().PageSize, s.last%2); err != nil {
 			return err
 		}
 		db := s.db
@@ -433,7 +433,7 @@ func settle(path string, m meta) error {
 	if err := f.Sync(); err != nil {
 		return err
 	}
-	if err := copyMeta(f, int(m.size), m.tx); err != nil {
+	if err := copyMeta(f, int(m.size), m.page); err != nil {
 		return err
 	}
 	return f.Sync()
@@ -455,7 +455,7 @@ func (s *store) adopt() error {
 		return fmt.Errorf("write %s: %w", s.path, err)
 	}
 	s.last++
-	return copyMeta(s.file, s.db.Info().PageSize, s.last)
+	return copyMeta(s.file, s.db.Info().PageSize, s.last%2)
 }
 
 // openBolt opens a file with its lock, which other processes may share if it is to be read only.
@@ -489,7 +489,8 @@ func readFile(path string) (*found, error) {
 	}
 	all, err := readState(data, metas[0])
 	if err != nil && !errors.Is(err, errForeign) && len(metas) == 2 && metas[1].tx < metas[0].tx {
-		if before, err := readState(data, metas[1]); err == nil { // the last transaction did not reach the disk as a whole
+		// The last transaction did not reach the disk as a whole; one of the version before did, in an order of its own.
+		if before, err := readState(data, metas[1]); err == nil && before.version == fileVersion {
 			before.late = true
 			return before, nil
 		}
@@ -501,7 +502,10 @@ func readFile(path string) (*found, error) {
 		return nil, damaged(path, err)
 	}
 	all.late = len(metas) == 1
-	all.settled = len(metas) == 2 && metas[0] == metas[1]
+	if len(metas) == 2 {
+		metas[1].page = metas[0].page
+		all.settled = metas[0] == metas[1]
+	}
 	return all, nil
 }
 

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -239,7 +240,7 @@ func TestBadFiles(t *testing.T) {
 			atRest(t, path)
 		}
 	}
-	bytes := func(data []byte) func(t *testing.T, path string) {
+	raw := func(data []byte) func(t *testing.T, path string) {
 		return func(t *testing.T, path string) {
 			if err := os.WriteFile(path, data, 0o600); err != nil {
 				t.Fatal(err)
@@ -257,10 +258,10 @@ func TestBadFiles(t *testing.T) {
 		make func(t *testing.T, path string)
 		want string
 	}{
-		{"empty", bytes(nil), "is damaged"},
-		{"a word", bytes([]byte("hello")), "is damaged"},
-		{"garbage", bytes([]byte(strings.Repeat("garbage ", 10_000))), "is damaged"},
-		{"zeroes", bytes(make([]byte, 65536)), "is damaged"},
+		{"empty", raw(nil), "is damaged"},
+		{"a word", raw([]byte("hello")), "is damaged"},
+		{"garbage", raw([]byte(strings.Repeat("garbage ", 10_000))), "is damaged"},
+		{"zeroes", raw(make([]byte, 65536)), "is damaged"},
 		{"another version", rewritten(func(about, _ *bbolt.Bucket) error { return about.Put(versionKey, []byte("3")) }), "has version \"3\", this one knows 2"},
 		{"no version", rewritten(func(about, _ *bbolt.Bucket) error { return about.Delete(versionKey) }), "has no version"},
 		{"something else", rewritten(func(about, _ *bbolt.Bucket) error { return about.Put([]byte("colour"), []byte("red")) }), "has \"colour\" in \"about\""},
@@ -290,7 +291,7 @@ func TestBadFiles(t *testing.T) {
 			}
 		}, "permission denied"},
 		{"in use", func(t *testing.T, path string) {
-			bytes(sound)(t, path)
+			raw(sound)(t, path)
 			other, err := bbolt.Open(path, 0o600, nil)
 			if err != nil {
 				t.Fatal(err)
@@ -305,7 +306,7 @@ func TestBadFiles(t *testing.T) {
 			name string
 			make func(t *testing.T, path string)
 			want string
-		}{fmt.Sprintf("cut after %d of %d bytes", n, end), bytes(sound[:n]), "is damaged"})
+		}{fmt.Sprintf("cut after %d of %d bytes", n, end), raw(sound[:n]), "is damaged"})
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
@@ -373,6 +374,80 @@ func TestFileWithoutSum(t *testing.T) {
 		if found, err := readFile(path); err != nil || found.version != fileVersion || !found.settled {
 			t.Fatalf("%+v, %v", found, err)
 		}
+	}
+}
+
+// A file at rest says the same in both pages of meta: if one is damaged the other is taken, and the first made anew.
+func TestOnePageOfMeta(t *testing.T) {
+	for page := range 2 {
+		dir := t.TempDir()
+		path := filepath.Join(dir, fileName)
+		r := reopen(t, dir)
+		if err := r.Register("echo", Instance{ID: "a", Addr: "http://127.0.0.1:1"}); err != nil {
+			t.Fatal(err)
+		}
+		r.Close()
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		data[page*int(readMetas(data)[0].size)+pageHeader+20] ^= 1
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r = reopen(t, dir)
+		if r.Snapshot("echo").Instance("a") == nil {
+			t.Errorf("page %d damaged: it is lost", page)
+		}
+		r.Close()
+		if found, err := readFile(path); err != nil || found.late || !found.settled {
+			t.Errorf("page %d damaged, and after a start: %+v, %v", page, found, err)
+		}
+	}
+}
+
+// A file from before there were sums has no transaction that is there in part: what is damaged in its last one is damaged.
+func TestDamagedFileWithoutSum(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, fileName)
+	reopen(t, dir).Close()
+	db, err := bbolt.Open(path, 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := key{"echo", "a"}.bytes()
+	rec := recordOf(&Instance{Addr: "http://127.0.0.1:1"})
+	value, err := rec.encode(at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range []func(about, instances *bbolt.Bucket) error{
+		func(about, _ *bbolt.Bucket) error {
+			return errors.Join(about.Put(versionKey, []byte(sumlessVersion)), about.Delete(sumKey))
+		},
+		func(about, _ *bbolt.Bucket) error { return about.Put(versionKey, []byte(sumlessVersion)) },
+		func(_, instances *bbolt.Bucket) error { return instances.Put(at, value) },
+	} {
+		if err := db.Update(func(tx *bbolt.Tx) error { return f(tx.Bucket(aboutBucket), tx.Bucket(instancesBucket)) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	db.Close()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair := bytes.Index(data, slices.Concat(at, value))
+	data[pair+len(at)+10] ^= 1
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := Open(Config{}, dir); err == nil {
+		r.Close()
+		t.Error("it was taken")
+	}
+	if now, _ := os.ReadFile(path); !bytes.Equal(now, data) {
+		t.Error("the file has changed")
 	}
 }
 
