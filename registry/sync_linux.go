@@ -37,17 +37,17 @@ const (
 
 // iocb and ioEvent are the kernel's, of linux/aio_abi.h.
 type iocb struct {
-	data   uint64
-	key    uint64
+	_      [2]uint64
 	opcode uint16
-	prio   int16
+	_      int16
 	fd     uint32
-	rest   [5]uint64
+	_      [5]uint64
 }
 
 type ioEvent struct {
-	data, obj    uint64
-	result, more int64
+	_, _   uint64
+	result int64
+	_      int64
 }
 
 const iocbFdsync = 3
