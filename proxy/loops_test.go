@@ -629,7 +629,7 @@ func TestIdleConnectionClosedByBackend(t *testing.T) {
 func TestIdleConnectionsClosedAtAnyTime(t *testing.T) {
 	g := startLoops(t, 2, nil, nil)
 	var closing sync.WaitGroup
-	defer closing.Wait()
+	t.Cleanup(closing.Wait) // when the actor has ended
 	a := startActor(t, func(c net.Conn, m *message) bool {
 		ok := echoing(c, m)
 		if n := rand.IntN(5); n < 2 {
