@@ -469,7 +469,7 @@ func (t *tunnel) copy(f *flow, to, from net.Conn) {
 		data = buf[:n]
 	}
 	orderly := err == io.EOF && !t.broken.Load() && !t.backend.severed.Load()
-	if sock, ok := from.(*loop.Socket); ok && sock.Lost() && !t.half.Load() { // another call got the error
+	if s := f.from; s != nil && s.Ended() && s.Lost() && !t.half.Load() { // a write got the error
 		orderly = false
 	}
 	if half, ok := to.(interface{ CloseWrite() error }); ok && orderly {
@@ -477,6 +477,7 @@ func (t *tunnel) copy(f *flow, to, from net.Conn) {
 		if half.CloseWrite() == nil {
 			return
 		}
+		orderly = false
 	}
 	if !orderly {
 		t.broken.Store(true)

@@ -402,7 +402,7 @@ func TestTunnelHalfClose(t *testing.T) {
 	})
 }
 
-// A reset of one side is one for the other, also when that has ended its stream or does not read.
+// A reset of one side is one for the other, also when that has ended its stream, does not read, or sends.
 func TestTunnelReset(t *testing.T) {
 	eachTunnel(t, nil, func(t *testing.T, tt *tunnels) {
 		for _, row := range []struct {
@@ -433,6 +433,19 @@ func TestTunnelReset(t *testing.T) {
 			tt.wantBroken(t, c.r)
 			tt.ended(t)
 		}
+		for range 100 { // the error may be told to the gateway's write
+			c, f := tt.open(t)
+			go resetNow(c.Conn)
+			if _, err := f.Write([]byte("x")); err == nil { // or to this one
+				tt.wantBroken(t, f.r)
+			}
+			c, f = tt.open(t)
+			go resetNow(f.tcp)
+			if _, err := c.Write([]byte("x")); err == nil {
+				tt.wantBroken(t, c.r)
+			}
+		}
+		tt.ended(t)
 	})
 }
 

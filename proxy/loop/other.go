@@ -61,6 +61,7 @@ func (*Socket) HungUp() bool                   { return false }
 func (*Socket) OnHangUp(func())                {}
 func (*Socket) Queued() int                    { return -1 }
 func (*Socket) Lost() bool                     { return false }
+func (*Socket) Ended() bool                    { return false }
 func (*Socket) CloseRead() error               { return errUnsupported }
 func (*Socket) CloseWrite() error              { return errUnsupported }
 func (*Socket) Shutdown() error                { return errUnsupported }

@@ -31,6 +31,7 @@ type Socket struct {
 	connecting bool // Connected has not said anything but ErrAgain yet
 
 	again    bool        // it is in loop.again
+	ended    bool        // Read has found the end of the stream
 	due      Events      // not 0: it is in loop.later
 	abortive atomic.Bool // closing resets the connection
 	closed   atomic.Bool
@@ -227,6 +228,7 @@ func (s *Socket) Read(b []byte) (int, error) {
 		case err != nil:
 			return 0, os.NewSyscallError("read", err)
 		case n == 0:
+			s.ended = true
 			return 0, io.EOF
 		default:
 			return n, nil
@@ -237,6 +239,9 @@ func (s *Socket) Read(b []byte) (int, error) {
 	}
 	return 0, os.ErrDeadlineExceeded
 }
+
+// Ended reports whether Read has found the end of the stream: below TLS, that its peer did not say goodbye.
+func (s *Socket) Ended() bool { return s.ended }
 
 // Write writes all of b, within the write deadline. When that passes while it waits, it tries once more: a slow peer may
 // have made less room than is worth an event.

@@ -496,6 +496,23 @@ func TestHalfClose(t *testing.T) {
 	}
 }
 
+// The error of a reset is told once: who reads behind a write that got it finds an end.
+func TestResetTakenByWrite(t *testing.T) {
+	s, far := pair(t, startGroup(t, 1).Loops[0])
+	far.SetLinger(0)
+	far.Close()
+	eventually(t, "it is lost", s.Lost)
+	if _, err := s.Write([]byte("x")); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the write got %v", err)
+	}
+	if s.Ended() {
+		t.Error("nobody has read an end")
+	}
+	if _, err := s.Read(make([]byte, 1)); err != io.EOF || !s.Ended() || !s.Lost() {
+		t.Errorf("the read got %v; ended %v, lost %v", err, s.Ended(), s.Lost())
+	}
+}
+
 func TestLinger(t *testing.T) {
 	for _, row := range []struct {
 		seconds int
