@@ -30,6 +30,7 @@ type setup struct {
 	services    int      // kerberos: registered, the one that is asked for included
 	instances   int      // kerberos: of each service
 	beside      int      // kerberos: instances of one more service
+	besideAt    string   // kerberos: their host:port
 	token       bool     // kerberos: its API wants apiToken
 	data        bool     // kerberos: it keeps registrations on disk, and those beside have a lease and a check
 	plain       bool     // with defaults, and WebSocket: for what it does, not for what that costs

@@ -124,7 +124,7 @@ func (s setup) all(yield func(instance) bool) {
 		}
 	}
 	for i := range s.beside {
-		if !yield(s.stormed(fmt.Sprintf("i-%d", i), s.origins[i%len(s.origins)])) {
+		if !yield(s.stormed(fmt.Sprintf("i-%d", i))) {
 			return
 		}
 	}
@@ -176,8 +176,8 @@ type check struct {
 }
 
 // stormed is an instance of the service with the storm; with data it has all that a gateway can do for it.
-func (s setup) stormed(id, origin string) instance {
-	in := instance{Service: stormService, ID: id, Addr: "http://" + origin}
+func (s setup) stormed(id string) instance {
+	in := instance{Service: stormService, ID: id, Addr: "http://" + s.besideAt}
 	if s.data {
 		in.TTL, in.Check = "1h", &check{true, "10s"}
 	}

@@ -38,6 +38,7 @@
 //   - storm: kerberos at half of what it can do, quiet, and while 16 callers register 1,000 new instances a second (at a
 //     fixed rate, too) into another service of 10,000; after a round they are unregistered, which is not counted. The
 //     service that is asked stays as it is: in the other, every request would go to an instance that was never connected.
+//     With --data each has a check, which connects to a process that does nothing else.
 //   - scale-connections, scale-instances: kerberos with 1 to 1,000 connections and 1 to 10,000 instances.
 //
 // Then comes what must hold of kerberos, as far as these figures say: "goal" is met, "ok" is accepted, or "missed". None
@@ -115,12 +116,13 @@ const (
 )
 
 type cli struct {
-	Run    runCmd    `cmd:"" default:"withargs" help:"Compare the gateways (what happens without a command)."`
-	Wire   wireCmd   `cmd:"" help:"Run a table of what a gateway must do on the wire: what it refuses, and what it passes on as it is."`
-	Soak   soakCmd   `cmd:"" help:"Have kerberos bear loads, faults and restarts side by side, and say what came of it."`
-	Origin originCmd `cmd:"" hidden:"" help:"Serve as the origin."`
-	Pump   pumpCmd   `cmd:"" hidden:"" help:"Be the byte pump."`
-	Load   loadCmd   `cmd:"" hidden:"" help:"Be the built-in load."`
+	Run     runCmd     `cmd:"" default:"withargs" help:"Compare the gateways (what happens without a command)."`
+	Wire    wireCmd    `cmd:"" help:"Run a table of what a gateway must do on the wire: what it refuses, and what it passes on as it is."`
+	Soak    soakCmd    `cmd:"" help:"Have kerberos bear loads, faults and restarts side by side, and say what came of it."`
+	Origin  originCmd  `cmd:"" hidden:"" help:"Serve as the origin."`
+	Checked checkedCmd `cmd:"" hidden:"" help:"Be what only checks connect to."`
+	Pump    pumpCmd    `cmd:"" hidden:"" help:"Be the byte pump."`
+	Load    loadCmd    `cmd:"" hidden:"" help:"Be the built-in load."`
 }
 
 func main() {
@@ -355,6 +357,15 @@ type originCmd struct {
 func (o *originCmd) Run() error {
 	dieOfSignals()
 	return serveOrigin(o.Size, o.Addrs, func(addrs []string) { fmt.Println(strings.Join(addrs, " ")) })
+}
+
+// checkedCmd is what only checks connect to as a process of its own. It prints its address.
+type checkedCmd struct{}
+
+// Run serves until a signal comes.
+func (*checkedCmd) Run() error {
+	dieOfSignals()
+	return serveChecked(func(addr string) { fmt.Println(addr) })
 }
 
 // pumpCmd is the byte pump as a process of its own. It prints its address.

@@ -28,7 +28,7 @@ const asCommand = "KERBEROS_BENCH_AS_COMMAND"
 
 func TestMain(m *testing.M) {
 	switch {
-	case os.Getenv(asCommand) != "", len(os.Args) > 1 && slices.Contains([]string{"origin", "pump", "load"}, os.Args[1]):
+	case os.Getenv(asCommand) != "", len(os.Args) > 1 && slices.Contains([]string{"origin", "checked", "pump", "load"}, os.Args[1]):
 		main()
 	case len(os.Args) > 1 && os.Args[1] == "version":
 		fmt.Println("stand-in 1.0, for tests")
@@ -422,5 +422,30 @@ func TestLineLog(t *testing.T) {
 	io.WriteString(&l, strings.Repeat("x", 2*maxTail)+"\nlast\n")
 	if s := l.String(); len(s) > maxTail || !strings.HasSuffix(s, "x\nlast") {
 		t.Errorf("%d bytes kept, of them %q", len(s), s[len(s)-10:])
+	}
+}
+
+// What a process prints and what it logs are both kept, up to its end.
+func TestProcessLog(t *testing.T) {
+	t.Parallel()
+	lines := make(chan string, 4)
+	cmd := exec.Command("sh", "-c", "echo printed; echo logged >&2; read wait; echo last >&2")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := startProcess(nil, cmd, func(line string) { lines <- line })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.stop()
+	said := []string{<-lines, <-lines}
+	if slices.Sort(said); !slices.Equal(said, []string{"logged", "printed"}) {
+		t.Errorf("while it runs it says %q", said)
+	}
+	in.Close()
+	<-p.exited
+	if last := <-lines; last != "last" || !strings.HasSuffix(p.log.String(), "last") {
+		t.Errorf("in the end it says %q, of %q", last, p.log)
 	}
 }

@@ -46,3 +46,19 @@ func serveOrigin(size, addrs int, ready func(addrs []string)) error {
 	ready(names)
 	return <-failed
 }
+
+// serveChecked is what only checks connect to. It returns only with an error.
+func serveChecked(ready func(addr string)) error {
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	ready(ln.Addr().String())
+	for {
+		c, err := ln.Accept()
+		if err != nil {
+			return err
+		}
+		c.Close()
+	}
+}

@@ -25,7 +25,12 @@ func storm(ctx context.Context, b *bench) ([]*table, error) {
 	if err != nil {
 		return nil, err
 	}
-	subjects[0].setup = setup{token: true, beside: stormInstances, data: b.data}
+	checked, addr, err := startSelf(ctx, b.cpus.load, "checked")
+	if err != nil {
+		return nil, err
+	}
+	defer checked.stop()
+	subjects[0].setup = setup{token: true, beside: stormInstances, besideAt: addr, data: b.data}
 	g, err := b.start(ctx, t.Section, b.cpus.load, subjects)
 	if err != nil {
 		return nil, err
@@ -67,7 +72,7 @@ func storm(ctx context.Context, b *bench) ([]*table, error) {
 // paceInStorm is pace while instances are registered, numbered from first; it returns how many were.
 func (g *group) paceInStorm(ctx context.Context, rate float64, first int) (measurement, int, error) {
 	r := g.at[0]
-	body, err := json.Marshal(g.subjects[0].setup.stormed("n-"+counterMark, g.origins[0]))
+	body, err := json.Marshal(g.subjects[0].setup.stormed("n-" + counterMark))
 	if err != nil {
 		return measurement{}, 0, err
 	}
