@@ -384,14 +384,30 @@ func (e *Edits) resolve() *edits {
 	return n
 }
 
-// drops says that lines of a name do not go on.
+// drops says that lines of a name do not go on: nor do those that servers which turn "-" and "_" into the same take for it.
 func (e *edits) drops(name []byte) bool {
-	for _, other := range e.drop {
-		if len(other) == len(name) && strings.EqualFold(other, text(name)) {
-			return true
+	return slices.ContainsFunc(e.drop, func(other string) bool {
+		if len(other) != len(name) {
+			return false
 		}
+		for i, c := range name {
+			if folded(c) != folded(other[i]) {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// folded is c in lower case, and "-" for "_".
+func folded(c byte) byte {
+	switch {
+	case c == '_':
+		return '-'
+	case c >= 'A' && c <= 'Z':
+		return c | 0x20
 	}
-	return false
+	return c
 }
 
 // match returns the route of a request, or nil.

@@ -253,13 +253,13 @@ func TestRouteEdits(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			origin := answering(t, response)
 			g.register(t, "echo", "1", origin.url())
-			m := g.do(t, "GET / HTTP/1.1\r\nHost: h\r\nCookie: a\r\nX-Set: old\r\nX-Keep: 1\r\nx-set: older\r\nX-Add: first\r\nConnection: x-gone\r\nX-Gone: 1\r\ncookie: b\r\n\r\n").want(t, 200)
+			m := g.do(t, "GET / HTTP/1.1\r\nHost: h\r\nCookie: a\r\nX-Set: old\r\nX-Keep: 1\r\nx-set: older\r\nX_Set: old\r\nX_Keep: 2\r\nX-Add: first\r\nConnection: x-gone\r\nX-Gone: 1\r\ncookie: b\r\n\r\n").want(t, 200)
 			if m.body != "ok" || strings.Contains(strings.ToLower(m.head), "x-secret") || strings.Contains(m.head, "nginx") ||
 				!strings.Contains(m.head, "Set-Cookie: a=1\r\n") || !strings.Contains(m.head, "Set-Cookie: b=2\r\n") || m.field("Server") != "k" {
 				t.Errorf("the client got %q", m.head)
 			}
 			sent := origin.requests()[0].head
-			for _, want := range []string{"X-Set: new\r\n", "X-Add: first\r\n", "X-Add: more\r\n", "X-Keep: 1\r\n", "Host: inner.example.com\r\n", "X-Forwarded-Host: h\r\n"} {
+			for _, want := range []string{"X-Set: new\r\n", "X-Add: first\r\n", "X-Add: more\r\n", "X-Keep: 1\r\n", "X_Keep: 2\r\n", "Host: inner.example.com\r\n", "X-Forwarded-Host: h\r\n"} {
 				if strings.Count(sent, want) != 1 {
 					t.Errorf("%q is not once in %q", want, sent)
 				}
