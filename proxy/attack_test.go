@@ -243,7 +243,7 @@ func TestUploadLeavesNoDeadline(t *testing.T) {
 	near, far := net.Pipe()
 	defer near.Close()
 	defer far.Close()
-	x := &exchange{c: &conn{nc: far}, backend: made, upload: &upload{done: make(chan struct{}), whole: true}}
+	x := &exchange{c: &conn{nc: far}, backend: made, upload: &upload{done: make(chan struct{})}}
 	use := func() {
 		t.Helper()
 		if err := x.backend.write.arm(x.backend.SetWriteDeadline, time.Now(), uploadTimeout); err != nil {

@@ -937,7 +937,7 @@ func (x *exchange) relay() error {
 		}
 		switch {
 		case err == nil:
-		case errors.Is(err, io.EOF) && x.res.length < 0 && !x.res.chunked && !x.backend.severed.Load(): // the close is the end
+		case errors.Is(err, io.EOF) && x.res.length < 0 && !x.res.chunked && !x.backend.severed.Load() && !x.brokenOff(): // the close is the end
 			if x.chunks {
 				c.out = appendLastChunk(c.out, nil)
 			}

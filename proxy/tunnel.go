@@ -36,7 +36,7 @@ type tunnel struct {
 	since time.Time    // the clock of moved
 	moved atomic.Int64 // nanoseconds on it: when something was last read or written
 	idle  *time.Timer
-	half  atomic.Bool // one side was told that the other has ended
+	half  atomic.Bool // the client was told that the backend has ended
 }
 
 // flow is one direction of a tunnel. On the loop it is the handler of the socket that it reads.
@@ -473,11 +473,13 @@ func (t *tunnel) copy(f *flow, to, from net.Conn) {
 		orderly = false
 	}
 	if half, ok := to.(interface{ CloseWrite() error }); ok && orderly {
-		t.half.Store(true)
-		if half.CloseWrite() == nil {
-			return
+		if to == t.c.nc {
+			t.half.Store(true)
 		}
-		orderly = false
+		if half.CloseWrite() != nil {
+			t.broken.Store(true) // as above
+		}
+		return
 	}
 	if !orderly {
 		t.broken.Store(true)

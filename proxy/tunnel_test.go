@@ -869,8 +869,8 @@ func TestTunnelShutdown(t *testing.T) {
 		if cut := <-done; cut != 1 {
 			t.Errorf("%d cut", cut)
 		}
-		io.Copy(io.Discard, end.r)
-		io.Copy(io.Discard, other.r)
+		wantEnd(t, end.r)
+		wantEnd(t, other.r)
 		tt.Close() // waits for it
 		if n := tt.DescribeInstance("ws", "a").Tunnels; n != 0 {
 			t.Errorf("%d tunnels are left", n)

@@ -1,7 +1,9 @@
 package proxy
 
 import (
+	"errors"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"kerberos/proxy/loop"
@@ -12,7 +14,7 @@ import (
 type upload struct {
 	done     chan struct{}
 	ended    atomic.Bool
-	whole    bool                  // all was sent; valid once done is closed
+	err      error                 // why not all was sent; valid once done is closed
 	stopped  atomic.Bool           // nobody waits for it any more
 	failed   atomic.Pointer[error] // a refusal or errClientGone, which ends the exchange
 	waiting  atomic.Bool           // for the client: this time is not the backend's
@@ -31,7 +33,7 @@ func (x *exchange) startUpload() {
 func (up *upload) run(c *conn, backend *backendConn, b *body) {
 	defer close(up.done)
 	err := up.copy(c, b)
-	up.whole = err == nil
+	up.err = err
 	up.ended.Store(true)
 	if err != nil && isOwn(err) && !up.stopped.Load() {
 		up.failed.Store(&err)
@@ -162,7 +164,21 @@ func (x *exchange) uploaded() bool {
 	}
 	select {
 	case <-x.upload.done:
-		return x.upload.whole
+		return x.upload.err == nil
+	case <-time.After(uploadGrace):
+		return false
+	}
+}
+
+// brokenOff reports whether the backend has reset the connection and the upload was told: the kernel tells it once, and
+// who reads finds an end.
+func (x *exchange) brokenOff() bool {
+	if x.upload == nil || x.backend.sock == nil || !x.backend.sock.Lost() {
+		return false
+	}
+	select {
+	case <-x.upload.done:
+		return errors.Is(x.upload.err, syscall.ECONNRESET)
 	case <-time.After(uploadGrace):
 		return false
 	}
@@ -196,7 +212,7 @@ func (x *exchange) endUpload() {
 		x.backend.SetWriteDeadline(time.Unix(1, 0))
 	}
 	<-up.done
-	x.bodyRead, x.unread = up.whole, !up.whole
+	x.bodyRead, x.unread = up.err == nil, up.err != nil
 	x.tally.received += up.moved
 	x.upload = nil
 	x.c.read.disarm()

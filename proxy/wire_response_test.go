@@ -260,7 +260,9 @@ func TestRefusedResponses(t *testing.T) {
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
 			g := startGateway(t, func(cfg *Config) { steady(cfg); logRequests(cfg) }, nil)
-			o, came := scripted(t, row.response, true)
+			// If only its end makes the response a bad one, the backend ends the connection: else the gateway has to.
+			closes := row.kind == "http_response_incomplete" || row.kind == "connection_terminated"
+			o, came := scripted(t, row.response, closes)
 			g.register(t, "echo", "1", o.url())
 			c := g.dial(t)
 			for n := range int32(2) {
@@ -437,5 +439,33 @@ func TestTruncatedResponses(t *testing.T) {
 				t.Error("not logged")
 			}
 		})
+	}
+}
+
+// A response that ends with its connection has not ended when that is reset, whoever finds out: the client misses the end.
+func TestResetIsNoEnd(t *testing.T) {
+	g := startGateway(t, steady, nil)
+	o := startOrigin(t, func(_ *origin, c net.Conn, r *bufio.Reader) {
+		if _, err := http.ReadRequest(r); err != nil {
+			return
+		}
+		io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\npart")
+		_, _ = io.CopyN(io.Discard, r, 256<<10)
+		resetNow(c)
+	})
+	g.register(t, "echo", "1", o.url())
+	chunk := "1000\r\n" + filler(0x1000) + "\r\n"
+	for range 200 {
+		c := g.dial(t)
+		go func() { // until it is told that nobody reads
+			_, err := io.WriteString(c, "POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+			for err == nil {
+				_, err = io.WriteString(c, chunk)
+			}
+		}()
+		if got, _ := io.ReadAll(c.r); strings.HasSuffix(string(got), "\r\n0\r\n\r\n") {
+			t.Fatalf("got as if it were whole:\n%s", got)
+		}
+		c.Close()
 	}
 }
