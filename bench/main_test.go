@@ -439,13 +439,22 @@ func TestProcessLog(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.stop()
-	said := []string{<-lines, <-lines}
+	next := func() string {
+		select {
+		case line := <-lines:
+			return line
+		case <-time.After(10 * time.Second):
+			t.Fatalf("it says no more than %q", p.log)
+			return ""
+		}
+	}
+	said := []string{next(), next()}
 	if slices.Sort(said); !slices.Equal(said, []string{"logged", "printed"}) {
 		t.Errorf("while it runs it says %q", said)
 	}
 	in.Close()
 	<-p.exited
-	if last := <-lines; last != "last" || !strings.HasSuffix(p.log.String(), "last") {
+	if last := next(); last != "last" || !strings.HasSuffix(p.log.String(), "last") {
 		t.Errorf("in the end it says %q, of %q", last, p.log)
 	}
 }

@@ -46,12 +46,13 @@ func serveChecked(ready func(addr string)) error {
 		return fmt.Errorf("checked: %w", err)
 	}
 	ready(addr.String())
-	for pause := unix.NsecToTimespec(5e6); ; unix.Nanosleep(&pause, nil) { // time.Sleep would keep several threads busy
-		fd, err := acceptOn(listener)
-		for ; err == nil; fd, err = acceptOn(listener) {
+	for pause := unix.NsecToTimespec(5e6); ; {
+		switch fd, err := acceptOn(listener); err {
+		case nil:
 			unix.Close(fd)
-		}
-		if err != unix.EAGAIN {
+		case unix.EAGAIN:
+			unix.Nanosleep(&pause, nil) // time.Sleep would keep several threads busy
+		default:
 			return fmt.Errorf("checked: accept: %w", err)
 		}
 	}
