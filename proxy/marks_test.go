@@ -14,6 +14,9 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"go.opentelemetry.io/otel/propagation"
+	"go.opentelemetry.io/otel/trace"
 )
 
 var uuid7 = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`)
@@ -160,6 +163,30 @@ func TestParseTraceparent(t *testing.T) {
 			t.Errorf("%s: it is malformed and has %x %x", row.value, id, span)
 		}
 	}
+}
+
+// FuzzTraceparent compares with OpenTelemetry's parser. That refuses flags of version 00 which the recommendation has not
+// given a meaning yet, and takes a "-" behind them.
+func FuzzTraceparent(f *testing.F) {
+	valid := "00-" + parentTrace + "-" + parentSpan + "-01"
+	for _, seed := range []string{valid, "cc" + valid[2:] + "-more", "ff" + valid[2:], valid + "-", valid[:53] + "ff", valid[:54], strings.ToUpper(valid), ""} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, value string) {
+		id, span, sampled, ok := parseTraceparent([]byte(value))
+		their := trace.SpanContextFromContext(propagation.TraceContext{}.Extract(t.Context(), propagation.MapCarrier{"traceparent": value}))
+		first := strings.HasPrefix(value, "00-")
+		switch {
+		case ok && their.IsValid():
+			if their.TraceID() != id || their.SpanID() != span || their.IsSampled() != sampled {
+				t.Errorf("%q: %x %x %v, and %+v", value, id, span, sampled, their)
+			}
+		case ok && !(first && value[53:] > "03"):
+			t.Errorf("%q is taken", value)
+		case their.IsValid() && !ok && !(first && strings.HasSuffix(value, "-")):
+			t.Errorf("%q is refused", value)
+		}
+	})
 }
 
 var traceparentLine = regexp.MustCompile(`(?i)\r\ntraceparent: (.*)\r\n`)
