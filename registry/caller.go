@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"strings"
 
 	"github.com/valyala/fasthttp"
 )
@@ -115,17 +116,22 @@ func (in *Instance) differs(before *Instance, changed []slog.Attr) []slog.Attr {
 	return changed
 }
 
-// settings are what of an instance a call can change.
-func (in *Instance) settings() [10]slog.Attr {
+// settings are what of an instance a call can change: where its name may lead, too, which follows from who registers it.
+func (in *Instance) settings() [12]slog.Attr {
 	override := 0
 	if in.Override.Weight != nil {
 		override = *in.Override.Weight
+	}
+	networks := ""
+	if len(in.networks) > 0 {
+		networks = strings.Trim(fmt.Sprint(in.networks), "[]")
 	}
 	return [...]slog.Attr{
 		slog.String("addr", in.Addr), slog.Int("weight", in.registered.weight), slog.String("ttl", in.TTL.String()), slog.Bool("held", in.hold != nil),
 		slog.Int("override_weight", override), slog.String("override_state", string(in.Override.State)),
 		slog.String("check", checkText(in.Check)), slog.String("slow_start", in.SlowStart.String()),
 		slog.String("metadata", pairs(in.registered.metadata)), slog.String("override_metadata", pairs(in.Override.Metadata)),
+		slog.Bool("remote", in.remote), slog.String("networks", networks),
 	}
 }
 

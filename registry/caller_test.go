@@ -190,6 +190,23 @@ func BenchmarkAudit(b *testing.B) {
 }
 
 // Who drains twice changes something once, and a drain that its instance did not wait for says nothing at its end.
+// Where the name of an instance may lead follows from who registers it.
+func TestAuditNetworks(t *testing.T) {
+	log := &lines{}
+	reg := New(Config{Log: slog.New(slog.NewJSONHandler(log, nil))})
+	defer reg.Close()
+	const body = `{"service":"echo","id":"a","addr":"http://10.0.0.1"}`
+	wantNoContent(t, call(named{}.calling(NewHandler(reg, nil)), near, "POST", "/register", body))
+	log.take(t)
+	within := named{networks: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/8")}}.calling(NewHandler(reg, nil))
+	for _, want := range [][]string{{`{"action":"register","instance":"echo/a","networks":"10.0.0.0/8 fd00::/8","was":{"networks":""}}`}, nil} {
+		wantNoContent(t, call(within, near, "POST", "/register", body))
+		if diff := cmp.Diff(want, log.take(t)); diff != "" {
+			t.Error(diff)
+		}
+	}
+}
+
 func TestAuditDrains(t *testing.T) {
 	log := &lines{}
 	reg := New(Config{Log: slog.New(slog.NewJSONHandler(log, nil))})
@@ -206,11 +223,14 @@ func TestAuditDrains(t *testing.T) {
 	}
 	var got []string
 	eventually(t, "it drains", func() bool { got = append(got, log.take(t)...); return len(got) > 0 })
+	both.Go(func() { call(h, near, "DELETE", "/services/echo/inst-1?drain=30s", "") })
+	eventually(t, "the drain is shorter", func() bool { got = append(got, log.take(t)...); return len(got) > 1 })
 	wantNoContent(t, call(h, near, "DELETE", "/services/echo/inst-1", ""))
 	u.now.Store(0)
 	both.Wait()
 	got = append(got, log.take(t)...)
 	want := []string{`{"action":"drain","addr":"http://localhost:8081","instance":"echo/inst-1","limit":"1m0s"}`,
+		`{"action":"drain","addr":"http://localhost:8081","instance":"echo/inst-1","limit":"30s"}`,
 		`{"action":"unregister","addr":"http://localhost:8081","instance":"echo/inst-1"}`}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)

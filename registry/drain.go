@@ -208,15 +208,19 @@ func (r *Registry) Drain(service, id, addr string, limit time.Duration) (cut int
 	return r.await(service, id, d)
 }
 
-// drain begins a drain, unless there is one, which it returns. first is the instance that it drains, or nil.
-func (r *Registry) drain(service, id, addr string, limit time.Duration) (d *drain, first *Instance, err error) {
-	t := r.traffic(service, id)
+// drain begins a drain, unless there is one, which it returns. changed is the
+// instance, if it begins to drain or has less time for it now, or nil.
+func (r *Registry) drain(service, id, addr string, limit time.Duration) (d *drain, changed *Instance, err error) {
+	t, begun := r.traffic(service, id), false
 	err = r.amend(service, id, addr, func(at *slot, in *Instance) {
 		if d = in.drain; d != nil {
-			d.limit.Store(min(d.limit.Load(), int64(time.Since(d.began)+limit)))
+			if end := int64(time.Since(d.began) + limit); end < d.limit.Load() {
+				d.limit.Store(end)
+				changed = in
+			}
 			return
 		}
-		d, first = &drain{began: time.Now(), done: make(chan struct{})}, in
+		d, changed, begun = &drain{began: time.Now(), done: make(chan struct{})}, in, true
 		d.limit.Store(int64(limit))
 		r.revoke(in)
 		next := in.copy()
@@ -226,12 +230,12 @@ func (r *Registry) drain(service, id, addr string, limit time.Duration) (d *drai
 	if err != nil && !errors.Is(err, ErrNotSaved) { // its end is written too
 		return nil, nil, err
 	}
-	if first != nil { // and nobody chooses it any more
+	if begun { // and nobody chooses it any more
 		r.mu.Lock()
 		r.spawn(func() { r.finish(service, id, d, t) })
 		r.mu.Unlock()
 	}
-	return d, first, nil
+	return d, changed, nil
 }
 
 // await is the end of a drain.

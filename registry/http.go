@@ -310,14 +310,14 @@ func (a *api) drop(ctx *fasthttp.RequestCtx, service, id, addr string, limit tim
 	return nil
 }
 
-// drain waits for the end of a drain, which it begins unless there is one.
+// drain waits for the end of a drain, which it begins unless there is one. One that is under way it may only make shorter.
 func (a *api) drain(ctx *fasthttp.RequestCtx, service, id, addr string, limit time.Duration) (drainedJSON, error) {
-	d, first, err := a.reg.drain(service, id, addr, limit)
+	d, changed, err := a.reg.drain(service, id, addr, limit)
 	if err != nil {
 		return drainedJSON{}, err
 	}
-	if first != nil {
-		a.audit(ctx, "drain", service, id, slog.String("addr", first.Addr), slog.String("limit", limit.String()))
+	if changed != nil {
+		a.audit(ctx, "drain", service, id, slog.String("addr", changed.Addr), slog.String("limit", limit.String()))
 	}
 	cut, waited, err := a.reg.await(service, id, d)
 	return drainedJSON{cut, waited.Round(time.Millisecond).String()}, err
