@@ -415,7 +415,11 @@ func errorOf(err error) string {
 // openFiles counts the open descriptors of a process.
 func openFiles(t *testing.T, pid int) int {
 	t.Helper()
-	all, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	if info, err := os.Stat(dir); err == nil && info.Size() > 0 { // since Linux 6.2: to read it takes 10 ms where there are 10,000
+		return int(info.Size())
+	}
+	all, err := os.ReadDir(dir)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -56,6 +56,7 @@ type Group struct {
 func New(n int, tick func(loop int, now time.Time) time.Duration) (*Group, error) {
 	g := &Group{}
 	g.waits.New = func() any { return newWaits() }
+	reserveDescriptors()
 	for i := range n {
 		l, err := g.newLoop(i, tick)
 		if err != nil {
@@ -66,6 +67,27 @@ func New(n int, tick func(loop int, now time.Time) time.Duration) (*Group, error
 		go l.run()
 	}
 	return g, nil
+}
+
+// reserved is how many descriptors the kernel's table of a program has room for from its start. 512 KiB.
+const reserved = 64 << 10
+
+// reserveDescriptors has the kernel make that table as large as it may have to be. It starts with 64 and is doubled when it
+// is full, for which the kernel waits until each CPU has been elsewhere (synchronize_rcu in expand_fdtable), and whoever
+// opens a descriptor meanwhile with it: 5 to 17 ms in which a loop answers nobody. The table does not shrink.
+func reserveDescriptors() {
+	var limit unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
+		return
+	}
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		return // New will meet it too
+	}
+	defer unix.Close(fd)
+	if last, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, int(min(limit.Cur, reserved))-1); err == nil {
+		unix.Close(last)
+	}
 }
 
 // Close ends the loops and waits for them. Sockets stay as they are, unwatched: close them before.

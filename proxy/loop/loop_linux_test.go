@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -18,6 +19,28 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 )
+
+// The kernel's table of descriptors is as large as it may get before there are connections.
+func TestReservedDescriptors(t *testing.T) {
+	g, err := New(1, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	status, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(status), "FDSize:")
+	var size uint64
+	if _, err := fmt.Sscan(after, &size); err != nil || size < min(limit.Cur, reserved) {
+		t.Errorf("it has room for %d, %v, of %d", size, err, limit.Cur)
+	}
+}
 
 // What is left with a loop runs once and in order, whatever the loop does; of what comes too late, nothing runs.
 func TestDo(t *testing.T) {
