@@ -95,7 +95,7 @@ type exchange struct {
 	tally   tally
 	marks
 
-	buffers [3]*[]byte // pooled, by use; given back by giveBack
+	buffers [bufferUses]*[]byte // pooled, by use; given back by giveBack
 }
 
 // asked is the instances that a request went to.
@@ -926,14 +926,15 @@ func (x *exchange) relay() error {
 		if err := c.flush(); err != nil {
 			return err
 		}
+		if x.buffers[backBuffer] != nil { // what came at once has gone on: thousands of streams may be slow
+			x.relayIn(x.borrow(relayBuffer))
+			x.put(backBuffer)
+		}
 		room := x.back.space(relaySize)
 		n, err := x.more(total, room)
 		x.back.w += n
-		if n == len(room) && len(x.back.b) < relaySize { // not before: thousands of streams may be slow
-			small := x.back.b
-			x.back.b = x.borrow(backBuffer)
-			copy(x.back.b, small)
-			x.back.leave(chunkRoom)
+		if n == len(room) && x.buffers[relayBuffer] == nil { // nor all of these at once
+			x.relayIn(x.borrow(relayBuffer))
 		}
 		switch {
 		case err == nil:
@@ -948,6 +949,12 @@ func (x *exchange) relay() error {
 			return errIncomplete
 		}
 	}
+}
+
+// relayIn goes on in another buffer.
+func (x *exchange) relayIn(b []byte) {
+	x.back = buffer{b: b, base: chunkRoom, r: chunkRoom, w: chunkRoom + copy(b[chunkRoom:], x.back.waiting())}
+	x.back.leave(chunkRoom)
 }
 
 // more receives what comes next of a response of which total bytes were passed on.
@@ -1016,17 +1023,27 @@ func (x *exchange) abandon() {
 
 // What a pooled buffer is for.
 const (
-	heldBuffer = iota // the request body that is held
-	outBuffer         // in the place of conn.out
-	backBuffer        // in the place of exchange.back
+	heldBuffer  = iota // the request body that is held
+	outBuffer          // in the place of conn.out
+	backBuffer         // in the place of exchange.back
+	relayBuffer        // the same of a stream, which can be slow: of relaySize
+	bufferUses
 )
 
 // borrow returns the pooled buffer for a use.
 func (x *exchange) borrow(use int) []byte {
 	if x.buffers[use] == nil {
-		x.buffers[use] = x.p().large.Get().(*[]byte)
+		x.buffers[use] = x.p().buffers(use).Get().(*[]byte)
 	}
 	return *x.buffers[use]
+}
+
+// put returns it.
+func (x *exchange) put(use int) {
+	if b := x.buffers[use]; b != nil {
+		x.p().buffers(use).Put(b)
+		x.buffers[use] = nil
+	}
 }
 
 // giveBack returns the pooled buffers, and goes back to those of the scratch from others that have grown.
@@ -1034,11 +1051,8 @@ func (x *exchange) giveBack() {
 	if s := x.c.scratch; s != nil {
 		x.back.b, x.c.out = s.back, s.out[:0]
 	}
-	for i, b := range x.buffers {
-		if b != nil {
-			x.p().large.Put(b)
-			x.buffers[i] = nil
-		}
+	for use := range bufferUses {
+		x.put(use)
 	}
 	x.held = nil
 }

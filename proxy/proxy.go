@@ -177,6 +177,7 @@ type Proxy struct {
 	services   sync.Map // name -> *service
 	checks     *health.Checker
 	large      sync.Pool // of *[]byte, for bodies
+	relays     sync.Pool // of *[]byte, for streams
 	workspaces sync.Pool // of *workspace
 	scratches  sync.Pool // of *scratch
 	date       atomic.Pointer[dateLine]
@@ -228,6 +229,10 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 		b := make([]byte, maxWhole+2*firstBuffer)
 		return &b
 	}
+	p.relays.New = func() any {
+		b := make([]byte, relaySize)
+		return &b
+	}
 	p.workspaces.New = func() any {
 		w := &workspace{}
 		w.in.b = make([]byte, firstRequest)
@@ -250,6 +255,14 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 		p.Update(name)
 	}
 	return p, nil
+}
+
+// buffers is where those for a use are.
+func (p *Proxy) buffers(use int) *sync.Pool {
+	if use == relayBuffer {
+		return &p.relays
+	}
+	return &p.large
 }
 
 // handle serves the request that c.req holds, and reports whether the connection can serve another one.

@@ -506,9 +506,12 @@ func (c *conn) answered(e loop.Events) {
 		}
 	}
 	if !ok {
-		if got < firstBuffer {
+		switch {
+		case got < firstBuffer:
 			c.takeScratch(c.p)
-		} else {
+		case got <= relaySize:
+			x.back.b = x.borrow(relayBuffer)
+		default:
 			x.back.b = x.borrow(backBuffer)
 		}
 		x.back.base, x.back.r, x.back.w = 0, 0, copy(x.back.b, data)
