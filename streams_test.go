@@ -644,7 +644,7 @@ func serveSlow(text string) int {
 // Thousands of clients that are slow on purpose cost the others nothing that these notice, and are gone when their time is up.
 func TestSlowClients(t *testing.T) {
 	heavy(t)
-	const slow, arriving, rate, seconds = 5000, 1000, 500, 2 // clients, and so many of them a second; requests of others a second
+	const slow, arriving, rate, seconds = 5000, 500, 500, 2 // clients, and so many of them a second; requests of others a second
 	// Of a reader's body the kernel takes 80 KB from the gateway, which holds 32 KiB more and then waits. What is beyond that
 	// fills the kernel on the way to the gateway, so there is not much of it.
 	const size, kept = 256 << 10, 280 << 10 // kept is what the kernel needs for it: in its buffers a byte can take two
@@ -671,8 +671,8 @@ func TestSlowClients(t *testing.T) {
 				}
 			}
 			// A backend of one process has a limit of its own to the connections it takes at a time: none shall fail for that.
-			g := launch(t, nil, "--client-head-timeout", "10s", "--client-body-timeout", "10s", "--client-write-timeout", "17s",
-				"--client-idle-timeout", "13s", "--connect-timeout", "20s", "--breaker-failures", "100000")
+			g := launch(t, nil, "--client-head-timeout", "16s", "--client-body-timeout", "16s", "--client-write-timeout", "18s",
+				"--client-idle-timeout", "19s", "--connect-timeout", "20s", "--breaker-failures", "100000")
 			pid := g.cmd.Process.Pid
 			g.register("held", "a", "http://"+bulkApart(t))
 			g.register("echo", "a", named(t, "a"))
@@ -728,8 +728,9 @@ func TestSlowClients(t *testing.T) {
 			if _, body := exchange(t, g.admin, get("/services/held/a")); !strings.Contains(body, want) {
 				t.Errorf("%s is not in %s", want, body)
 			}
-			t.Logf("p99 of others: %v before, %v while as many come to another server, %v while they come (x %.1f of that), %v beside %d of them (x %.1f), %v while they are closed; %d KiB each; 99 of 100 are gone after %v",
-				before, floor, coming, float64(coming)/float64(floor), during, beside, float64(during)/float64(before), leaving, each>>10, gone.Round(10*time.Millisecond))
+			times := func(d time.Duration) string { return fmt.Sprintf("%v (x %.1f)", d, float64(d)/float64(before)) }
+			t.Logf("p99 of others: %v before, %s while as many come to another server, %s while they come, %s beside %d of them, %s while they are closed; %d KiB each; 99 of 100 are gone after %v",
+				before, times(floor), times(coming), times(during), beside, times(leaving), each>>10, gone.Round(10*time.Millisecond))
 			t.Logf("the machine's kernel has for TCP: %d MiB before, %d MiB beside them, and when they are gone %d MiB and %d orphans more than before",
 				kernelBefore/mib, kernelBeside/mib, kernelAfter/mib, orphansAfter-orphansBefore)
 			if failures := l.failures(); len(failures) > 0 {
@@ -737,7 +738,7 @@ func TestSlowClients(t *testing.T) {
 			}
 			bound := 64 << 10
 			if row.name == "readers" {
-				bound *= 4 // each has a goroutine with a buffer of 32 KiB; with what the collector leaves, 97 to 122 KiB were seen
+				bound += 32 << 10 // each has a goroutine with a buffer of so much; 49 KiB were seen, and the collector may leave more
 			}
 			if each > bound {
 				t.Errorf("%d KiB each, want at most %d", each>>10, bound>>10)
