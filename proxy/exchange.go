@@ -926,14 +926,14 @@ func (x *exchange) relay() error {
 		if err := c.flush(); err != nil {
 			return err
 		}
-		if x.buffers[backBuffer] != nil { // what came at once has gone on: thousands of streams may be slow
+		if len(x.back.b) > relaySize { // what came at once has gone on, but for part of a line: thousands of streams may be slow
 			x.relayIn(x.borrow(relayBuffer))
-			x.put(backBuffer)
+			x.giveBackOne(backBuffer)
 		}
 		room := x.back.space(relaySize)
 		n, err := x.more(total, room)
 		x.back.w += n
-		if n == len(room) && x.buffers[relayBuffer] == nil { // nor all of these at once
+		if n == len(room) && x.buffers[relayBuffer] == nil { // nor do those that come in small pieces need so much
 			x.relayIn(x.borrow(relayBuffer))
 		}
 		switch {
@@ -951,7 +951,7 @@ func (x *exchange) relay() error {
 	}
 }
 
-// relayIn goes on in another buffer.
+// relayIn goes on in another buffer, which has room for what waits.
 func (x *exchange) relayIn(b []byte) {
 	x.back = buffer{b: b, base: chunkRoom, r: chunkRoom, w: chunkRoom + copy(b[chunkRoom:], x.back.waiting())}
 	x.back.leave(chunkRoom)
@@ -979,6 +979,8 @@ func (x *exchange) splice(pipe *loop.Pipe) error {
 	if err := c.flush(); err != nil {
 		return err
 	}
+	x.back = buffer{b: c.scratch.back} // nothing more comes in there
+	x.giveBackOne(relayBuffer)
 	for total := int64(len(data)); x.resBody.left > 0; {
 		n, err := x.more(total, nil)
 		switch {
@@ -1033,15 +1035,15 @@ const (
 // borrow returns the pooled buffer for a use.
 func (x *exchange) borrow(use int) []byte {
 	if x.buffers[use] == nil {
-		x.buffers[use] = x.p().buffers(use).Get().(*[]byte)
+		x.buffers[use] = x.p().poolFor(use).Get().(*[]byte)
 	}
 	return *x.buffers[use]
 }
 
-// put returns it.
-func (x *exchange) put(use int) {
+// giveBackOne returns it.
+func (x *exchange) giveBackOne(use int) {
 	if b := x.buffers[use]; b != nil {
-		x.p().buffers(use).Put(b)
+		x.p().poolFor(use).Put(b)
 		x.buffers[use] = nil
 	}
 }
@@ -1052,7 +1054,7 @@ func (x *exchange) giveBack() {
 		x.back.b, x.c.out = s.back, s.out[:0]
 	}
 	for use := range bufferUses {
-		x.put(use)
+		x.giveBackOne(use)
 	}
 	x.held = nil
 }

@@ -257,8 +257,8 @@ func New(cfg Config, route RouteFunc) (*Proxy, error) {
 	return p, nil
 }
 
-// buffers is where those for a use are.
-func (p *Proxy) buffers(use int) *sync.Pool {
+// poolFor returns the pool of an exchange's buffers for a use.
+func (p *Proxy) poolFor(use int) *sync.Pool {
 	if use == relayBuffer {
 		return &p.relays
 	}

@@ -862,6 +862,58 @@ func TestStalledUpload(t *testing.T) {
 	}
 }
 
+// A stream is whole behind a head of any size, and whatever has come at once with it.
+func TestStreamBehindAHead(t *testing.T) {
+	body := make([]byte, 4<<20)
+	for i := range body {
+		body[i] = byte(i ^ i>>8 ^ i>>16)
+	}
+	for _, head := range []int{100, 5_000, 40_000, 150_000} {
+		for _, chunk := range []int{0, 1000, 70_000} { // 0: the end of the connection is the end of the body
+			for _, early := range []int{17, 4_000, 1 << 30} { // so much comes, and the rest a moment later
+				t.Run(fmt.Sprintf("%d/%d/%d", head, chunk, early), func(t *testing.T) {
+					t.Parallel()
+					g := startGateway(t, func(cfg *Config) { cfg.Limits.Head = 200 << 10 }, nil)
+					var out bytes.Buffer
+					out.WriteString("HTTP/1.1 200 OK\r\n")
+					for range head / 1000 {
+						fmt.Fprintf(&out, "X-A: %s\r\n", strings.Repeat("x", 990))
+					}
+					if chunk == 0 {
+						out.WriteString("Connection: close\r\n\r\n")
+						out.Write(body)
+					} else {
+						out.WriteString("Transfer-Encoding: chunked\r\n\r\n")
+						for part := range slices.Chunk(body, chunk) {
+							fmt.Fprintf(&out, "%x\r\n%s\r\n", len(part), part)
+						}
+						out.WriteString("0\r\n\r\n")
+					}
+					o := startOrigin(t, func(_ *origin, c net.Conn, r *bufio.Reader) {
+						if _, err := http.ReadRequest(r); err != nil {
+							return
+						}
+						n, _ := c.Write(out.Bytes()[:min(early, out.Len())])
+						time.Sleep(20 * time.Millisecond)
+						c.Write(out.Bytes()[n:])
+					})
+					g.register(t, "echo", "1", o.url())
+					c := g.dial(t)
+					c.send(toHTTP11)
+					response, err := http.ReadResponse(c.r, nil)
+					if err != nil {
+						t.Fatal(err)
+					}
+					got, err := io.ReadAll(response.Body)
+					if err != nil || response.StatusCode != 200 || !bytes.Equal(got, body) {
+						t.Errorf("%d: %d of %d bytes, %v", response.StatusCode, len(got), len(body), err)
+					}
+				})
+			}
+		}
+	}
+}
+
 // Who is slow holds little: an upload and a stream that come in small pieces need no larger buffers than they began with.
 func TestSlowOnesHoldLittle(t *testing.T) {
 	const pieces, size = 200, 500

@@ -72,9 +72,9 @@ func New(n int, tick func(loop int, now time.Time) time.Duration) (*Group, error
 // reserved is how many descriptors the kernel's table of a program has room for from its start. 512 KiB.
 const reserved = 64 << 10
 
-// reserveDescriptors has the kernel make that table as large as it may have to be. It starts with 64 and is doubled when it
-// is full, for which the kernel waits until each CPU has been elsewhere (synchronize_rcu in expand_fdtable), and whoever
-// opens a descriptor meanwhile with it: 5 to 17 ms in which a loop answers nobody. The table does not shrink.
+// reserveDescriptors has the kernel make that table so large now. It starts with 64 and is doubled when it is full, for which
+// the kernel waits until each CPU has been elsewhere (synchronize_rcu in expand_fdtable), and whoever opens a descriptor
+// meanwhile with it: 5 to 17 ms in which a loop answers nobody. The table does not shrink.
 func reserveDescriptors() {
 	var limit unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {

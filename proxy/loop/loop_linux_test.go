@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -20,8 +21,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The kernel's table of descriptors is as large as it may get before there are connections.
+// The kernel's table of descriptors is large before there are connections. Another test may have made that of this process so.
 func TestReservedDescriptors(t *testing.T) {
+	const child = "TEST_RESERVED"
+	if os.Getenv(child) == "" {
+		cmd := exec.Command(os.Args[0], "-test.run=^TestReservedDescriptors$")
+		cmd.Env = append(os.Environ(), child+"=1")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%v\n%s", err, out)
+		}
+		return
+	}
 	g, err := New(1, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -37,8 +47,9 @@ func TestReservedDescriptors(t *testing.T) {
 	}
 	_, after, _ := strings.Cut(string(status), "FDSize:")
 	var size uint64
-	if _, err := fmt.Sscan(after, &size); err != nil || size < min(limit.Cur, reserved) {
-		t.Errorf("it has room for %d, %v, of %d", size, err, limit.Cur)
+	want := min(limit.Cur, reserved)
+	if _, err := fmt.Sscan(after, &size); err != nil || size < want {
+		t.Errorf("it has room for %d, %v, want %d", size, err, want)
 	}
 }
 
