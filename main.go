@@ -256,6 +256,9 @@ func start(cfg config.Gateway, from origin, log *slog.Logger) (_ *gateway, err e
 		g.proxy.Update(name)
 	}
 	if g.admin != nil {
+		if g.admin, err = g.proxy.Watched(g.admin); err != nil {
+			return nil, fmt.Errorf("--admin: %w", err)
+		}
 		operation := admin.Config{
 			Ready: g.ready.Load, Profiles: g.rule.WrapAdmin(pprofhandler.PprofHandler),
 			Explain: g.rule.Wrap(registry.NewExplainHandler(g.registry, g.proxy)), Log: log,
@@ -400,9 +403,9 @@ func (g *gateway) warnOpen(cfg config.Gateway, data net.Listener) {
 
 // serveAdmin serves the admin listener.
 func (g *gateway) serveAdmin(ln net.Listener) error {
-	served := g.proxy.Watched(ln)
+	served := ln
 	if g.tls != nil {
-		served = g.tls.Listener(served)
+		served = g.tls.Listener(ln)
 	}
 	err := g.ops.Serve(served)
 	if _, left := g.left.LoadAndDelete(ln); left {

@@ -134,6 +134,13 @@ func (g *gateway) take(next config.Gateway, sources *config.Sources) (changed []
 			return nil, fmt.Errorf("admin: %w", err)
 		}
 	}
+	if admin != g.admin {
+		watched, err := g.proxy.Watched(admin)
+		if err != nil {
+			return nil, fmt.Errorf("admin: %w", err)
+		}
+		admin = watched
+	}
 	// First what comes, then who uses it, then what goes: no request finds a service without its instances.
 	pins := next.Pinned()
 	g.registry.SetAddrs(addresses(next, data, admin))

@@ -162,13 +162,24 @@ func TestRequestsDoNotAllocate(t *testing.T) {
 			// The best of some runs: the runtime's own work (a collection, a timer's heap) counts too.
 			best := 1e9
 			for range 5 {
-				best = min(best, testing.AllocsPerRun(200, func() { e.exchange(t) }))
+				best = min(best, allocations(200, func() { e.exchange(t) }))
 			}
 			if best != 0 {
 				t.Errorf("%v allocations a request, want none", best)
 			}
 		})
 	}
+}
+
+// allocations is testing.AllocsPerRun without its GOMAXPROCS of 1: client and origin would have to wait for the loop's naps.
+func allocations(runs int, f func()) float64 {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for range runs {
+		f()
+	}
+	runtime.ReadMemStats(&after)
+	return float64((after.Mallocs - before.Mallocs) / uint64(runs))
 }
 
 func BenchmarkExchange(b *testing.B) {

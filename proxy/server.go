@@ -189,10 +189,7 @@ func (p *Proxy) acceptor(ln net.Listener) (accept func() error, _ io.Closer, _ e
 			return err
 		}, ln, nil
 	}
-	if err := p.startLoops(); err != nil {
-		return nil, nil, err
-	}
-	l, err := loop.NewListener(tcp)
+	l, err := p.listen(tcp)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -205,7 +202,7 @@ func (p *Proxy) acceptor(ln net.Listener) (accept func() error, _ io.Closer, _ e
 			adopted()
 			return err
 		}
-		w := p.workers[p.turns.Add(1)%uint64(len(p.workers))]
+		w := p.next()
 		if !w.loop.Do(func() { defer adopted(); w.adopt(fd, remote, len(w.p.workers)-1) }) {
 			adopted()
 			loop.Discard(fd) // Close was faster
@@ -214,28 +211,47 @@ func (p *Proxy) acceptor(ln net.Listener) (accept func() error, _ io.Closer, _ e
 	}, l, nil
 }
 
-// Watched returns a listener like ln, for a server of another kind: its connections are watched by the loops too. What Go's
-// own poller watches comes up only every 10 ms while the loops have much to do, and then all of it at once, in front of the
-// requests; the loops wake some at a time, as soon as something has come.
-func (p *Proxy) Watched(ln net.Listener) net.Listener { return &watched{Listener: ln, p: p} }
+// listen has one of the loops watch a listener.
+func (p *Proxy) listen(tcp *net.TCPListener) (*loop.Listener, error) {
+	if err := p.startLoops(); err != nil {
+		return nil, err
+	}
+	return p.next().loop.Listen(tcp)
+}
+
+// next are the loops in turn.
+func (p *Proxy) next() *worker { return p.workers[p.turns.Add(1)%uint64(len(p.workers))] }
+
+// Watched returns a listener in the place of ln, which it takes over, for a server of another kind: it and its connections are
+// watched by the loops too. What Go's own poller watches comes up only every 10 ms while the loops have much to do, and then
+// all of it at once, in front of the requests; the loops wake some at a time, as soon as something has come.
+func (p *Proxy) Watched(ln net.Listener) (net.Listener, error) {
+	tcp, ok := ln.(*net.TCPListener)
+	if !ok || !loop.Supported {
+		return ln, nil
+	}
+	l, err := p.listen(tcp)
+	if err != nil {
+		return nil, err
+	}
+	return &watched{Listener: l, p: p}, nil
+}
 
 type watched struct {
-	net.Listener
-	p     *Proxy
-	turns atomic.Uint64 // of the loops
+	*loop.Listener
+	p *Proxy
 }
 
 func (l *watched) Accept() (net.Conn, error) {
-	nc, err := l.Listener.Accept()
-	tcp, ok := nc.(*net.TCPConn)
-	if err != nil || !ok || !loop.Supported {
-		return nc, err
-	}
-	if err := l.p.startLoops(); err != nil {
-		nc.Close()
+	fd, remote, err := l.Listener.Accept()
+	if err != nil {
 		return nil, err
 	}
-	return l.p.workers[l.turns.Add(1)%uint64(len(l.p.workers))].loop.Take(tcp)
+	s, err := l.p.next().loop.Watch(fd, remote, nil, true)
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
 }
 
 // temporary errors of accept pass: a limit of ours is reached, or the client left before it was accepted.

@@ -63,7 +63,7 @@ func tcpPair(t testing.TB) (near, far *net.TCPConn) {
 func pair(t testing.TB, l *Loop) (*Socket, *net.TCPConn) {
 	t.Helper()
 	near, far := tcpPair(t)
-	s, err := l.Take(near)
+	s, err := take(l, near)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -134,4 +134,18 @@ func descriptors(t testing.TB) int {
 		}
 	}
 	return n
+}
+
+// take makes a Socket of a connection, which is closed: its descriptor lives on in the Socket. It is held.
+func take(l *Loop, conn *net.TCPConn) (*Socket, error) {
+	defer conn.Close()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	fd, err := duplicate(raw)
+	if err != nil {
+		return nil, err
+	}
+	return l.Watch(fd, conn.RemoteAddr().(*net.TCPAddr).AddrPort(), nil, true)
 }

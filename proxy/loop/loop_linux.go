@@ -37,9 +37,10 @@ const (
 	// does so comes back behind all that are ready, be it thousands.
 	wakeTurn = 4
 
-	// nap is how long a loop with nothing to do waits before it tells the scheduler. Its CPU is free for other programs at
-	// once, for other goroutines only after that; most waits of a loop with traffic are shorter, and cost a fifth.
-	nap = 50 * time.Microsecond
+	// nap is how long a loop on which nothing happens keeps its P, and how long others may wait for it then: goroutines that
+	// another thread has made ready, timers, what Go's own poller watches. Telling Go's scheduler of each wait has its monitor
+	// take the P away and wake a thread for it, while most waits of a loop with traffic are shorter.
+	nap = time.Millisecond
 )
 
 // Group is the loops of a program.
@@ -104,6 +105,9 @@ type Loop struct {
 	group    *Group
 	epoll    int
 	eventfd  int
+	timerfd  int  // tells of the end of a nap
+	timed    bool // it will
+	quiet    bool // nothing has happened since it was set
 	events   [maxEvents]unix.EpollEvent
 	now      time.Time
 	yielded  time.Time // when other goroutines last had a chance
@@ -127,30 +131,42 @@ type Loop struct {
 }
 
 func (g *Group) newLoop(i int, tick func(int, time.Time) time.Duration) (*Loop, error) {
-	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
-	if err != nil {
-		return nil, fmt.Errorf("epoll_create1: %w", err)
+	l := &Loop{group: g, epoll: -1, eventfd: -1, timerfd: -1, ended: make(chan struct{}), now: time.Now()}
+	if err := l.open(); err != nil {
+		l.release()
+		return nil, err
 	}
-	eventfd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err != nil {
-		unix.Close(epoll)
-		return nil, fmt.Errorf("eventfd: %w", err)
-	}
-	l := &Loop{group: g, epoll: epoll, eventfd: eventfd, ended: make(chan struct{}), now: time.Now()}
 	if tick != nil {
 		l.tick = func(now time.Time) time.Duration { return tick(i, now) }
-	}
-	ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET&(1<<32-1), Fd: int32(eventfd)}
-	if err := unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, eventfd, &ev); err != nil {
-		l.release()
-		return nil, fmt.Errorf("epoll_ctl: %w", err)
 	}
 	return l, nil
 }
 
+func (l *Loop) open() (err error) {
+	if l.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return fmt.Errorf("epoll_create1: %w", err)
+	}
+	if l.eventfd, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return fmt.Errorf("eventfd: %w", err)
+	}
+	if l.timerfd, err = unix.TimerfdCreate(unix.CLOCK_MONOTONIC, unix.TFD_CLOEXEC|unix.TFD_NONBLOCK); err != nil {
+		return fmt.Errorf("timerfd_create: %w", err)
+	}
+	for _, fd := range []int{l.eventfd, l.timerfd} {
+		ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET&(1<<32-1), Fd: int32(fd)}
+		if err := unix.EpollCtl(l.epoll, unix.EPOLL_CTL_ADD, fd, &ev); err != nil {
+			return fmt.Errorf("epoll_ctl: %w", err)
+		}
+	}
+	return nil
+}
+
 func (l *Loop) release() {
-	unix.Close(l.epoll)
-	unix.Close(l.eventfd)
+	for _, fd := range []int{l.epoll, l.eventfd, l.timerfd} {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+	}
 }
 
 // Now is when the events at hand were taken from the kernel: a clock for what runs on the loop.
@@ -281,7 +297,7 @@ func (l *Loop) queue(w waiting) {
 // wait takes events from the kernel; it returns none when there is something else to do.
 func (l *Loop) wait() int {
 	if l.busy || len(l.again) > 0 || len(l.later) > 0 { // or the look would be one in vain: a call more for each wait of a loop with little to do
-		n, _ := l.poll(0)
+		n := l.poll(0)
 		l.busy = n >= busyFrom
 		if n > 0 || len(l.again) > 0 || len(l.later) > 0 || l.pending.Load() {
 			return n
@@ -306,11 +322,21 @@ func (l *Loop) wait() int {
 	return n
 }
 
+// sleep waits for events, at first without telling the scheduler. A timeout of the kernel's for each wait would be set and
+// taken back each time, which on a virtual machine costs as much as a tenth of a request: one timer runs beside all waits of a
+// nap. It is not set while a loop never waits.
 func (l *Loop) sleep(rest time.Duration) int {
-	n, errno := l.poll(min(nap, rest))
-	if n > 0 || errno == unix.EINTR {
+	l.quiet = !l.timed
+	if !l.timed {
+		l.timed = true
+		after := unix.ItimerSpec{Value: unix.NsecToTimespec(int64(nap))}
+		unix.TimerfdSettime(l.timerfd, 0, &after, nil) // cannot fail with these arguments
+	}
+	n := l.poll(-1)
+	if !l.quiet || n != 1 || int(l.events[0].Fd) != l.timerfd {
 		return n
 	}
+	l.timed = false
 	ms := -1
 	if rest != Never {
 		ms = int((rest + time.Millisecond - 1) / time.Millisecond)
@@ -322,15 +348,13 @@ func (l *Loop) sleep(rest time.Duration) int {
 	return n
 }
 
-// poll takes events, within d, without telling the scheduler that it waits.
-func (l *Loop) poll(d time.Duration) (int, syscall.Errno) {
-	ts := unix.NsecToTimespec(int64(d))
-	n, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_PWAIT2, uintptr(l.epoll), uintptr(unsafe.Pointer(&l.events[0])),
-		maxEvents, uintptr(unsafe.Pointer(&ts)), 0, 0)
-	if errno != 0 { // EINTR, or ENOSYS before Linux 5.11: then wait has EpollWait do it
-		return 0, errno
+// poll takes events, within ms or whenever they come (-1), without telling the scheduler that it waits.
+func (l *Loop) poll(ms int) int {
+	n, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(l.epoll), uintptr(unsafe.Pointer(&l.events[0])), maxEvents, uintptr(ms), 0, 0)
+	if errno != 0 { // EINTR: the scheduler wants the loop to let others run
+		return 0
 	}
-	return int(n), 0
+	return int(n)
 }
 
 // dispatch hands out the events from i on, and returns how far it came: to n, unless a handler panicked.
@@ -339,8 +363,12 @@ func (l *Loop) dispatch(i, n int) (done int) {
 	for done = i; done < n; {
 		ev := &l.events[done]
 		done++
-		if int(ev.Fd) == l.eventfd {
-			continue // its counter is never read: each write is an edge
+		switch int(ev.Fd) {
+		case l.eventfd: // its counter is never read: each write is an edge
+			continue
+		case l.timerfd:
+			l.timed = false
+			continue
 		}
 		s := l.group.table.find(int(ev.Fd))
 		if s == nil || s.generation != uint32(ev.Pad) {

@@ -179,7 +179,7 @@ func pingPong(t testing.TB, l *Loop, n int) (rounds *atomic.Int64) {
 	for range n {
 		near, far := tcpPair(t)
 		for _, conn := range []*net.TCPConn{near, far} {
-			s, err := l.Take(conn)
+			s, err := take(l, conn)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -451,7 +451,7 @@ func TestCloseLeavesNothing(t *testing.T) {
 		var sockets []io.Closer
 		for i := range 30 {
 			near, far := tcpPair(t)
-			s, err := g.Loops[i%3].Take(near)
+			s, err := take(g.Loops[i%3], near)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -664,4 +664,78 @@ func TestAgain(t *testing.T) {
 	if always.calls.Load() != n {
 		t.Error("called for a closed socket")
 	}
+}
+
+// A loop on which something happens now and then keeps its P for a nap at most, and one that has told the scheduler of its
+// wait has no timer.
+func TestNap(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	l := startGroup(t, 1).Loops[0]
+	s, peer := pair(t, l)
+	came := make(chan struct{}, 1)
+	l.Call(func() {
+		s.SetHandler(&handler{ready: func(Events) {
+			s.TryRead(make([]byte, 16))
+			came <- struct{}{}
+		}})
+		s.Forget()
+	})
+	const short = 100 * time.Microsecond
+	var late []time.Duration
+	for range 101 {
+		peer.Write([]byte("x"))
+		<-came
+		began := time.Now()
+		time.Sleep(short)
+		late = append(late, time.Since(began)-short)
+	}
+	slices.Sort(late)
+	if median := late[len(late)/2]; median > 10*nap { // Go's monitor comes after up to 20 ms
+		t.Errorf("a timer is %v late, want %v at most", median, nap)
+	}
+	eventually(t, "no timer runs", func() bool {
+		info, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", l.timerfd))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Contains(string(info), "it_value: (0, 0)")
+	})
+}
+
+// BenchmarkAccept is from a connection's begin to its being accepted, beside a loop that may have the only P.
+func BenchmarkAccept(b *testing.B) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	tcp, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	l, err := startGroup(b, 1).Loops[0].Listen(tcp.(*net.TCPListener))
+	if err != nil {
+		b.Fatal(err)
+	}
+	accepted := make(chan int)
+	go func() {
+		defer close(accepted)
+		for {
+			fd, _, err := l.Accept()
+			if err != nil {
+				return
+			}
+			accepted <- fd
+		}
+	}()
+	to := &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: l.Addr().(*net.TCPAddr).Port}
+	for b.Loop() {
+		fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := syscall.Connect(fd, to); err != nil {
+			b.Fatal(err)
+		}
+		Discard(<-accepted)
+		syscall.Close(fd)
+	}
+	l.Close()
+	<-accepted
 }

@@ -40,7 +40,7 @@ func (*Loop) Blame(Handler)                                             {}
 func (*Loop) Guard(Handler, func())                                     {}
 func (*Loop) Call(func()) bool                                          { return false }
 func (*Loop) Watch(int, netip.AddrPort, Handler, bool) (*Socket, error) { return nil, errUnsupported }
-func (*Loop) Take(*net.TCPConn) (*Socket, error)                        { return nil, errUnsupported }
+func (*Loop) Listen(*net.TCPListener) (*Listener, error)                { return nil, errUnsupported }
 func (*Loop) Connect(netip.AddrPort, Handler, bool) (*Socket, error)    { return nil, errUnsupported }
 
 type Socket struct{ net.Conn }
@@ -69,9 +69,9 @@ func (*Socket) SetLinger(int) error            { return errUnsupported }
 
 type Listener struct{}
 
-func NewListener(*net.TCPListener) (*Listener, error) { return nil, errUnsupported }
-
 func (*Listener) Accept() (int, netip.AddrPort, error) { return -1, netip.AddrPort{}, errUnsupported }
+
+func (*Listener) Addr() net.Addr { return nil }
 
 func (*Listener) Close() error { return errUnsupported }
 

@@ -63,23 +63,6 @@ func (l *Loop) Watch(fd int, remote netip.AddrPort, h Handler, held bool) (*Sock
 	return s, nil
 }
 
-// Take makes a Socket of a connection, which is closed: its descriptor lives on in the Socket. It is held.
-func (l *Loop) Take(conn *net.TCPConn) (*Socket, error) {
-	defer conn.Close()
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	fd := -1
-	if err := raw.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
-		return nil, err
-	}
-	if err != nil {
-		return nil, os.NewSyscallError("fcntl", err)
-	}
-	return l.Watch(fd, conn.RemoteAddr().(*net.TCPAddr).AddrPort(), nil, true)
-}
-
 // SetHandler says who is told; while the socket is held, or on its loop.
 func (s *Socket) SetHandler(h Handler) { s.handler = h }
 
@@ -512,42 +495,42 @@ func (s *side) fire() {
 
 var _ net.Conn = (*Socket)(nil)
 
-// Listener accepts connections as descriptors that Go's own poller does not know.
+// Listener accepts connections as descriptors that Go's own poller does not know. A loop watches it too: Go's poller is asked
+// only when a P has nothing else to do, and every 10 ms.
 type Listener struct {
-	file   *os.File
-	raw    syscall.RawConn
-	accept func(fd uintptr) bool
-	fd     int
-	name   unix.Sockaddr
-	err    error
+	socket *Socket
+	addr   net.Addr
 	begun  bool // nobody waits who has connected before the options were set
 }
 
-// NewListener takes over a listener, which is closed: its descriptor lives on in the Listener. Connections inherit their
-// options from it: no delay, and keep-alive probes after 15 s as Go's own have.
-func NewListener(ln *net.TCPListener) (*Listener, error) {
+// Listen takes over a listener, which is closed: its descriptor lives on in the Listener. Connections inherit their options
+// from it: no delay, and keep-alive probes after 15 s as Go's own have.
+func (l *Loop) Listen(ln *net.TCPListener) (*Listener, error) {
 	defer ln.Close()
-	file, err := ln.File()
+	raw, err := ln.SyscallConn()
 	if err != nil {
 		return nil, err
 	}
-	l := &Listener{file: file}
-	if l.raw, err = file.SyscallConn(); err != nil {
-		file.Close()
+	fd, err := duplicate(raw)
+	if err != nil {
 		return nil, err
 	}
-	var failed error
-	err = l.raw.Control(func(fd uintptr) { failed = setOptions(int(fd)) })
-	if err = errors.Join(err, failed); err != nil {
-		file.Close()
+	if err := setOptions(fd); err != nil {
+		unix.Close(fd)
 		return nil, err
 	}
-	l.accept = func(fd uintptr) bool {
-		l.fd, l.name, l.err = unix.Accept4(int(fd), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
-		l.begun = l.begun || l.err == unix.EAGAIN
-		return l.err != unix.EAGAIN
+	s, err := l.Watch(fd, netip.AddrPort{}, nil, true)
+	if err != nil {
+		return nil, err
 	}
-	return l, nil
+	s.abortive.Store(true) // closing it does not shut it down, for others that have it too
+	return &Listener{socket: s, addr: ln.Addr()}, nil
+}
+
+// duplicate returns a descriptor of our own for what Go's poller watches.
+func duplicate(raw syscall.RawConn) (fd int, err error) {
+	failed := raw.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) })
+	return fd, errors.Join(failed, os.NewSyscallError("fcntl", err))
 }
 
 func setOptions(fd int) (err error) {
@@ -564,20 +547,35 @@ func setOptions(fd int) (err error) {
 
 // Accept waits for the next connection. One caller at a time.
 func (l *Listener) Accept() (fd int, remote netip.AddrPort, err error) {
-	if err := l.raw.Read(l.accept); err != nil {
-		return -1, netip.AddrPort{}, err
+	s := l.socket
+	if !s.enter() {
+		return -1, netip.AddrPort{}, net.ErrClosed
 	}
-	if l.err != nil {
-		return -1, netip.AddrPort{}, os.NewSyscallError("accept4", l.err)
+	defer s.leave()
+	for {
+		fd, name, err := unix.Accept4(s.fd, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+		switch {
+		case err == unix.EAGAIN:
+			l.begun = true
+			if err := s.await(&s.waits.in); err != nil {
+				return -1, netip.AddrPort{}, err
+			}
+		case err != nil:
+			return -1, netip.AddrPort{}, os.NewSyscallError("accept4", err)
+		default:
+			if !l.begun {
+				_ = setOptions(fd) // one that is reset already fails later
+			}
+			return fd, addrPort(name), nil
+		}
 	}
-	if !l.begun {
-		_ = setOptions(l.fd) // one that is reset already fails later
-	}
-	return l.fd, addrPort(l.name), nil
 }
 
+// Addr is where it listens.
+func (l *Listener) Addr() net.Addr { return l.addr }
+
 // Close ends Accept.
-func (l *Listener) Close() error { return l.file.Close() }
+func (l *Listener) Close() error { return l.socket.Close() }
 
 // Discard closes a connection that was accepted and that no loop takes.
 func Discard(fd int) { unix.Close(fd) }

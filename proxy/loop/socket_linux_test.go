@@ -352,7 +352,7 @@ func TestDescriptorReuse(t *testing.T) {
 			for range rounds {
 				id := next.Add(1)
 				near, far := tcpPair(t)
-				s, err := l.Take(near)
+				s, err := take(l, near)
 				if err != nil {
 					t.Error(err)
 					return
@@ -543,7 +543,7 @@ func TestAddresses(t *testing.T) {
 			t.Fatal(err)
 		}
 		local, remote := near.LocalAddr().String(), near.RemoteAddr().String()
-		s, err := l.Take(near.(*net.TCPConn))
+		s, err := take(l, near.(*net.TCPConn))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -561,11 +561,11 @@ func TestAddresses(t *testing.T) {
 func TestTLS(t *testing.T) {
 	g := startGroup(t, 2)
 	near, far := tcpPair(t)
-	client, err := g.Loops[0].Take(near)
+	client, err := take(g.Loops[0], near)
 	if err != nil {
 		t.Fatal(err)
 	}
-	server, err := g.Loops[1].Take(far)
+	server, err := take(g.Loops[1], far)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -631,7 +631,7 @@ func TestTakeClosed(t *testing.T) {
 	near, far := tcpPair(t)
 	defer far.Close()
 	near.Close()
-	if s, err := l.Take(near); err == nil {
+	if s, err := take(l, near); err == nil {
 		t.Errorf("took %v", s)
 	}
 }
@@ -666,7 +666,7 @@ func TestListener(t *testing.T) {
 		return near.LocalAddr()
 	}
 	peers := []net.Addr{connect(), connect(), connect()}
-	l, err := NewListener(tcp.(*net.TCPListener))
+	l, err := startGroup(t, 1).Loops[0].Listen(tcp.(*net.TCPListener))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -827,7 +827,7 @@ func TestEventsOfTheClosed(t *testing.T) {
 					return
 				}
 				other.Close()
-				s, err := l.Take(quiet)
+				s, err := take(l, quiet)
 				if err != nil {
 					wrong <- err.Error()
 					return
