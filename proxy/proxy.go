@@ -182,7 +182,7 @@ type Proxy struct {
 	scratches  sync.Pool // of *scratch
 	date       atomic.Pointer[dateLine]
 	workers    []*worker     // one for each loop
-	turns      atomic.Uint64 // the worker of the next connection
+	turns      atomic.Uint64 // the worker of the next listener
 	unrouted   [finales]atomic.Uint64
 	refusals   sync.Map                 // *refusal -> *atomic.Uint64: how many answers of ours
 	socketless [shortages]atomic.Uint64 // how often the system had no socket for us

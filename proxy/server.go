@@ -194,6 +194,7 @@ func (p *Proxy) acceptor(ln net.Listener) (accept func() error, _ io.Closer, _ e
 		return nil, nil, err
 	}
 	adopting := make(chan struct{}, acceptTurn)
+	turn := 0 // of the loops
 	return func() error {
 		adopting <- struct{}{}
 		adopted := func() { <-adopting }
@@ -202,7 +203,8 @@ func (p *Proxy) acceptor(ln net.Listener) (accept func() error, _ io.Closer, _ e
 			adopted()
 			return err
 		}
-		w := p.next()
+		turn++
+		w := p.workers[turn%len(p.workers)]
 		if !w.loop.Do(func() { defer adopted(); w.adopt(fd, remote, len(w.p.workers)-1) }) {
 			adopted()
 			loop.Discard(fd) // Close was faster
@@ -211,19 +213,17 @@ func (p *Proxy) acceptor(ln net.Listener) (accept func() error, _ io.Closer, _ e
 	}, l, nil
 }
 
-// listen has one of the loops watch a listener.
+// listen has one of the loops watch a listener, which it takes over.
 func (p *Proxy) listen(tcp *net.TCPListener) (*loop.Listener, error) {
 	if err := p.startLoops(); err != nil {
+		tcp.Close()
 		return nil, err
 	}
-	return p.next().loop.Listen(tcp)
+	return p.workers[p.turns.Add(1)%uint64(len(p.workers))].loop.Listen(tcp)
 }
 
-// next are the loops in turn.
-func (p *Proxy) next() *worker { return p.workers[p.turns.Add(1)%uint64(len(p.workers))] }
-
 // Watched returns a listener in the place of ln, which it takes over, for a server of another kind: it and its connections are
-// watched by the loops too. What Go's own poller watches comes up only every 10 ms while the loops have much to do, and then
+// watched by the loops too. What Go's own poller watches comes up only every 10 to 20 ms while the loops have much to do, and then
 // all of it at once, in front of the requests; the loops wake some at a time, as soon as something has come.
 func (p *Proxy) Watched(ln net.Listener) (net.Listener, error) {
 	tcp, ok := ln.(*net.TCPListener)
@@ -239,7 +239,8 @@ func (p *Proxy) Watched(ln net.Listener) (net.Listener, error) {
 
 type watched struct {
 	*loop.Listener
-	p *Proxy
+	p     *Proxy
+	turns atomic.Uint64 // of the loops
 }
 
 func (l *watched) Accept() (net.Conn, error) {
@@ -247,7 +248,7 @@ func (l *watched) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	s, err := l.p.next().loop.Watch(fd, remote, nil, true)
+	s, err := l.p.workers[l.turns.Add(1)%uint64(len(l.p.workers))].loop.Watch(fd, remote, nil, true)
 	if err != nil {
 		return nil, err
 	}

@@ -33,7 +33,7 @@ type Socket struct {
 	again    bool        // it is in loop.again
 	ended    bool        // Read has found the end of the stream
 	due      Events      // not 0: it is in loop.later
-	abortive atomic.Bool // closing resets the connection
+	abortive atomic.Bool // closing does not shut down: it resets the connection, or leaves a Listener's to others that have it
 	closed   atomic.Bool
 	users    atomic.Int32 // calls that use the descriptor now, and one until it is closed
 	released atomic.Bool  // the descriptor is closed
@@ -496,11 +496,12 @@ func (s *side) fire() {
 var _ net.Conn = (*Socket)(nil)
 
 // Listener accepts connections as descriptors that Go's own poller does not know. A loop watches it too: Go's poller is asked
-// only when a P has nothing else to do, and every 10 ms.
+// only when a P has nothing else to do, and every 10 to 20 ms.
 type Listener struct {
 	socket *Socket
 	addr   net.Addr
-	begun  bool // nobody waits who has connected before the options were set
+	mu     sync.Mutex // held by Accept
+	begun  bool       // nobody waits who has connected before the options were set
 }
 
 // Listen takes over a listener, which is closed: its descriptor lives on in the Listener. Connections inherit their options
@@ -523,7 +524,7 @@ func (l *Loop) Listen(ln *net.TCPListener) (*Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.abortive.Store(true) // closing it does not shut it down, for others that have it too
+	s.abortive.Store(true)
 	return &Listener{socket: s, addr: ln.Addr()}, nil
 }
 
@@ -545,8 +546,10 @@ func setOptions(fd int) (err error) {
 	return err
 }
 
-// Accept waits for the next connection. One caller at a time.
+// Accept waits for the next connection. One caller at a time is served.
 func (l *Listener) Accept() (fd int, remote netip.AddrPort, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	s := l.socket
 	if !s.enter() {
 		return -1, netip.AddrPort{}, net.ErrClosed
@@ -574,8 +577,13 @@ func (l *Listener) Accept() (fd int, remote netip.AddrPort, err error) {
 // Addr is where it listens.
 func (l *Listener) Addr() net.Addr { return l.addr }
 
-// Close ends Accept.
-func (l *Listener) Close() error { return l.socket.Close() }
+// Close ends Accept. When it returns, the address is free again.
+func (l *Listener) Close() error {
+	err := l.socket.Close()
+	l.mu.Lock() // Accept has left the socket
+	defer l.mu.Unlock()
+	return err
+}
 
 // Discard closes a connection that was accepted and that no loop takes.
 func Discard(fd int) { unix.Close(fd) }
