@@ -590,9 +590,9 @@ func TestRecentAreSpread(t *testing.T) {
 // Checks let requests have the CPU, but where these would take all of it checks have their part: none is late.
 func TestBusyProcess(t *testing.T) {
 	const interval, busy = time.Second, 50
-	n := 1000
+	n := 300
 	if raceDetector { // which makes a check several times dearer
-		n = 300
+		n = 100
 	}
 	ln, err := net.Listen("tcp", "127.0.0.1:0") // the kernel accepts
 	if err != nil {
