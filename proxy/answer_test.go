@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestPrefersJSON(t *testing.T) {
@@ -66,8 +67,11 @@ func TestPrefersJSON(t *testing.T) {
 
 // Refusals come as the client would have them, and say the same in both forms.
 func TestFormsOfRefusals(t *testing.T) {
-	g := startGateway(t, nil, nil)
+	g := startGateway(t, func(cfg *Config) {
+		cfg.RequestTimeout, cfg.Limits = 200*time.Millisecond, Limits{BodyTimeout: 100 * time.Millisecond, Body: 100}
+	}, nil)
 	g.register(t, "down", "1", refusedAddr(t))
+	g.register(t, "hangs", "1", startActor(t, hangs).url())
 	const asks = "Accept: application/json\r\n"
 	for _, row := range []struct {
 		name, request string
@@ -80,6 +84,9 @@ func TestFormsOfRefusals(t *testing.T) {
 		{"HEAD in text", "HEAD /nobody HTTP/1.1\r\nHost: a\r\nAccept: text/html\r\n\r\n", errNoRoute, false},
 		{"no instance", "GET /echo HTTP/1.1\r\nHost: a\r\n" + asks + "\r\n", errNoInstance, true},
 		{"backend down", "GET /down HTTP/1.1\r\nHost: a\r\n" + asks + "\r\n", errRefused, true},
+		{"backend hangs", "GET /hangs HTTP/1.1\r\nHost: a\r\n" + asks + "\r\n", errResponseTimeout, true},
+		{"body that is too large", "POST /hangs HTTP/1.1\r\nHost: a\r\nContent-Length: 101\r\n" + asks + "\r\n", errBodyTooLarge, true},
+		{"body that stops", "POST /hangs HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n" + asks + "\r\nb", errBodyTimeout, true},
 		{"method", "TRACE /down HTTP/1.1\r\nHost: a\r\n" + asks + "\r\n", errMethod, true},
 		{"HTTP/1.0", "GET /nobody HTTP/1.0\r\n" + asks + "\r\n", errNoRoute, true},
 		{"head that cannot be read", "GET /down HTTP/1.1\r\nHost: a\r\n" + asks + "X A: 1\r\n\r\n", errFieldName, false},
@@ -94,7 +101,10 @@ func TestFormsOfRefusals(t *testing.T) {
 			}
 			head := strings.HasPrefix(row.request, "HEAD")
 			m := c.read(head).refused(t, row.want)
-			text := standard.explain(row.want)
+			text := g.cfg().Limits.explain(row.want)
+			if row.want == errBodyTooLarge {
+				text += " of 100 bytes"
+			}
 			want, contentType := m.head[len("HTTP/1.1 "):strings.Index(m.head, "\r\n")]+": "+text+"\n", "text/plain; charset=utf-8"
 			if row.json {
 				contentType = "application/problem+json"
