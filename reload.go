@@ -135,11 +135,9 @@ func (g *gateway) take(next config.Gateway, sources *config.Sources) (changed []
 		}
 	}
 	if admin != g.admin {
-		watched, err := g.proxy.Watched(admin)
-		if err != nil {
+		if admin, err = g.proxy.Watched(admin); err != nil {
 			return nil, fmt.Errorf("admin: %w", err)
 		}
-		admin = watched
 	}
 	// First what comes, then who uses it, then what goes: no request finds a service without its instances.
 	pins := next.Pinned()

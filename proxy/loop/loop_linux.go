@@ -339,7 +339,7 @@ func (l *Loop) sleep(rest time.Duration) int {
 	l.timed = false
 	ms := -1
 	if rest != Never {
-		if rest -= nap; rest <= 0 {
+		if rest = time.Until(l.tickAt); rest <= 0 {
 			return 0
 		}
 		ms = int((rest + time.Millisecond - 1) / time.Millisecond)

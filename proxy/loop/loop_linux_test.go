@@ -74,7 +74,7 @@ func TestDo(t *testing.T) {
 					accepted := 0
 					for n := range each {
 						if state == "parked" && n%50 == 0 {
-							time.Sleep(time.Millisecond) // let it park
+							time.Sleep(3 * nap) // let it park
 						}
 						ok := l.Do(func() {
 							if over.Load() {
@@ -272,7 +272,7 @@ func TestTickAfterAPanic(t *testing.T) {
 	}
 	t.Cleanup(g.Close)
 	for want := int64(1); want <= 2; want++ {
-		time.Sleep(2 * time.Millisecond) // it parks
+		time.Sleep(3 * nap) // it parks
 		g.Loops[0].Do(func() { g.Loops[0].Within(time.Millisecond) })
 		eventually(t, "a tick", func() bool { return n.Load() == want })
 	}

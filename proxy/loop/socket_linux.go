@@ -18,7 +18,7 @@ import (
 // ErrAgain says that a socket is not ready.
 var ErrAgain = errors.New("not ready")
 
-// Socket is a TCP connection that a loop watches. It is a net.Conn for the goroutine that holds it.
+// Socket is a TCP connection that a loop watches, or what a Listener accepts from. It is a net.Conn for the goroutine that holds it.
 type Socket struct {
 	fd         int
 	generation uint32 // tells it from others that had its descriptor

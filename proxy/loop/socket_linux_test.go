@@ -625,14 +625,15 @@ func selfSigned(t *testing.T) tls.Certificate {
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
-// Take fails cleanly on a connection that is closed.
-func TestTakeClosed(t *testing.T) {
-	l := startGroup(t, 1).Loops[0]
-	near, far := tcpPair(t)
-	defer far.Close()
-	near.Close()
-	if s, err := take(l, near); err == nil {
-		t.Errorf("took %v", s)
+// Listen fails cleanly on a listener that is closed.
+func TestListenClosed(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.Close()
+	if l, err := startGroup(t, 1).Loops[0].Listen(ln.(*net.TCPListener)); err == nil {
+		t.Errorf("took %v", l)
 	}
 }
 
@@ -650,7 +651,7 @@ func TestEmptyCalls(t *testing.T) {
 }
 
 // Connections inherit from their listener no delay and keep-alive probes; those that were there before it was taken over
-// get them. Its end ends Accept.
+// get them. Its end ends Accept, and the address is free then.
 func TestListener(t *testing.T) {
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
