@@ -42,6 +42,11 @@ const (
 	// something happens in each nap. Telling Go's scheduler of each wait has its monitor take the P away and wake a thread for
 	// it, while most waits of a loop with traffic are shorter.
 	nap = time.Millisecond
+
+	// A loop does not nap while others have something to do: while letting them run takes longer than idleYield, it looks for
+	// events and lets them run again, so many times.
+	idleYield = 5 * time.Microsecond
+	maxYields = 8
 )
 
 // Group is the loops of a program.
@@ -114,7 +119,8 @@ type Loop struct {
 	woken    bool      // a goroutine was made ready
 	turn     int       // how many more may be, before others run
 	later    []waiting // those that it is not the turn of yet
-	busy     bool      // the last wait brought many events
+	busy     bool      // the last wait brought many events, or others had something to do
+	yields   int       // how often they had, one after the other
 	again    []*Socket // whose handlers have more to do
 	recalled []*Socket // the slice that again was before
 	stopping bool
@@ -303,9 +309,16 @@ func (l *Loop) wait() int {
 			return n
 		}
 	}
+	before := time.Now()
 	if l.yield(); len(l.later) > 0 {
 		return 0
 	}
+	if time.Since(before) > idleYield && l.yields < maxYields { // who let the loop go first has more to do
+		l.yields++
+		l.busy = true
+		return 0
+	}
+	l.yields = 0
 	rest := Never
 	if !l.tickAt.IsZero() {
 		if rest = time.Until(l.tickAt); rest <= 0 {

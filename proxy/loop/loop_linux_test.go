@@ -747,3 +747,29 @@ func BenchmarkAccept(b *testing.B) {
 	l.Close()
 	<-accepted
 }
+
+// A loop does not nap while those who let it go first have something to do.
+func TestNoNapBeforeOthers(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	l := startGroup(t, 1).Loops[0]
+	var took []time.Duration
+	for range 101 {
+		done := make(chan time.Duration)
+		l.Do(func() {
+			l.Go(func() {
+				began := time.Now()
+				for range 4 {
+					for part := time.Now(); time.Since(part) < 20*time.Microsecond; {
+					}
+					runtime.Gosched()
+				}
+				done <- time.Since(began)
+			})
+		})
+		took = append(took, <-done)
+	}
+	slices.Sort(took)
+	if median := took[len(took)/2]; median > nap {
+		t.Errorf("80 µs of work in four parts take %v", median)
+	}
+}
