@@ -182,8 +182,8 @@ func testClockSteps(t *testing.T) {
 	for service := range c.addr {
 		fields := ""
 		switch service {
-		case "checked":
-			fields = fmt.Sprintf(`,"check":{"path":"/health","interval":"%v","timeout":"%[1]v","fall":10}`, clockCheck) // a machine in a machine may stand still for longer than three
+		case "checked": // a machine in a machine may stand still for longer than the usual three checks
+			fields = fmt.Sprintf(`,"check":{"path":"/health","interval":"%v","timeout":"%[1]v","fall":10}`, clockCheck)
 		case "renewed":
 			fields = fmt.Sprintf(`,"ttl":"%v"`, clockSilence)
 		}
