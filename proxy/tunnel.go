@@ -33,10 +33,11 @@ type tunnel struct {
 	record   *Record // of the request; nil if nobody is told
 
 	// for goroutines
-	since time.Time    // the clock of moved
-	moved atomic.Int64 // nanoseconds on it: when something was last read or written
-	idle  *time.Timer
-	half  atomic.Bool // the client was told that the backend has ended
+	since   time.Time    // the clock of moved
+	moved   atomic.Int64 // nanoseconds on it: when something was last read or written
+	idle    *time.Timer
+	half    atomic.Bool // the client was told that the backend has ended
+	aborted atomic.Bool // both connections are closed here: that neither can be used is no failure of its side
 }
 
 // flow is one direction of a tunnel. On the loop it is the handler of the socket that it reads.
@@ -456,7 +457,7 @@ func (t *tunnel) copy(f *flow, to, from net.Conn) {
 			n, failed := to.Write(data)
 			f.gave(n)
 			if failed != nil { // what to has sent before is still passed on, by the other direction
-				t.broken.Store(true)
+				t.fail()
 				return
 			}
 			t.moved.Store(int64(time.Since(t.since)))
@@ -477,19 +478,28 @@ func (t *tunnel) copy(f *flow, to, from net.Conn) {
 			t.half.Store(true)
 		}
 		if half.CloseWrite() != nil {
-			t.broken.Store(true) // as above
+			t.fail() // as above
 		}
 		return
 	}
-	if !orderly {
-		t.broken.Store(true)
+	if !orderly && t.fail() {
 		t.reset()
 	}
 	t.abort()
 }
 
+// fail notes that a side has failed. It reports false if abort has closed both.
+func (t *tunnel) fail() bool {
+	if t.aborted.Load() {
+		return false
+	}
+	t.broken.Store(true)
+	return true
+}
+
 // abort closes both connections at once, from any goroutine.
 func (t *tunnel) abort() {
+	t.aborted.Store(true)
 	t.c.nc.Close()
 	t.backend.transport().Close()
 }
