@@ -56,6 +56,7 @@ func GaugesOf(pid int, data, admin string) (Gauges, error) {
 		if len(f) < 10 || !own.inodes[f[9]] || f[3] == listening {
 			continue
 		}
+		delete(own.inodes, f[9]) // while others come and go, the table may tell of one twice
 		_, port, _ := strings.Cut(f[1], ":")
 		if to := ports[port]; to != nil {
 			*to++
