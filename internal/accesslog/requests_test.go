@@ -2,6 +2,7 @@ package accesslog
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -109,14 +110,14 @@ func (g *gateway) do(t testing.TB, raw string) *http.Response {
 	return response
 }
 
-// text is what is in the log.
+// text is what is in the log, but for a line that is being written.
 func (g *gateway) text(t testing.TB) string {
 	t.Helper()
 	b, err := os.ReadFile(g.path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return string(b)
+	return string(b[:bytes.LastIndexByte(b, '\n')+1])
 }
 
 // line waits for the line of a path and returns its fields.
@@ -420,6 +421,9 @@ func TestReopenUnderLoad(t *testing.T) {
 				t.Fatal(err)
 			}
 			for line := range strings.Lines(string(text)) {
+				if !strings.HasSuffix(line, "\n") { // it is being written
+					return false
+				}
 				var fields struct{ Path string }
 				if err := json.Unmarshal([]byte(line), &fields); err != nil {
 					t.Fatalf("%q: %v", line, err)
