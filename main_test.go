@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -746,11 +747,24 @@ func TestDemo(t *testing.T) {
 	}
 }
 
+// The demo keeps its registrations on disk while it runs, and nothing behind it.
 func TestDemoInterrupted(t *testing.T) {
-	p := begin(t, nil, "demo")
+	dir := t.TempDir()
+	p := begin(t, []string{"TMPDIR=" + dir}, "demo")
 	eventually(t, "it shows something", func() bool { return strings.Contains(p.stdout.String(), " requests, ") })
+	eventually(t, "its backends are on disk", func() bool {
+		files, err := filepath.Glob(filepath.Join(dir, "*", "registry.db"))
+		if err != nil || len(files) != 1 {
+			return false
+		}
+		kept, err := os.ReadFile(files[0])
+		return err == nil && bytes.Contains(kept, []byte(`"registered_at"`))
+	})
 	p.signal(syscall.SIGINT)
 	if code := p.wait(); code != 0 || !strings.Contains(p.stdout.String(), "errors: a ") {
 		t.Errorf("exit code %d:\n%s", code, p.stdout.String())
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
 	}
 }
