@@ -630,9 +630,9 @@ func TestTunnelIdle(t *testing.T) {
 		}
 		last := time.Now()
 		wantEnd(t, silent.r)
-		io.Copy(io.Discard, end.r)
+		wantEnd(t, end.r)
 		wantEnd(t, c.r)
-		io.Copy(io.Discard, f.r)
+		wantEnd(t, f.r)
 		if after := time.Since(last); after < idle*3/4 || after > 10*idle {
 			t.Errorf("closed after %v", after)
 		}
